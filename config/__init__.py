@@ -1,0 +1,1 @@
+"""Configuration: the relay's settings and its deployment files."""

@@ -1,0 +1,173 @@
+"""Every setting of the relay, in one place. Read from the environment only (``RELAY_`` + the field's name in capitals).
+
+``docs/settings.md`` is made from this module (``scripts/settings-doc``); a test fails when the two differ.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+_CLIENT_VARIABLES = frozenset({"RELAY_URL", "RELAY_TOKEN"})
+
+Positive = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class SettingsError(Exception):
+    """One line that names the wrong setting."""
+
+
+class Settings(BaseSettings):
+    """The typed settings. Times are in the unit of the name, sizes in bytes."""
+
+    model_config = SettingsConfigDict(env_prefix="RELAY_", frozen=True, extra="ignore")
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    data_dir: Path = Field(
+        Path("var"), description="Where the embedded MongoDB and the generated secret live."
+    )
+    log_format: Literal["auto", "text", "json"] = Field(
+        "auto",
+        description="Log lines for people (`text`) or machines (`json`); `auto` asks whether stderr is a terminal.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="The least severe line logged."
+    )
+
+    mongo_uri: SecretStr | None = Field(
+        None, description="A MongoDB replica set or sharded cluster. Unset: the relay runs its own `mongod`."
+    )
+    mongo_database: str = Field(
+        "relay", pattern=r"^[A-Za-z0-9_-]{1,38}$", description="Name of the database."
+    )
+    embedded_cache_gb: float = Field(1.0, ge=0.25, description="Cache of the embedded `mongod`, in GB.")
+    redis_url: SecretStr | None = Field(
+        None,
+        description="Redis or Valkey between nodes. A single node needs none and does not connect to it.",
+    )
+
+    jwt_secret: SecretStr | None = Field(
+        None,
+        description="HS256 secret of access tokens, 32 bytes or more. Unset: one is generated in the data directory.",
+    )
+    jwt_secret_file: Path | None = Field(
+        None, description="Several HS256 secrets, one a line, all valid (rotation)."
+    )
+    jwt_public_key_file: Path | None = Field(
+        None,
+        description="PEM public key of an issuer of your own (RSA: RS256, P-256: ES256, Ed25519: EdDSA).",
+    )
+    jwt_jwks_file: Path | None = Field(
+        None, description="JWKS file with the public keys of an issuer of your own."
+    )
+    jwt_audience: str = Field("relay", min_length=1, description="The `aud` a token must have.")
+    auto_provision: bool = Field(
+        True,
+        description="A valid token's unknown user and device are created on first use; so are unknown members.",
+    )
+
+    message_ttl_days: float = Field(30, gt=0, le=365, description="How long an unfetched message is kept.")
+    fate_hours: float = Field(
+        72, gt=0, le=24 * 365, description="How long the fate of a gone message is kept."
+    )
+    device_inactive_days: float = Field(
+        30,
+        gt=0,
+        le=3650,
+        description="A device absent for longer gets no new messages until it connects again.",
+    )
+
+    max_frame_bytes: int = Field(
+        262_144, ge=1024, le=16_777_216, description="Largest WebSocket frame, either way."
+    )
+    max_body_bytes: int = Field(65_536, ge=1, le=1_048_576, description="Largest message body.")
+    inline_recipients: int = Field(64, ge=1, le=1024, description="Most recipient devices of one message.")
+    window: int = Field(256, ge=1, le=10_000, description="Unacknowledged messages on one connection.")
+    window_bytes: int = Field(1_048_576, ge=1024, description="Unacknowledged bytes on one connection.")
+    outbox_bytes: int = Field(
+        2_097_152, ge=65_536, description="Bytes queued for one slow socket before it falls behind."
+    )
+    max_connections: Positive = Field(100_000, description="Open WebSockets on this node.")
+    heartbeat_seconds: Seconds = Field(
+        25, description="A silent connection is pinged after this, closed after twice this."
+    )
+    auth_seconds: Seconds = Field(5, description="Time for the first frame to authenticate a connection.")
+
+    commit_messages: int = Field(500, ge=1, le=10_000, description="Most messages of one group commit.")
+    commit_bytes: int = Field(
+        4_194_304, ge=65_536, le=8_388_608, description="Most bytes of one group commit."
+    )
+    commits_in_flight: int = Field(2, ge=1, le=16, description="Group commits under way at once.")
+    queue_messages: Positive = Field(
+        20_000, description="Messages waiting to be committed before sockets are not read."
+    )
+    queue_bytes: Positive = Field(
+        67_108_864, description="Bytes waiting to be committed before sockets are not read."
+    )
+    commit_timeout_seconds: Seconds = Field(
+        2, description="Time limit of one database call of the message path."
+    )
+    send_deadline_seconds: Seconds = Field(
+        10, description="After this a message that could not be committed is refused."
+    )
+
+    sweep_seconds: Seconds = Field(
+        30, description="Interval of the sweep that heals leftovers and missed deliveries."
+    )
+    expiry_seconds: Seconds = Field(1, description="Interval of the job that expires due messages.")
+    drain_seconds: float = Field(
+        8, ge=0, le=60, description="Time for connections to leave when the node stops."
+    )
+
+    @field_validator("jwt_secret")
+    @classmethod
+    def _long_secret(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and len(value.get_secret_value().encode()) < 32:
+            raise ValueError("must have at least 32 bytes")
+        return value
+
+    @field_validator("redis_url", "mongo_uri")
+    @classmethod
+    def _known_scheme(cls, value: SecretStr | None, info: object) -> SecretStr | None:
+        if value is None:
+            return None
+        name = getattr(info, "field_name", "")
+        schemes = (
+            ("mongodb://", "mongodb+srv://") if name == "mongo_uri" else ("redis://", "rediss://", "unix://")
+        )
+        if not value.get_secret_value().startswith(schemes):
+            raise ValueError("must start with " + " or ".join(schemes))
+        return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> Settings:
+        if self.max_body_bytes * 2 > self.max_frame_bytes:
+            raise ValueError("RELAY_MAX_BODY_BYTES must be at most half of RELAY_MAX_FRAME_BYTES")
+        return self
+
+
+def load() -> Settings:
+    """The settings of this process. Raises SettingsError with one line naming the first wrong one."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        text = str(first["msg"]).removeprefix("Value error, ")
+        if not first["loc"]:
+            raise SettingsError(text) from None
+        name = f"RELAY_{first['loc'][0]}".upper()
+        secret = name in {"RELAY_JWT_SECRET", "RELAY_MONGO_URI", "RELAY_REDIS_URL"}
+        shown = "" if secret else f" (it is {os.environ.get(name, '')!r})"
+        raise SettingsError(f"{name}: {text[:1].lower()}{text[1:]}{shown}") from None
+
+
+def unknown_variables() -> list[str]:
+    """Names in the environment that look like settings and are none: usually a typing mistake."""
+    known = {f"RELAY_{name}".upper() for name in Settings.model_fields} | _CLIENT_VARIABLES
+    return sorted(name for name in os.environ if name.startswith("RELAY_") and name not in known)

@@ -1,0 +1,96 @@
+"""The ports that handlers see. They never reach past it to a database or a socket."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from relay.metrics import Metrics
+from relay.routing.delivery import Delivery
+from relay.routing.hub import Hub
+from relay.routing.outbox import Outbox
+from relay.store.accounts import Accounts
+from relay.store.audience import Audiences
+from relay.store.batcher import Batcher
+from relay.store.commits import Submission
+from relay.store.conversations import Conversations
+from relay.store.fates import Fates
+from relay.store.lanes import EndingLanes
+from relay.store.ledger import Ledger
+from relay.store.messages import Messages
+from relay.wire.clock import Clock
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Limits that handlers enforce and that ``welcome`` and ``/v1/info`` tell. Sizes in bytes."""
+
+    frame: int
+    body: int
+    operations: int
+    recipients: int
+    window: int
+    window_bytes: int
+    heartbeat_ms: int
+    ttl_seconds: int
+    send_deadline: float
+    """Seconds after which a message or acknowledgement that could not be committed is given up."""
+
+
+@dataclass(slots=True)
+class Health:
+    """What ``/readyz`` tells. ``draining``: the node is stopping."""
+
+    draining: bool = False
+    problems: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Everything a handler may use."""
+
+    clock: Clock
+    limits: Limits
+    hub: Hub
+    audiences: Audiences
+    accounts: Accounts
+    conversations: Conversations
+    messages: Messages
+    fates: Fates
+    sends: Batcher[Submission]
+    endings: EndingLanes
+    ledger: Ledger
+    metrics: Metrics
+    health: Health
+    provision: bool
+    """Whether unknown users named as members are created."""
+
+
+class Peer(Protocol):
+    """The connection an operation came from."""
+
+    last_seq: int
+    """The highest ``seq`` given to a message of this connection."""
+
+    @property
+    def user(self) -> str:
+        """The authenticated user."""
+
+    @property
+    def device(self) -> str:
+        """The authenticated device."""
+
+    @property
+    def key(self) -> str:
+        """The device key."""
+
+    @property
+    def outbox(self) -> Outbox:
+        """Where replies go."""
+
+    @property
+    def delivery(self) -> Delivery:
+        """What is in flight."""
+
+    def renew(self, token: str) -> int:
+        """Takes a new token of the same user and device; returns its expiry (s). Raises RelayError."""

@@ -1,0 +1,1 @@
+"""HTTP requests, one module for each noun. Each names its routes; ``routes.py`` collects them."""

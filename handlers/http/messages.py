@@ -1,0 +1,138 @@
+"""The WebSocket's duties over HTTP: for background tasks that get half a minute after a push."""
+
+from __future__ import annotations
+
+import asyncio
+from time import monotonic
+from typing import Final
+
+from aiohttp import web
+
+from handlers import sending
+from handlers.context import Context
+from handlers.http.pages import message_page
+from handlers.http.route import Caller, Route, answer, body, json_text, parsed
+from handlers.http.schemas import Acknowledge, DoneAnswer, StoredAnswer, SyncPage
+from handlers.sending import Sender
+from relay.store.batcher import BatcherClosed
+from relay.store.commits import Stored
+from relay.wire.codec import decode_send
+from relay.wire.errors import RelayError
+from relay.wire.frames import Send
+from relay.wire.ids import device_key, document_id
+
+
+async def sync(ctx: Context, caller: Caller, request: web.Request) -> web.Response:
+    """What waits for this device, in order. Nothing counts as delivered before it is acknowledged."""
+    frames, cursor = await message_page(ctx, caller, request, None)
+    return json_text(f'{{"messages":[{",".join(frames)}],"next":{cursor}}}')
+
+
+async def send(ctx: Context, caller: Caller, request: web.Request) -> web.Response:
+    """201 once the message is durable, also for one that was stored before."""
+    op = decode_send(await body(request))
+    sender = Sender(caller.user, caller.device, device_key(caller.user, caller.device))
+    sending.check(ctx, op)
+    if ctx.sends.full:
+        raise RelayError("unavailable", "the relay is busy; send again", retry_after=1000)
+    audience = await ctx.audiences.resolve(op.conv)
+    outcome: asyncio.Future[Stored | RelayError] = asyncio.get_running_loop().create_future()
+
+    def done(result: Stored | RelayError) -> None:
+        if not outcome.done():
+            outcome.set_result(result)
+
+    try:
+        if op.kind == sending.WITHDRAWN and caller.user in audience.members:
+            await sending.check_withdrawal(ctx, sender, op)
+        sending.submit(ctx, sender, op, audience, done)
+        found = await outcome
+    except RelayError as refusal:
+        if refusal.code not in ("not_member", "device_mismatch"):
+            raise
+        first = await sending.known(ctx, sender, op)
+        if first is None:
+            raise
+        found = first
+    if isinstance(found, RelayError):
+        raise found
+    if op.kind == sending.WITHDRAWN:
+        sending.withdraw(ctx, op)
+    return answer(StoredAnswer(conv=op.conv, id=op.id, seq=found.seq, at=found.at), 201)
+
+
+async def acknowledge(ctx: Context, caller: Caller, request: web.Request) -> web.Response:
+    """200 once every acknowledgement is durable."""
+    wanted = await parsed(request, Acknowledge)
+    if ctx.endings.full:
+        raise RelayError("unavailable", "the relay is busy; acknowledge again", retry_after=1000)
+    loop = asyncio.get_running_loop()
+    now = ctx.clock.now()
+    waiters: list[asyncio.Future[bool]] = []
+    try:
+        for group in wanted.acks:
+            if not group.ids:
+                continue
+            waiter: asyncio.Future[bool] = loop.create_future()
+            ctx.endings.acknowledge(
+                group.conv,
+                caller.user,
+                caller.device,
+                {document_id(group.conv, message): None for message in group.ids},
+                at=now,
+                deadline=monotonic() + ctx.limits.send_deadline,
+                done=lambda durable, waiter=waiter: None if waiter.done() else waiter.set_result(durable),  # type: ignore[misc]
+            )
+            waiters.append(waiter)
+    except BatcherClosed:
+        raise RelayError(
+            "unavailable", "the relay is stopping; acknowledge again", retry_after=1000
+        ) from None
+    if not all(await asyncio.gather(*waiters)):
+        raise RelayError("unavailable", "the acknowledgement could not be stored in time; send it again")
+    return answer(DoneAnswer())
+
+
+ROUTES: Final = (
+    Route(
+        "GET",
+        "/v1/sync",
+        sync,
+        "What waits for this device",
+        "messages",
+        {200: SyncPage},
+        query={
+            "cursor": {"type": "string", "description": "`next` of the page before"},
+            "limit": {"type": "integer", "minimum": 1, "maximum": 256},
+        },
+        errors=("bad_request",),
+    ),
+    Route(
+        "POST",
+        "/v1/messages",
+        send,
+        "Send a message",
+        "messages",
+        {201: StoredAnswer},
+        request=Send,
+        errors=(
+            "bad_request",
+            "not_member",
+            "forbidden",
+            "id_conflict",
+            "too_large",
+            "device_mismatch",
+            "unavailable",
+        ),
+    ),
+    Route(
+        "POST",
+        "/v1/acks",
+        acknowledge,
+        "Acknowledge messages that are on this device's disk",
+        "messages",
+        {200: DoneAnswer},
+        request=Acknowledge,
+        errors=("bad_request", "too_large", "unavailable"),
+    ),
+)

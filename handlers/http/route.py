@@ -1,0 +1,95 @@
+"""What an HTTP endpoint is: its handler and everything its description needs, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import msgspec
+from aiohttp import web
+from pydantic import BaseModel, ValidationError
+
+from handlers.context import Context
+from relay.wire import codec
+from relay.wire.errors import Code, RelayError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks. Empty strings on open routes, which need no token."""
+
+    user: str
+    device: str
+
+
+Handler = Callable[[Context, Caller, web.Request], Awaitable[web.Response]]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One endpoint. ``request`` and ``answers`` (by status) are pydantic models or msgspec structs; ``query`` names the
+    query parameters with their JSON schemas."""
+
+    method: str
+    path: str
+    handler: Handler
+    summary: str
+    tag: str
+    answers: Mapping[int, type[BaseModel] | None]
+    request: type[BaseModel] | type[msgspec.Struct] | None = None
+    query: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    errors: tuple[Code, ...] = ()
+    open: bool = False
+    media_type: str = "application/json"
+
+
+def json_text(text: str, status: int = 200) -> web.Response:
+    """An answer that is encoded already."""
+    return web.Response(text=text, status=status, content_type="application/json")
+
+
+def answer(model: BaseModel, status: int = 200) -> web.Response:
+    """An answer from its model, without absent fields."""
+    return json_text(model.model_dump_json(by_alias=True), status)
+
+
+async def body(request: web.Request) -> Any:
+    """The parsed JSON body. Raises RelayError ``bad_request`` or ``too_large``."""
+    try:
+        text = (await request.read()).decode()
+    except UnicodeDecodeError:
+        raise RelayError("bad_request", "the request body is not UTF-8") from None
+    except web.HTTPRequestEntityTooLarge:
+        raise RelayError("too_large", "the request body is too large") from None
+    return codec.loads(text)
+
+
+async def parsed(request: web.Request, model: type[Model]) -> Model:
+    """The body as a model; unknown fields are refused. Raises RelayError."""
+    value = await body(request)
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        place = ".".join(str(part) for part in first["loc"])[:80]
+        raise RelayError("bad_request", f"{place}: {first['msg']}" if place else str(first["msg"])) from None
+
+
+def page_limit(request: web.Request, default: int, most: int) -> int:
+    """The ``limit`` parameter. Raises RelayError."""
+    text = request.query.get("limit")
+    if text is None:
+        return default
+    if not text.isascii() or not text.isdigit() or len(text) > 6 or not 1 <= int(text) <= most:
+        raise RelayError("bad_request", f"limit must be a number from 1 to {most}")
+    return int(text)
+
+
+def only(request: web.Request, *names: str) -> None:
+    """Refuses unknown query parameters. Raises RelayError."""
+    unknown = sorted(set(request.query) - set(names))
+    if unknown:
+        raise RelayError("bad_request", f"unknown parameter {unknown[0][:40]!r}")

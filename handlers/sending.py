@@ -1,0 +1,165 @@
+"""Sending a message, from either door (WebSocket or HTTP): checks, recipients, order, hand-over to the group commit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import monotonic
+from typing import Final
+
+from bson.errors import BSONError
+
+from handlers.context import Context
+from relay.store.audience import Audience
+from relay.store.batcher import BatcherClosed
+from relay.store.commits import Done, Stored, Submission
+from relay.wire.codec import dumps
+from relay.wire.envelope import Envelope
+from relay.wire.errors import RelayError
+from relay.wire.frames import Send
+from relay.wire.ids import document_id
+
+WITHDRAWN: Final = "withdrawn"
+
+
+@dataclass(frozen=True, slots=True)
+class Sender:
+    """The sending device. ``floor`` is the ``seq`` its next message must exceed."""
+
+    user: str
+    device: str
+    key: str
+    floor: int = 0
+
+
+def submit(ctx: Context, sender: Sender, op: Send, audience: Audience, done: Done) -> int:
+    """Checks a message, gives it its place in the order and queues it; returns its ``seq``.
+
+    ``done`` is called once, when it is durable or has failed. Raises RelayError when it is refused here.
+    """
+    body, structured = check(ctx, op)
+    if sender.user not in audience.members:
+        raise RelayError("not_member", "no such conversation")
+    awaiting = audience.awaiting(sender.key)
+    if len(awaiting) > ctx.limits.recipients:
+        raise RelayError(
+            "too_large",
+            f"this conversation has {len(awaiting)} recipient devices, the limit is {ctx.limits.recipients}",
+        )
+    if op.sealed is not None or op.devices_rev is not None:
+        _check_devices(op, audience, awaiting)
+    now = ctx.clock.now()
+    after = -1 if op.after is None else op.after
+    seq = ctx.clock.next(max(after, sender.floor) + 1)
+    envelope = Envelope(
+        op.conv,
+        op.id,
+        user=sender.user,
+        device=sender.device,
+        seq=seq,
+        at=now,
+        kind=op.kind,
+        body=body,
+        structured=structured,
+        awaiting=awaiting,
+        reply_to=op.reply_to,
+        media=op.media,
+        sealed=op.sealed,
+        expires=None if op.ttl is None else now + op.ttl * 1000,
+    )
+    try:
+        submission = Submission(
+            envelope,
+            audience,
+            sender.key,
+            again=op.again,
+            deadline=monotonic() + ctx.limits.send_deadline,
+            done=done,
+        )
+    except (BSONError, OverflowError, UnicodeEncodeError):
+        raise RelayError("bad_request", "this message cannot be stored") from None
+    try:
+        ctx.sends.submit(submission, envelope.size)
+    except BatcherClosed:
+        raise RelayError("unavailable", "the relay is stopping; send again", retry_after=1000) from None
+    return seq
+
+
+def check(ctx: Context, op: Send) -> tuple[str | None, bool]:
+    """Refuses what no conversation would take; returns the body as text and whether it is an object's JSON."""
+    if op.kind == "system":
+        raise RelayError("bad_request", "kind system is the relay's own")
+    if op.kind == WITHDRAWN and (op.reply_to is None or op.body is not None):
+        raise RelayError("bad_request", "a withdrawal names the message in replyTo and has a null body")
+    if op.after is not None and ctx.clock.too_far_ahead(op.after):
+        raise RelayError("bad_request", "after lies more than two hours in the future")
+    body = op.body
+    if body is None:
+        return None, False
+    structured = not isinstance(body, str)
+    text = body if isinstance(body, str) else dumps(body)
+    # A character is at most three bytes of UTF-8 in the BMP and four beyond: short texts need no encoding to be measured.
+    if len(text) * 4 > ctx.limits.body and len(text.encode()) > ctx.limits.body:
+        raise RelayError("too_large", f"a body has at most {ctx.limits.body} bytes")
+    return text, structured
+
+
+async def known(ctx: Context, sender: Sender, op: Send) -> Stored | None:
+    """The first answer to a message that this device has sent before: while it waits, and with ``again`` also when it is
+    gone. For messages that would be refused now (the sender has left, devices have changed). Raises RelayError
+    ``id_conflict``."""
+    doc_id = document_id(op.conv, op.id)
+    found = (await ctx.messages.read([doc_id], committed=True)).get(doc_id)
+    if found is not None:
+        owner = (found["sender"]["user"], found["sender"]["device"])
+        stored = Stored(found["seq"], int(found["createdAt"]), fresh=False)
+    elif op.again:
+        gone = (await ctx.fates.find([doc_id])).get(doc_id)
+        if gone is None:
+            return None
+        owner = (gone.user, gone.device)
+        stored = Stored(gone.seq, gone.at, fresh=False)
+    else:
+        return None
+    return stored if owner == (sender.user, sender.device) else None
+
+
+async def check_withdrawal(ctx: Context, sender: Sender, op: Send) -> None:
+    """Only one's own message may be withdrawn. One that is unknown may have been one's own: devices decide by its sender.
+    Raises RelayError ``forbidden``."""
+    if op.reply_to is None:
+        return
+    doc_id = document_id(op.conv, op.reply_to)
+    found = (await ctx.messages.read([doc_id])).get(doc_id)
+    if found is not None:
+        owner = found["sender"]["user"]
+    else:
+        gone = (await ctx.fates.find([doc_id])).get(doc_id)
+        owner = sender.user if gone is None else gone.user
+    if owner != sender.user:
+        raise RelayError("forbidden", "only its sender can withdraw a message")
+
+
+def withdraw(ctx: Context, op: Send) -> None:
+    """The withdrawal is stored: the original is deleted where it still waits. When this fails nothing is lost: devices
+    that get the original know that it is withdrawn."""
+    if op.reply_to is None:
+        return
+    try:
+        ctx.endings.discard(
+            document_id(op.conv, op.reply_to), "withdrawn", deadline=monotonic() + ctx.limits.send_deadline
+        )
+    except BatcherClosed:
+        return
+
+
+def _check_devices(op: Send, audience: Audience, awaiting: list[str]) -> None:
+    expected = {key for key in awaiting if not key.endswith("/*")}
+    sealed = set(op.sealed) if op.sealed is not None else expected
+    missing, extra = sorted(expected - sealed), sorted(sealed - expected)
+    outdated = op.devices_rev is not None and op.devices_rev != audience.devices_rev
+    if missing or extra or outdated:
+        raise RelayError(
+            "device_mismatch",
+            "the recipient devices have changed; fetch them and seal again",
+            details={"missing": missing, "extra": extra, "stale": [], "devicesRev": audience.devices_rev},
+        )

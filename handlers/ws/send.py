@@ -1,0 +1,62 @@
+"""``send``: store a message for every other device of the conversation's members."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Iterable
+from functools import partial
+
+from handlers import sending
+from handlers.context import Context, Peer
+from handlers.sending import Sender
+from relay.store.commits import Stored
+from relay.wire import replies
+from relay.wire.errors import RelayError
+from relay.wire.frames import Send
+
+
+def send(ctx: Context, peer: Peer, op: Send) -> Awaitable[None] | None:
+    """Queues the message; ``stored`` follows once it is durable. Waits only for what is not cached, and for
+    withdrawals. Raises RelayError."""
+    audience = ctx.audiences.get(op.conv)
+    if audience is None or peer.user not in audience.members or op.kind == sending.WITHDRAWN or op.sealed:
+        return _send_slowly(ctx, peer, op)
+    peer.last_seq = sending.submit(ctx, _sender(peer), op, audience, partial(_answer, ctx, peer, op))
+    return None
+
+
+async def resolve(ctx: Context, conversations: Iterable[str]) -> None:
+    """Resolves the recipients of a whole frame's messages with one query."""
+    missing = {name for name in conversations if ctx.audiences.get(name) is None}
+    if missing:
+        await ctx.audiences.resolve_all(missing)
+
+
+async def _send_slowly(ctx: Context, peer: Peer, op: Send) -> None:
+    sender = _sender(peer)
+    sending.check(ctx, op)
+    audience = await ctx.audiences.resolve(op.conv)
+    try:
+        if op.kind == sending.WITHDRAWN and peer.user in audience.members:
+            await sending.check_withdrawal(ctx, sender, op)
+        peer.last_seq = sending.submit(ctx, sender, op, audience, partial(_answer, ctx, peer, op))
+    except RelayError as refusal:
+        if refusal.code not in ("not_member", "device_mismatch"):
+            raise
+        first = await sending.known(ctx, sender, op)
+        if first is None:
+            raise
+        _answer(ctx, peer, op, first)
+
+
+def _sender(peer: Peer) -> Sender:
+    return Sender(peer.user, peer.device, peer.key, peer.last_seq)
+
+
+def _answer(ctx: Context, peer: Peer, op: Send, outcome: Stored | RelayError) -> None:
+    if isinstance(outcome, Stored):
+        peer.outbox.put(replies.stored(op.conv, op.id, outcome.seq, outcome.at, op.ref))
+        if op.kind == sending.WITHDRAWN:
+            sending.withdraw(ctx, op)
+        return
+    ctx.metrics.errors.labels(outcome.code).inc()
+    peer.outbox.put(replies.error(outcome, {"ref": op.ref, "id": op.id, "conv": op.conv}))

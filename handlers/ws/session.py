@@ -1,0 +1,17 @@
+"""``ping`` and ``auth``: the connection itself."""
+
+from __future__ import annotations
+
+from handlers.context import Context, Peer
+from relay.wire import replies
+from relay.wire.frames import Auth, Ping
+
+
+def ping(ctx: Context, peer: Peer, op: Ping) -> None:
+    """Answers with the relay's time."""
+    peer.outbox.put(replies.pong(ctx.clock.now(), op.ref))
+
+
+def auth(_: Context, peer: Peer, op: Auth) -> None:
+    """Renews the token of this connection. Raises RelayError ``unauthorized``."""
+    peer.outbox.put(replies.authed(peer.renew(op.token), op.ref))

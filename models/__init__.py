@@ -1,0 +1,1 @@
+"""What is stored: one module per collection, fields and indexes, no behaviour."""

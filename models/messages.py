@@ -1,0 +1,87 @@
+"""``messages`` and ``fates``: what waits, and what became of what is gone.
+
+The message path works on plain dictionaries, so these are the field names and indexes, not Beanie documents (which would
+encode every document again).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final, TypedDict
+
+from bson.datetime_ms import DatetimeMS
+from pymongo import ASCENDING, IndexModel
+
+MESSAGES: Final = "messages"
+FATES: Final = "fates"
+CREATED_TTL_INDEX: Final = "createdAt_ttl"
+FATES_TTL_INDEX: Final = "at_ttl"
+
+
+class SenderField(TypedDict):
+    """Who sent a message."""
+
+    user: str
+    device: str
+
+
+class MessageFields(TypedDict, total=False):
+    """A stored message. ``awaiting`` only ever shrinks."""
+
+    _id: str
+    conversationId: str
+    id: str
+    sender: SenderField
+    seq: int
+    createdAt: DatetimeMS
+    kind: str
+    body: str | None
+    structured: bool
+    replyTo: str
+    media: list[str]
+    sealed: list[dict[str, str]]
+    awaiting: list[str]
+    deliveredTo: list[dict[str, Any]]
+    expiresAt: DatetimeMS
+
+
+class FateEntry(TypedDict):
+    """What became of one message; ``delivered`` lists the people who got it, its sender aside."""
+
+    id: str
+    sender: SenderField
+    seq: int
+    at: int
+    fate: str
+    delivered: list[str]
+
+
+def message_indexes(ttl_seconds: int) -> list[IndexModel]:
+    """The indexes of ``messages``. The first also serves as the shard key's."""
+    return [
+        IndexModel([("conversationId", ASCENDING), ("createdAt", ASCENDING)], name="conversation_createdAt"),
+        IndexModel([("awaiting", ASCENDING), ("seq", ASCENDING), ("_id", ASCENDING)], name="awaiting_seq"),
+        IndexModel(
+            [("deliveredTo.user", ASCENDING)],
+            name="deliveredTo_user",
+            partialFilterExpression={"deliveredTo.user": {"$exists": True}},
+        ),
+        IndexModel([("createdAt", ASCENDING)], name=CREATED_TTL_INDEX, expireAfterSeconds=ttl_seconds),
+        IndexModel(
+            [("expiresAt", ASCENDING)],
+            name="expiresAt_ttl",
+            expireAfterSeconds=0,
+            partialFilterExpression={"expiresAt": {"$exists": True}},
+        ),
+    ]
+
+
+def fate_indexes(ttl_seconds: int) -> list[IndexModel]:
+    """The indexes of ``fates``."""
+    return [
+        IndexModel([("entries.id", ASCENDING)], name="entries_id"),
+        IndexModel([("at", ASCENDING)], name=FATES_TTL_INDEX, expireAfterSeconds=ttl_seconds),
+    ]
+
+
+ttl_indexes: Final[Mapping[str, str]] = {MESSAGES: CREATED_TTL_INDEX, FATES: FATES_TTL_INDEX}

@@ -1,0 +1,323 @@
+"""The composition root: makes every part, in order, and takes them down in the opposite one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Final
+
+import structlog
+from aiohttp import web
+
+from config.settings import Settings
+from handlers.context import Context, Health, Limits
+from handlers.http.routes import ROUTES
+from relay.jobs.expiry import Expiry
+from relay.jobs.health import HealthCheck
+from relay.jobs.heartbeat import Heartbeat
+from relay.jobs.supervisor import Job, Supervisor
+from relay.jobs.sweep import LastSeen, Sweep, TimeToLive
+from relay.metrics import Metrics
+from relay.routing.hub import Hub
+from relay.routing.router import Router
+from relay.session.admission import Admission
+from relay.session.gateway import Gateway, GatewaySettings
+from relay.session.tokens import KeyConfigurationError, Verifier, generate_secret, load_keys
+from relay.session.web import application
+from relay.store.accounts import Accounts
+from relay.store.acks import Acks, Ending
+from relay.store.audience import Audiences
+from relay.store.batcher import Batcher, BatcherClosed
+from relay.store.commits import Commits, Submission
+from relay.store.conversations import Conversations
+from relay.store.embedded import EmbeddedError, EmbeddedMongo
+from relay.store.fates import Fates
+from relay.store.lanes import EndingLanes
+from relay.store.ledger import Ledger
+from relay.store.messages import Messages
+from relay.store.mongo import Mongo, MongoUnavailable
+from relay.wire import errors, replies
+from relay.wire.clock import Clock
+from relay.wire.envelope import Envelope
+from relay.wire.frames import MAX_OPERATIONS
+
+SECRET_FILE: Final = "jwt-secret"
+_BYE_SPREAD_MS: Final = (500, 5000)
+_HEALTH_SECONDS: Final = 2.0
+_LAST_SEEN_SECONDS: Final = 10.0
+_TTL_SECONDS: Final = 60.0
+
+log = structlog.get_logger(__name__)
+
+
+class StartError(Exception):
+    """The relay cannot start; one line that says why and what to do."""
+
+
+@dataclass(slots=True)
+class Relay:
+    """One running node. Made by ``start``; ``stopping`` is set when it must end, with ``fault`` when it failed."""
+
+    settings: Settings
+    context: Context
+    url: str
+    embedded: EmbeddedMongo | None
+    stopping: asyncio.Event
+    fault: BaseException | None = None
+    _exit: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
+
+    def fail(self, error: BaseException) -> None:
+        """A part that the node cannot do without has died: stop, so that a supervisor starts a fresh one."""
+        log.critical("a committer died; the node stops", error=type(error).__name__)
+        self.fault = self.fault or error
+        self.stopping.set()
+
+    async def stop(self) -> None:
+        """Drains: no new connections, ``bye``, what is queued is committed, close 1012, parts down in order."""
+        self.context.health.draining = True
+        low, high = _BYE_SPREAD_MS
+        for connection in self.context.hub:
+            connection.outbox.put(replies.bye(random.randint(low, high)))
+        await self._exit.aclose()
+
+
+async def start(settings: Settings) -> Relay:
+    """Starts a node; it listens when this returns. Raises StartError."""
+    async with contextlib.AsyncExitStack() as stack:
+        relay = await _start(settings, stack)
+        relay._exit = stack.pop_all()
+        return relay
+    raise AssertionError  # the stack swallows nothing
+
+
+async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
+    verifier = _verifier(settings)
+    embedded, uri = await _database(settings, stack)
+    ttl_seconds = max(1, round(settings.message_ttl_days * 86_400))
+    try:
+        mongo = Mongo(uri, settings.mongo_database)
+        stack.callback(mongo.close)
+        await mongo.prepare(ttl_seconds, max(1, round(settings.fate_hours * 3600)))
+    except MongoUnavailable as error:
+        raise StartError(str(error)) from None
+
+    metrics = Metrics()
+    ledger = Ledger(metrics.registry)
+    clock = Clock()
+    hub = Hub()
+    router = Router(hub, metrics)
+    timeout = settings.commit_timeout_seconds
+    messages = Messages(mongo, metrics, ttl_seconds=ttl_seconds, timeout=timeout)
+    fates = Fates(mongo)
+    accounts = Accounts(inactive=timedelta(days=settings.device_inactive_days))
+    conversations = Conversations(accounts)
+    audiences = Audiences(conversations.audiences)
+    ledger.open(await messages.count_waiting())
+
+    health = Health()
+    stopping = asyncio.Event()
+    faults: list[Relay] = []
+
+    def dead(error: BaseException) -> None:
+        for node in faults:
+            node.fail(error)
+
+    acks = Acks(
+        mongo, messages, fates, ledger, metrics, timeout=timeout, now=clock.now, settled=router.settled
+    )
+    lanes = [
+        Batcher[Ending](
+            f"ack-{number}",
+            acks.commit,
+            acks.abandon,
+            metrics=metrics,
+            max_items=settings.commit_messages,
+            max_bytes=settings.commit_bytes,
+            queue_items=settings.queue_messages,
+            queue_bytes=settings.queue_bytes,
+            workers=1,
+            dead=dead,
+        )
+        for number in range(settings.commits_in_flight)
+    ]
+    endings = EndingLanes(lanes)
+
+    def committed(envelopes: Sequence[Envelope]) -> None:
+        router.committed(envelopes)
+        for envelope in envelopes:
+            if not envelope.awaiting:
+                with contextlib.suppress(BatcherClosed):
+                    endings.discard(
+                        envelope.doc_id, "delivered", deadline=asyncio.get_running_loop().time() + timeout
+                    )
+
+    commits = Commits(
+        mongo, messages, fates, audiences, ledger, metrics, timeout=timeout, committed=committed
+    )
+    sends = Batcher[Submission](
+        "send",
+        commits.commit,
+        commits.abandon,
+        metrics=metrics,
+        max_items=settings.commit_messages,
+        max_bytes=settings.commit_bytes,
+        queue_items=settings.queue_messages,
+        queue_bytes=settings.queue_bytes,
+        workers=settings.commits_in_flight,
+        dead=dead,
+    )
+    context = Context(
+        clock=clock,
+        limits=_limits(settings, ttl_seconds),
+        hub=hub,
+        audiences=audiences,
+        accounts=accounts,
+        conversations=conversations,
+        messages=messages,
+        fates=fates,
+        sends=sends,
+        endings=endings,
+        ledger=ledger,
+        metrics=metrics,
+        health=health,
+        provision=settings.auto_provision,
+    )
+    jobs = Supervisor(
+        [
+            Job(
+                "heartbeat",
+                Heartbeat(hub, settings.heartbeat_seconds).run,
+                min(1.0, settings.heartbeat_seconds / 4),
+            ),
+            Job("expiry", Expiry(messages, endings, clock.now).run, settings.expiry_seconds, 0.1),
+            Job(
+                "sweep",
+                Sweep(hub, messages, endings, conversations, metrics, clock.now).run,
+                settings.sweep_seconds,
+                0.2,
+            ),
+            Job("last seen", LastSeen(hub, accounts).run, _LAST_SEEN_SECONDS, 0.2),
+            Job("time to live", TimeToLive(mongo, messages).run, _TTL_SECONDS, 0.1),
+            Job("health", HealthCheck(mongo, health).run, _HEALTH_SECONDS),
+        ]
+    )
+    admission = Admission(context, verifier)
+    gateway = Gateway(
+        context,
+        admission,
+        GatewaySettings(settings.max_connections, settings.auth_seconds, settings.outbox_bytes),
+    )
+    app = application(context, admission, gateway, ROUTES, max_body=settings.max_frame_bytes)
+    runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
+    await runner.setup()
+    stack.push_async_callback(
+        _drain, context, commits, gateway, jobs, runner, settings.drain_seconds, accounts
+    )
+    jobs.start()
+    url = await _listen(runner, settings)
+    # What is alive now stays: the collector need not look at it again.
+    gc.collect()
+    gc.freeze()
+    relay = Relay(settings, context, url, embedded, stopping)
+    faults.append(relay)
+    return relay
+
+
+async def _drain(
+    context: Context,
+    commits: Commits,
+    gateway: Gateway,
+    jobs: Supervisor,
+    runner: web.AppRunner,
+    seconds: float,
+    accounts: Accounts,
+) -> None:
+    """Commits what is queued, tells its senders, closes every connection; within about ``seconds``."""
+    context.health.draining = True
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + seconds
+    await context.sends.close(seconds / 2)
+    await commits.close()
+    await context.endings.close(max(0.1, (deadline - loop.time()) / 2))
+    for connection in context.hub:
+        connection.shut(errors.RESTARTING)
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(context.hub.empty(), max(0.1, deadline - loop.time()))
+    await jobs.stop()
+    await gateway.close()
+    await runner.cleanup()
+    left, context.hub.left = context.hub.left, set()
+    with contextlib.suppress(Exception):
+        await asyncio.wait_for(accounts.seen(left), 1)
+
+
+async def _listen(runner: web.AppRunner, settings: Settings) -> str:
+    site = web.TCPSite(runner, settings.host, settings.port, backlog=4096)
+    try:
+        await site.start()
+    except OSError as error:
+        raise StartError(
+            f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}; "
+            "is another relay running? RELAY_PORT chooses another port"
+        ) from None
+    port = runner.addresses[0][1]
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"http://{host}:{port}"
+
+
+async def _database(settings: Settings, stack: contextlib.AsyncExitStack) -> tuple[EmbeddedMongo | None, str]:
+    if settings.mongo_uri is not None:
+        return None, settings.mongo_uri.get_secret_value()
+    _make_data_dir(settings.data_dir)
+    embedded = EmbeddedMongo(settings.data_dir / "mongo", cache_gb=settings.embedded_cache_gb)
+    try:
+        uri = await embedded.start()
+    except EmbeddedError as error:
+        raise StartError(str(error)) from None
+    stack.push_async_callback(embedded.stop)
+    return embedded, uri
+
+
+def _make_data_dir(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StartError(f"RELAY_DATA_DIR: {path} cannot be made: {error.strerror}") from None
+
+
+def _verifier(settings: Settings) -> Verifier:
+    secret = settings.jwt_secret.get_secret_value() if settings.jwt_secret is not None else None
+    try:
+        keys = load_keys(
+            secret=secret,
+            secret_file=settings.jwt_secret_file,
+            public_key_file=settings.jwt_public_key_file,
+            jwks_file=settings.jwt_jwks_file,
+        )
+        if not keys:
+            _make_data_dir(settings.data_dir)
+            made = generate_secret(settings.data_dir / SECRET_FILE)
+            keys = load_keys(secret=made, secret_file=None, public_key_file=None, jwks_file=None)
+        return Verifier(keys, audience=settings.jwt_audience)
+    except KeyConfigurationError as error:
+        raise StartError(str(error)) from None
+
+
+def _limits(settings: Settings, ttl_seconds: int) -> Limits:
+    return Limits(
+        frame=settings.max_frame_bytes,
+        body=settings.max_body_bytes,
+        operations=MAX_OPERATIONS,
+        recipients=settings.inline_recipients,
+        window=settings.window,
+        window_bytes=settings.window_bytes,
+        heartbeat_ms=int(settings.heartbeat_seconds * 1000),
+        ttl_seconds=ttl_seconds,
+        send_deadline=settings.send_deadline_seconds,
+    )

@@ -1,0 +1,59 @@
+"""The device SDK: durable history and outbox in SQLite over the relay's WebSocket. See docs/client.md."""
+
+from relay.client.connection import Tuning
+from relay.client.device import Device
+from relay.client.errors import (
+    ClientTooOld,
+    DeviceError,
+    InvalidMessage,
+    OutboxFull,
+    Replaced,
+    RequestFailed,
+    StorageError,
+    TokenRefused,
+    WrongDatabase,
+)
+from relay.client.storage import Storage
+from relay.client.values import (
+    Connected,
+    Disconnected,
+    Draft,
+    Drained,
+    Event,
+    Failed,
+    Gap,
+    Live,
+    Message,
+    NewConversation,
+    Receipt,
+    Stopped,
+    Stored,
+)
+
+__all__ = [
+    "ClientTooOld",
+    "Connected",
+    "Device",
+    "DeviceError",
+    "Disconnected",
+    "Draft",
+    "Drained",
+    "Event",
+    "Failed",
+    "Gap",
+    "InvalidMessage",
+    "Live",
+    "Message",
+    "NewConversation",
+    "OutboxFull",
+    "Receipt",
+    "Replaced",
+    "RequestFailed",
+    "Stopped",
+    "Storage",
+    "StorageError",
+    "Stored",
+    "TokenRefused",
+    "Tuning",
+    "WrongDatabase",
+]

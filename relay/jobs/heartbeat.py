@@ -1,0 +1,34 @@
+"""Which connections still live: silent ones are pinged, dead ones and those with expired tokens closed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from relay.routing.hub import Hub
+from relay.wire import errors
+
+
+class Heartbeat:
+    """Looks at every connection once a second or so. Pinged after one heartbeat of silence, closed after two."""
+
+    def __init__(self, hub: Hub, seconds: float) -> None:
+        self._hub = hub
+        self._seconds = seconds
+
+    async def run(self) -> None:
+        """One look."""
+        now = asyncio.get_running_loop().time()
+        wall = time.time()
+        for connection in self._hub:
+            if connection.expires <= wall:
+                connection.shut(errors.UNAUTHORIZED)
+                continue
+            if now - connection.heard < self._seconds:
+                continue
+            connection.listen(now)
+            silent = now - connection.heard
+            if silent >= 2 * self._seconds:
+                connection.shut(errors.TIMED_OUT)
+            elif silent >= self._seconds and not connection.pinged:
+                await connection.ping()

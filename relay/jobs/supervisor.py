@@ -1,0 +1,53 @@
+"""Named background jobs: started together, run at an interval, kept alive, ended together."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import structlog
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Something done every ``seconds``. ``jitter`` is the part of the interval that varies, so that nodes do not act in
+    step."""
+
+    name: str
+    run: Callable[[], Awaitable[None]]
+    seconds: float
+    jitter: float = 0.0
+
+
+class Supervisor:
+    """Owns the jobs' tasks. A run that fails is logged and the job goes on at its next interval."""
+
+    def __init__(self, jobs: list[Job]) -> None:
+        self._jobs = jobs
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Starts every job; the first run comes after one interval."""
+        self._tasks = [asyncio.create_task(_repeat(job), name=f"job {job.name}") for job in self._jobs]
+
+    async def stop(self) -> None:
+        """Ends every job."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+
+
+async def _repeat(job: Job) -> None:
+    while True:
+        await asyncio.sleep(job.seconds * (1 + random.uniform(-job.jitter, job.jitter)))
+        try:
+            await job.run()
+        except Exception as error:  # noqa: BLE001 - one bad round must not end the job
+            log.warning(
+                "job failed; it runs again", job=job.name, error=f"{type(error).__name__}: {str(error)[:120]}"
+            )

@@ -1,0 +1,115 @@
+"""Heals what was left over: acknowledged messages that were not deleted, deliveries that were not pushed, creations and
+time-to-live settings that another process changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import monotonic
+from typing import Final
+
+import structlog
+
+from relay.metrics import Metrics
+from relay.routing.hub import Hub
+from relay.store.accounts import Accounts
+from relay.store.conversations import Conversations
+from relay.store.lanes import EndingLanes
+from relay.store.messages import Messages
+from relay.store.mongo import Mongo
+from relay.wire.ids import any_device_key, user_of
+
+_PAGE: Final = 1000
+_KEYS: Final = 500
+_GRACE_MS: Final = 5000
+_GIVE_UP_SECONDS: Final = 30.0
+
+log = structlog.get_logger(__name__)
+
+
+class Sweep:
+    """Leftovers of crashes and of lost hints. Every round is bounded; the next one goes on."""
+
+    def __init__(
+        self,
+        hub: Hub,
+        messages: Messages,
+        endings: EndingLanes,
+        conversations: Conversations,
+        metrics: Metrics,
+        now: Callable[[], int],
+    ) -> None:
+        self._hub = hub
+        self._messages = messages
+        self._endings = endings
+        self._conversations = conversations
+        self._metrics = metrics
+        self._now = now
+
+    async def run(self) -> None:
+        """One round."""
+        await self.remove_leftovers()
+        await self.find_missed()
+        await self._conversations.repair()
+
+    async def remove_leftovers(self) -> None:
+        """Deletes messages that nobody awaits: a node died between its update and its deletion."""
+        while left := await self._messages.leftovers(_PAGE):
+            if not await self._endings.remove(left, "delivered", deadline=monotonic() + _GIVE_UP_SECONDS):
+                return
+            self._metrics.healed.inc(len(left))
+            log.info("leftovers removed", messages=len(left))
+
+    async def find_missed(self) -> None:
+        """Marks connections behind when something waits for them that is not in flight. One bounded query for many
+        devices: those with nothing in flight. A busy connection looks for itself when it next falls behind."""
+        keys: list[str] = []
+        for connection in self._hub:
+            if connection.delivery.behind:
+                continue
+            if connection.delivery.in_flight:
+                # Its own query skips what is in flight; a shared one would return mostly that.
+                connection.delivery.fall_behind()
+            else:
+                keys += [connection.key, any_device_key(connection.user)]
+        before = self._now() - _GRACE_MS
+        for start in range(0, len(keys), _KEYS):
+            found = await self._messages.keys_with_waiting(keys[start : start + _KEYS], before, _PAGE)
+            for key, doc_ids in found.items():
+                one = self._hub.get(key)
+                for missed in self._hub.of_user(user_of(key)) if one is None else [one]:
+                    if not doc_ids <= missed.delivery.in_flight.keys():
+                        self._metrics.missed.inc(len(doc_ids))
+                        missed.delivery.fall_behind()
+
+
+class LastSeen:
+    """Keeps ``lastSeen`` of devices: of those that left at every round, of those still here once in ``hours``."""
+
+    def __init__(self, hub: Hub, accounts: Accounts, *, hours: float = 1.0) -> None:
+        self._hub = hub
+        self._accounts = accounts
+        self._seconds = hours * 3600
+        self._next = monotonic() + self._seconds
+
+    async def run(self) -> None:
+        """One round."""
+        left, self._hub.left = self._hub.left, set()
+        if monotonic() >= self._next:
+            self._next = monotonic() + self._seconds
+            left.update(connection.key for connection in self._hub)
+        if left:
+            await self._accounts.seen(left)
+
+
+class TimeToLive:
+    """Follows the time to live that the index says, which an operator may change at run time."""
+
+    def __init__(self, mongo: Mongo, messages: Messages) -> None:
+        self._mongo = mongo
+        self._messages = messages
+
+    async def run(self) -> None:
+        """One look."""
+        seconds = await self._mongo.message_ttl()
+        if seconds is not None:
+            self._messages.ttl_ms = seconds * 1000

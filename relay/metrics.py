@@ -1,0 +1,68 @@
+"""What the relay counts, for ``/metrics``. One object per node; nothing here is global, so tests can run several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import generate_latest
+
+_LATENCY: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+_SIZES: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+
+
+class Metrics:
+    """All metrics of one node, named as Prometheus names them (base units, ``_total`` for counters)."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        r = self.registry
+        self.connections = Gauge("relay_connections", "Authenticated WebSockets open now.", registry=r)
+        self.behind = Gauge("relay_connections_behind", "Connections that drain a backlog now.", registry=r)
+        self.closed = Counter("relay_closes_total", "WebSockets closed, by close code.", ["code"], registry=r)
+        self.operations = Counter("relay_operations_total", "Operations taken, by name.", ["op"], registry=r)
+        self.errors = Counter("relay_errors_total", "Errors told to clients, by code.", ["code"], registry=r)
+        self.batch = Histogram(
+            "relay_commit_batch_size", "Items of one group commit.", ["queue"], buckets=_SIZES, registry=r
+        )
+        self.commit = Histogram(
+            "relay_commit_seconds", "Duration of one group commit.", ["queue"], buckets=_LATENCY, registry=r
+        )
+        self.delivery = Histogram(
+            "relay_delivery_seconds",
+            "From accepting a message to its acknowledgement by a device, live and drained.",
+            buckets=(*_LATENCY, 60, 3600, 86400),
+            registry=r,
+        )
+        self.retries = Counter(
+            "relay_commit_retries_total",
+            "Group commits tried again after an unknown outcome.",
+            ["queue"],
+            registry=r,
+        )
+        self.drains = Counter(
+            "relay_drain_pages_total", "Pages read from the store for backlogs.", registry=r
+        )
+        self.poison = Counter(
+            "relay_unreadable_documents_total", "Stored documents that could not be read.", registry=r
+        )
+        self.missed = Counter(
+            "relay_missed_deliveries_total", "Deliveries found by the sweep, not pushed.", registry=r
+        )
+        self.healed = Counter(
+            "relay_leftovers_removed_total", "Acknowledged leftovers the sweep removed.", registry=r
+        )
+        self._queue = Gauge("relay_queue_items", "Items waiting for a group commit.", ["queue"], registry=r)
+        self._queue_bytes = Gauge(
+            "relay_queue_bytes", "Bytes waiting for a group commit.", ["queue"], registry=r
+        )
+
+    def watch_queue(self, name: str, items: Callable[[], int], size: Callable[[], int]) -> None:
+        """Reads a queue's depth at every scrape."""
+        self._queue.labels(name).set_function(items)
+        self._queue_bytes.labels(name).set_function(size)
+
+    def render(self) -> bytes:
+        """The text exposition format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,263 @@
+"""Delivery to one connection: the credit window, and live or behind.
+
+A delivered message is *in flight* until its acknowledgement is durable; a connection has credit for so many messages and
+bytes in flight. While there is credit live messages are pushed. When there is none, while a backlog drains, or when the
+outbox is full, the connection is *behind*: live messages are not queued in memory, they only mark it dirty, and the drain
+reads them from the store. The drain always reads from the start, skipping what is in flight, never by a cursor: another
+node may commit a lower ``seq`` later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Final, Protocol
+
+import structlog
+
+from relay.routing.outbox import Outbox
+from relay.store.acks import Sole
+from relay.store.messages import Page
+from relay.store.mongo import PyMongoError
+from relay.wire import replies
+from relay.wire.envelope import Envelope
+
+_FEW_SECONDS: Final = 0.05
+_RETRY_SECONDS: Final = 0.5
+
+log = structlog.get_logger(__name__)
+
+
+class Backlog(Protocol):
+    """Where waiting messages are read from."""
+
+    async def waiting(
+        self, keys: Sequence[str], now: int, *, limit: int, max_bytes: int, exclude: Collection[str]
+    ) -> Page:
+        """The first messages that wait for these keys, without the ids in ``exclude``."""
+
+    async def last_waiting(self, keys: Sequence[str]) -> int | None:
+        """The highest ``seq`` that waits for these keys."""
+
+
+class InFlight:
+    """One delivered message that is not durably acknowledged. ``sole`` when only this device awaited it."""
+
+    __slots__ = ("at", "size", "sole")
+
+    def __init__(self, size: int, sole: Sole | None, at: int) -> None:
+        self.size = size
+        self.sole = sole
+        self.at = at
+
+
+class Delivery:
+    """The deliveries of one connection. ``start`` begins with the backlog; ``drained`` is told once."""
+
+    def __init__(
+        self,
+        user: str,
+        key: str,
+        outbox: Outbox,
+        backlog: Backlog,
+        *,
+        window: int,
+        window_bytes: int,
+        now: Callable[[], int],
+        behind: Callable[[int], None],
+        drained: Callable[[], None],
+    ) -> None:
+        self.in_flight: dict[str, InFlight] = {}
+        self.behind = True
+        self._user = user
+        self._key = key
+        self._keys = (key, f"{user}/*")
+        self._outbox = outbox
+        self._backlog = backlog
+        self._window = window
+        self._window_bytes = window_bytes
+        self._bytes = 0
+        self._now = now
+        self._count_behind = behind
+        self._drained = drained
+        self._dirty = True
+        self._credit: asyncio.Future[None] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._closed = False
+        # What waited at connect, for the honest `drained`: everything up to the mark.
+        self._mark: int | None = None
+        self._told = False
+        self._read_to_mark = False
+        self._initial: set[str] = set()
+        self._initial_count = 0
+
+    def start(self) -> None:
+        """Begins to deliver what waits. Call after the connection is registered: subscribe first, then drain."""
+        self._count_behind(1)
+        self._task = asyncio.create_task(self._drain(first=True), name=f"drain {self._key}")
+
+    def push(self, envelope: Envelope) -> None:
+        """Delivers a live message, or notes that there is one to read from the store."""
+        if self.behind:
+            self._dirty = True
+        elif envelope.doc_id not in self.in_flight:
+            if self._has_credit(envelope.size) and not self._outbox.full:
+                self._deliver(envelope)
+            else:
+                self.fall_behind()
+
+    def fall_behind(self) -> None:
+        """Something waits that was not pushed: the drain fetches it."""
+        self._dirty = True
+        if self.behind or self._closed:
+            return
+        self.behind = True
+        self._count_behind(1)
+        self._task = asyncio.create_task(self._drain(first=False), name=f"drain {self._key}")
+
+    def release(self, doc_id: str) -> None:
+        """The message needs no credit any more: acknowledged durably, by whatever path, or gone."""
+        found = self.in_flight.pop(doc_id, None)
+        if found is None:
+            return
+        self._bytes -= found.size
+        if not self._told:
+            self._initial.discard(doc_id)
+            self._tell_drained()
+        self.has_room()
+
+    def redeliver(self, doc_ids: Iterable[str]) -> None:
+        """The acknowledgement of these did not become durable: they are delivered again on this connection."""
+        for doc_id in doc_ids:
+            found = self.in_flight.pop(doc_id, None)
+            if found is not None:
+                self._bytes -= found.size
+                self._initial.discard(doc_id)
+        self._read_to_mark = False
+        self.fall_behind()
+        self.has_room()
+
+    def has_room(self) -> None:
+        """Wakes a drain that waits for credit or for the outbox."""
+        credit, self._credit = self._credit, None
+        if credit is not None and not credit.done():
+            credit.set_result(None)
+
+    async def close(self) -> None:
+        """Ends the drain and forgets what is in flight; it waits in the store."""
+        self._closed = True
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        if self.behind:
+            self.behind = False
+            self._count_behind(-1)
+        self.in_flight.clear()
+        self._bytes = 0
+
+    def _has_credit(self, size: int) -> bool:
+        if not self.in_flight:
+            return True
+        return len(self.in_flight) < self._window and self._bytes + size <= self._window_bytes
+
+    def _deliver(self, envelope: Envelope) -> None:
+        awaiting = envelope.awaiting
+        sole = None
+        if len(awaiting) == 1:
+            sole = Sole(envelope.seq, envelope.user, envelope.device, envelope.at)
+        self.in_flight[envelope.doc_id] = InFlight(envelope.size, sole, envelope.at)
+        self._bytes += envelope.size
+        self._outbox.put(envelope.frame_for(self._key))
+
+    async def _drain(self, *, first: bool) -> None:
+        try:
+            if first:
+                await self._set_mark()
+            while True:
+                await self._wait_for_room()
+                if await self._drain_page():
+                    # No await since the query was found clean and exhausted: nothing can slip between.
+                    self.behind = False
+                    self._count_behind(-1)
+                    return
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            log.exception("drain failed", device=self._key)
+            raise
+
+    async def _set_mark(self) -> None:
+        while True:
+            try:
+                self._mark = await self._backlog.last_waiting(self._keys)
+            except PyMongoError:
+                await asyncio.sleep(_RETRY_SECONDS)
+                continue
+            break
+        if self._mark is None:
+            self._read_to_mark = True
+            self._tell_drained()
+
+    async def _wait_for_room(self) -> None:
+        """Waits for a fair part of the window, so that pages are worth a query; a little credit is used soon too."""
+        while self._outbox.full or not self._has_credit(1):
+            await self._woken()
+        soon = asyncio.get_running_loop().time() + _FEW_SECONDS
+        while self.in_flight and self._free() < self._window // 4:
+            if not await self._woken(until=soon):
+                return
+
+    async def _woken(self, until: float | None = None) -> bool:
+        """Waits for `has_room`, or until a time of the loop's clock. False when that has passed."""
+        loop = asyncio.get_running_loop()
+        self._credit = loop.create_future()
+        timer = None if until is None else loop.call_at(until, self.has_room)
+        try:
+            await self._credit
+        finally:
+            if timer is not None:
+                timer.cancel()
+        return until is None or loop.time() < until
+
+    def _free(self) -> int:
+        return self._window - len(self.in_flight)
+
+    async def _drain_page(self) -> bool:
+        """Delivers one page. True when the connection is live now."""
+        self._dirty = False
+        limit = max(1, self._free())
+        try:
+            page = await self._backlog.waiting(
+                self._keys,
+                self._now(),
+                limit=limit,
+                max_bytes=max(1, self._window_bytes - self._bytes),
+                exclude=list(self.in_flight),
+            )
+        except PyMongoError as error:
+            log.warning("backlog cannot be read", device=self._key, error=type(error).__name__)
+            await asyncio.sleep(_RETRY_SECONDS)
+            return False
+        for envelope in page.envelopes:
+            if envelope.doc_id in self.in_flight:
+                continue
+            if not self._has_credit(envelope.size):
+                return False
+            self._deliver(envelope)
+            if not self._told and self._mark is not None and envelope.seq <= self._mark:
+                self._initial.add(envelope.doc_id)
+                self._initial_count += 1
+        if not self._told:
+            past = bool(page.envelopes) and self._mark is not None and page.envelopes[-1].seq > self._mark
+            if page.exhausted or past:
+                self._read_to_mark = True
+            self._tell_drained()
+        return page.exhausted and not self._dirty
+
+    def _tell_drained(self) -> None:
+        if self._told or not self._read_to_mark or self._initial:
+            return
+        self._told = True
+        self._outbox.put(replies.drained(self._initial_count))
+        self._drained()

@@ -1,0 +1,102 @@
+"""The connections of this node: the hub alone knows which device is connected where."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Protocol
+
+from relay.routing.delivery import Delivery
+from relay.routing.outbox import Outbox
+from relay.wire.errors import Close
+
+
+class Connected(Protocol):
+    """What the hub, the router and the jobs need of a connection. Times are of the event loop's clock, but ``expires``,
+    which is in seconds since the epoch."""
+
+    heard: float
+    pinged: bool
+    expires: int
+
+    @property
+    def user(self) -> str:
+        """The authenticated user."""
+
+    @property
+    def device(self) -> str:
+        """The authenticated device."""
+
+    @property
+    def key(self) -> str:
+        """The device key."""
+
+    @property
+    def delivery(self) -> Delivery:
+        """Its deliveries."""
+
+    @property
+    def outbox(self) -> Outbox:
+        """Its way out."""
+
+    def shut(self, close: Close) -> None:
+        """Closes it, without waiting."""
+
+    def listen(self, now: float) -> None:
+        """Updates ``heard`` from bytes that are not a frame yet."""
+
+    async def ping(self) -> None:
+        """Sends a protocol ping."""
+
+
+class Hub:
+    """At most one connection for each device; a second one takes over from the first."""
+
+    def __init__(self) -> None:
+        self._connections: dict[str, Connected] = {}
+        self._of_user: dict[str, dict[str, Connected]] = {}
+        self._empty: asyncio.Event | None = None
+        self.left: set[str] = set()
+        """Device keys that disconnected since somebody last took them, for `last seen`."""
+
+    def __len__(self) -> int:
+        return len(self._connections)
+
+    def __iter__(self) -> Iterator[Connected]:
+        return iter(list(self._connections.values()))
+
+    def add(self, connection: Connected) -> Connected | None:
+        """Registers a connection and returns the one it replaces."""
+        before = self._connections.get(connection.key)
+        self._connections[connection.key] = connection
+        self._of_user.setdefault(connection.user, {})[connection.key] = connection
+        return before
+
+    def remove(self, connection: Connected) -> None:
+        """Forgets a connection, unless another one has taken its place."""
+        if self._connections.get(connection.key) is not connection:
+            return
+        del self._connections[connection.key]
+        self.left.add(connection.key)
+        own = self._of_user.get(connection.user)
+        if own is not None:
+            own.pop(connection.key, None)
+            if not own:
+                del self._of_user[connection.user]
+        if self._empty is not None and not self._connections:
+            self._empty.set()
+
+    async def empty(self) -> None:
+        """Waits until the last connection has gone."""
+        if self._connections:
+            self._empty = asyncio.Event()
+            await self._empty.wait()
+
+    def get(self, key: str) -> Connected | None:
+        """The connection of a device."""
+        return self._connections.get(key)
+
+    def of_user(self, user: str) -> list[Connected]:
+        """All connections of a user's devices."""
+        own = self._of_user.get(user)
+        return list(own.values()) if own else []

@@ -1,0 +1,66 @@
+"""Hands out what was committed: messages to the devices that await them, receipts to senders, credit to connections.
+
+Runs once for each committed group, without waiting: everything it puts into one outbox leaves as one frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from relay.metrics import Metrics
+from relay.routing.hub import Hub
+from relay.store.acks import Settlement
+from relay.wire import replies
+from relay.wire.envelope import Envelope
+from relay.wire.ids import split_document_id
+
+
+class Router:
+    """The way from the store to the connections of this node."""
+
+    def __init__(self, hub: Hub, metrics: Metrics) -> None:
+        self._hub = hub
+        self._latency = metrics.delivery
+
+    def committed(self, envelopes: Sequence[Envelope]) -> None:
+        """Delivers fresh messages to connected devices; the others find them when they connect."""
+        get = self._hub.get
+        for envelope in envelopes:
+            for key in envelope.awaiting:
+                connection = get(key)
+                if connection is not None:
+                    connection.delivery.push(envelope)
+                elif key.endswith("/*"):
+                    for own in self._hub.of_user(key[:-2]):
+                        own.delivery.push(envelope)
+
+    def settled(self, settlement: Settlement) -> None:
+        """Gives credit back and tells senders that their messages arrived."""
+        get = self._hub.get
+        for doc_id, key in settlement.released:
+            connection = get(key)
+            if connection is not None:
+                connection.delivery.release(doc_id)
+            elif key.endswith("/*"):
+                for own in self._hub.of_user(key[:-2]):
+                    own.delivery.release(doc_id)
+        receipts: dict[tuple[str, str, str, str, int], list[str]] = {}
+        observe = self._latency.observe
+        for item in settlement.acknowledged:
+            observe(max(0, item.at - item.accepted_at) / 1000)
+            conversation, message = split_document_id(item.doc_id)
+            group = (item.user, conversation, item.by_user, item.by_device, item.at)
+            known = receipts.get(group)
+            if known is None:
+                receipts[group] = [message]
+            else:
+                known.append(message)
+        for (user, conversation, by_user, by_device, at), messages in receipts.items():
+            frame = None
+            for own in self._hub.of_user(user):
+                # Receipts are a convenience (`status` tells the same): a slow socket goes without.
+                if (by_user == user and own.device == by_device) or own.outbox.full:
+                    continue
+                if frame is None:
+                    frame = replies.receipt(conversation, messages, by_user, by_device, at)
+                own.outbox.put(frame)

@@ -1,0 +1,1 @@
+"""The doors: WebSocket and HTTP, tokens, the life of a connection."""

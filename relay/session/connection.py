@@ -1,0 +1,198 @@
+"""The life of one authenticated WebSocket."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+from aiohttp import WSMsgType, web
+
+from handlers.context import Context
+from relay.routing.delivery import Delivery
+from relay.routing.outbox import Outbox
+from relay.session.admission import Admission
+from relay.session.dispatch import dispatch
+from relay.session.tokens import Identity
+from relay.wire import errors
+from relay.wire.codec import decode
+from relay.wire.errors import Close, FrameError, RelayError
+from relay.wire.ids import device_key
+
+_CLOSE_SECONDS: Final = 3.0
+_LAST_DATA_RECEIVED: Final = 52  # offset of tcpi_last_data_recv in struct tcp_info (linux/tcp.h)
+
+log = structlog.get_logger(__name__)
+
+
+class Connection:
+    """One device's socket: a reader (``run``), a writer (the outbox), deliveries. Closed once, for one reason."""
+
+    __slots__ = (
+        "_admission",
+        "_close",
+        "_closing",
+        "_ctx",
+        "_transport",
+        "_writer",
+        "_ws",
+        "delivery",
+        "device",
+        "expires",
+        "heard",
+        "key",
+        "last_seq",
+        "outbox",
+        "pinged",
+        "user",
+    )
+
+    def __init__(
+        self,
+        ctx: Context,
+        admission: Admission,
+        ws: web.WebSocketResponse,
+        transport: asyncio.Transport | None,
+        identity: Identity,
+        *,
+        outbox_bytes: int,
+        drained: Callable[[], None],
+    ) -> None:
+        self._ctx = ctx
+        self._admission = admission
+        self._ws = ws
+        self._transport = transport
+        self.user = identity.user
+        self.device = identity.device
+        self.key = device_key(identity.user, identity.device)
+        self.expires = identity.expires
+        self.last_seq = 0
+        self.heard = asyncio.get_running_loop().time()
+        self.pinged = False
+        self._close: Close | None = None
+        self._closing: asyncio.TimerHandle | None = None
+        self._writer: asyncio.Task[None] | None = None
+        limits = ctx.limits
+        self.outbox = Outbox(max_bytes=outbox_bytes, max_frame=limits.frame, on_room=self._on_room)
+        self.delivery = Delivery(
+            self.user,
+            self.key,
+            self.outbox,
+            ctx.messages,
+            window=limits.window,
+            window_bytes=limits.window_bytes,
+            now=ctx.clock.now,
+            behind=ctx.metrics.behind.inc,
+            drained=drained,
+        )
+
+    async def run(self) -> None:
+        """Serves the socket until it is closed."""
+        self._writer = asyncio.create_task(self._write(), name=f"writer {self.key}")
+        self.delivery.start()
+        try:
+            await self._read()
+        finally:
+            self._ctx.hub.remove(self)
+            self.shut(errors.NORMAL)
+            await self.delivery.close()
+            await asyncio.gather(self._writer, return_exceptions=True)
+            self._ctx.metrics.closed.labels(str(self._ws.close_code or 1006)).inc()
+
+    def shut(self, close: Close) -> None:
+        """Closes the connection after what is queued has left; a socket that does not take it is cut off."""
+        if self._close is not None:
+            return
+        self._close = close
+        self.outbox.close()
+        self._closing = asyncio.get_running_loop().call_later(_CLOSE_SECONDS, self._abort)
+
+    @property
+    def open(self) -> bool:
+        """Whether the connection is not being closed."""
+        return self._close is None
+
+    def renew(self, token: str) -> int:
+        """Takes a new token of the same user and device; returns its expiry (s). Raises RelayError."""
+        identity = self._admission.verify(token)
+        if (identity.user, identity.device) != (self.user, self.device):
+            raise RelayError("unauthorized", "the token is another user's or device's")
+        self.expires = identity.expires
+        return identity.expires
+
+    def listen(self, now: float) -> None:
+        """Counts the bytes of an unfinished frame as life: a long frame on a slow line is no silence."""
+        raw = None if self._transport is None else self._transport.get_extra_info("socket")
+        if raw is None:
+            return
+        try:
+            info = raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_DATA_RECEIVED + 4)
+        except OSError:
+            return
+        if len(info) >= _LAST_DATA_RECEIVED + 4:
+            (milliseconds,) = struct.unpack_from("I", info, _LAST_DATA_RECEIVED)
+            self.heard = max(self.heard, now - milliseconds / 1000)
+
+    async def ping(self) -> None:
+        """Sends a protocol ping, unless the socket is slow: then its silence is judged as it is."""
+        self.pinged = True
+        if self._transport is None or self._transport.is_closing() or self._transport.get_write_buffer_size():
+            return
+        try:
+            await self._ws.ping()
+        except (ConnectionError, RuntimeError):
+            return
+
+    async def _read(self) -> None:
+        ws, ctx = self._ws, self._ctx
+        loop = asyncio.get_running_loop()
+        while self.open:
+            message = await ws.receive()
+            self.heard = loop.time()
+            self.pinged = False
+            kind = message.type
+            if kind is WSMsgType.TEXT:
+                try:
+                    operations = decode(message.data)
+                except FrameError as error:
+                    self.shut(error.close)
+                    return
+                await dispatch(ctx, self, operations)
+                # What is not read stays in the socket: the sender feels it, not the relay's memory.
+                if ctx.sends.full:
+                    await ctx.sends.room()
+                if ctx.endings.full:
+                    await ctx.endings.room()
+                if self.outbox.full:
+                    await self.outbox.room()
+            elif kind is WSMsgType.PING:
+                await ws.pong(message.data)
+            elif kind is WSMsgType.BINARY:
+                self.shut(errors.BINARY)
+                return
+            elif kind is not WSMsgType.PONG:
+                return
+
+    async def _write(self) -> None:
+        try:
+            await self.outbox.run(self._ws.send_str)
+            close = self._close or errors.NORMAL
+            await self._ws.close(code=close.code, message=close.reason.encode())
+        except (ConnectionError, RuntimeError):
+            self.outbox.discard()
+            self._abort()
+        finally:
+            if self._closing is not None:
+                self._closing.cancel()
+
+    def _abort(self) -> None:
+        self.outbox.discard()
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _on_room(self) -> None:
+        if self.delivery.behind:
+            self.delivery.has_room()

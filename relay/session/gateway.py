@@ -1,0 +1,175 @@
+"""The door for WebSockets: upgrade, authentication, welcome."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, Final
+
+import structlog
+from aiohttp import WSMsgType, web
+
+from handlers.context import Context
+from relay.session.admission import Admission, bearer
+from relay.session.connection import Connection
+from relay.session.tokens import Identity
+from relay.store.accounts import Arrival
+from relay.store.mongo import PyMongoError
+from relay.wire import errors, replies
+from relay.wire.codec import Refused, decode
+from relay.wire.errors import Close, FrameError, RelayError
+from relay.wire.frames import FEATURES, Auth
+
+SUBPROTOCOL: Final = "relay.v1"
+_CLOSE_SECONDS: Final = 2.0
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySettings:
+    """What the door needs to know. Sizes in bytes."""
+
+    max_connections: int
+    auth_seconds: float
+    outbox_bytes: int
+
+
+class Gateway:
+    """Turns upgrade requests into connections. ``entering`` counts those that are not authenticated yet, too."""
+
+    def __init__(self, ctx: Context, admission: Admission, settings: GatewaySettings) -> None:
+        self._ctx = ctx
+        self._admission = admission
+        self._settings = settings
+        self._entering = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Serves one WebSocket from its upgrade to its end."""
+        if self._ctx.health.draining:
+            raise web.HTTPServiceUnavailable(headers={"Retry-After": "5"}, text="the relay is stopping")
+        limit = self._ctx.limits.frame
+        # A message equal to max_msg_size is refused, hence + 1. Pings are answered by the connection, which counts them
+        # as life; compression would cost memory for every connection.
+        ws = web.WebSocketResponse(
+            protocols=(SUBPROTOCOL,),
+            max_msg_size=limit + 1,
+            autoping=False,
+            compress=False,
+            timeout=_CLOSE_SECONDS,
+        )
+        await ws.prepare(request)
+        self._entering += 1
+        try:
+            if len(self._ctx.hub) + self._entering > self._settings.max_connections:
+                await self._refuse(ws, errors.TOO_MANY)
+                return ws
+            connection = await self._enter(request, ws)
+        finally:
+            self._entering -= 1
+        if connection is not None:
+            with self._ctx.metrics.connections.track_inprogress():
+                await connection.run()
+        return ws
+
+    async def close(self) -> None:
+        """Ends what is still being noted."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _enter(self, request: web.Request, ws: web.WebSocketResponse) -> Connection | None:
+        try:
+            token = bearer(request.headers.get("Authorization"))
+            identity = self._admission.verify(token) if token is not None else await self._first_frame(ws)
+            if identity is None:
+                return None
+            arrival = await self._admission.arrive(identity)
+        except RelayError:
+            await self._refuse(ws, errors.UNAUTHORIZED)
+            return None
+        except FrameError as error:
+            await self._refuse(ws, error.close)
+            return None
+        except PyMongoError as error:
+            log.warning("store did not answer a connecting device", error=type(error).__name__)
+            await self._refuse(ws, errors.RESTARTING)
+            return None
+        if self._ctx.health.draining:
+            await self._refuse(ws, errors.RESTARTING)
+            return None
+        return self._welcome(request, ws, identity, arrival)
+
+    async def _first_frame(self, ws: web.WebSocketResponse) -> Identity | None:
+        """The identity of an ``auth`` frame. None when the client has gone. Raises RelayError and FrameError."""
+        try:
+            async with asyncio.timeout(self._settings.auth_seconds):
+                while True:
+                    message = await ws.receive()
+                    if message.type is WSMsgType.PING:
+                        await ws.pong(message.data)
+                    elif message.type is not WSMsgType.PONG:
+                        break
+        except TimeoutError:
+            raise FrameError(errors.TIMED_OUT) from None
+        if message.type is WSMsgType.BINARY:
+            raise FrameError(errors.BINARY)
+        if message.type is not WSMsgType.TEXT:
+            return None
+        operations = decode(message.data)
+        first = operations[0] if len(operations) == 1 else None
+        if first is None or isinstance(first, Refused) or not isinstance(first, Auth):
+            raise FrameError(errors.UNAUTHORIZED)
+        return self._admission.verify(first.token)
+
+    def _welcome(
+        self, request: web.Request, ws: web.WebSocketResponse, identity: Identity, arrival: Arrival
+    ) -> Connection:
+        transport = request.transport
+
+        def drained() -> None:
+            if arrival.gap_since is not None:
+                self._note(self._close_gap(identity))
+
+        connection = Connection(
+            self._ctx,
+            self._admission,
+            ws,
+            transport if isinstance(transport, asyncio.Transport) else None,
+            identity,
+            outbox_bytes=self._settings.outbox_bytes,
+            drained=drained,
+        )
+        limits = self._ctx.limits
+        fields: dict[str, Any] = {
+            "user": identity.user,
+            "device": identity.device,
+            "time": self._ctx.clock.now(),
+            "heartbeat": limits.heartbeat_ms,
+            "window": limits.window,
+            "windowBytes": limits.window_bytes,
+            "limits": {"frame": limits.frame, "body": limits.body, "ops": limits.operations},
+            "features": list(FEATURES),
+        }
+        if arrival.gap_since is not None:
+            fields["gap"] = {"since": arrival.gap_since, "why": arrival.gap_why}
+        before = self._ctx.hub.add(connection)
+        if before is not None:
+            before.shut(errors.REPLACED)
+        connection.outbox.put(replies.welcome(fields))
+        return connection
+
+    async def _close_gap(self, identity: Identity) -> None:
+        try:
+            await self._ctx.accounts.close_gap(identity.user, identity.device)
+        except PyMongoError as error:
+            log.warning("a gap stays open until the next drain", error=type(error).__name__)
+
+    def _note(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name="close gap")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _refuse(self, ws: web.WebSocketResponse, close: Close) -> None:
+        self._ctx.metrics.closed.labels(str(close.code)).inc()
+        await ws.close(code=close.code, message=close.reason.encode())

@@ -1,0 +1,102 @@
+"""The HTTP application: routes, authentication, and errors as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+
+import structlog
+from aiohttp import web
+
+from handlers.context import Context
+from handlers.http.route import Caller, Route
+from relay.session.admission import Admission, bearer
+from relay.session.gateway import Gateway
+from relay.store.mongo import PyMongoError
+from relay.wire import codec
+from relay.wire.errors import CODES, Code, RelayError
+
+log = structlog.get_logger(__name__)
+
+_CODE_OF_STATUS: dict[int, Code] = {
+    400: "bad_request",
+    404: "not_found",
+    405: "bad_request",
+    413: "too_large",
+    429: "rate_limited",
+    503: "unavailable",
+}
+
+
+def application(
+    ctx: Context, admission: Admission, gateway: Gateway, routes: Sequence[Route], *, max_body: int
+) -> web.Application:
+    """The aiohttp application of one node."""
+    app = web.Application(middlewares=[_errors], client_max_size=max_body, handler_args={"access_log": None})
+    app.router.add_get("/v1/ws", gateway.handle)
+    for route in routes:
+        app.router.add_route(route.method, route.path, _serve(ctx, admission, route))
+    return app
+
+
+def _serve(
+    ctx: Context, admission: Admission, route: Route
+) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    async def serve(request: web.Request) -> web.StreamResponse:
+        caller = Caller("", "")
+        if not route.open:
+            token = bearer(request.headers.get("Authorization"))
+            if token is None:
+                raise RelayError("unauthorized", "this needs a token: Authorization: Bearer <token>")
+            identity = await admission.admit(token)
+            caller = Caller(identity.user, identity.device)
+        return await route.handler(ctx, caller, request)
+
+    return serve
+
+
+@web.middleware
+async def _errors(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except RelayError as error:
+        return _failure(error)
+    except PyMongoError as error:
+        log.warning(
+            "store did not answer",
+            path=request.match_info.get_info().get("formatter", ""),
+            error=type(error).__name__,
+        )
+        return _failure(RelayError("unavailable", "the store did not answer; try again", retry_after=1000))
+    except web.HTTPException as error:
+        code = _CODE_OF_STATUS.get(error.status)
+        if code is None:
+            raise
+        return _failure(
+            RelayError(code, error.text or error.reason), status=error.status, headers=error.headers
+        )
+    except ConnectionError:
+        raise
+    except Exception:
+        log.exception("request failed", method=request.method)
+        return _failure(RelayError("internal", "something went wrong in the relay"))
+
+
+def _failure(error: RelayError, *, status: int | None = None, headers: object = None) -> web.Response:
+    body: dict[str, object] = {"code": error.code, "message": error.message}
+    if error.details:
+        body["details"] = dict(error.details)
+    response = web.Response(
+        text=codec.dumps({"error": body}),
+        status=status or CODES[error.code].status,
+        content_type="application/json",
+    )
+    allow = headers.get("Allow") if hasattr(headers, "get") else None
+    if allow:
+        response.headers["Allow"] = allow
+    if error.retry_after is not None:
+        response.headers["Retry-After"] = str(max(1, -(-error.retry_after // 1000)))
+    if response.status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    return response

@@ -1,0 +1,114 @@
+"""Users and devices: who exists, when a device was last seen, what it may have missed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+from pymongo import ReturnDocument, UpdateOne
+
+from models.accounts import Device, User
+from relay.store.mongo import DuplicateKeyError
+from relay.wire.ids import device_key
+
+_BULK: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A device has connected. ``changed``: it is new, or back from inactivity, so recipients must be resolved again.
+    ``gap_since`` (ms) and ``gap_why`` are set while it may have missed messages."""
+
+    changed: bool
+    gap_since: int | None
+    gap_why: str | None
+
+
+class Accounts:
+    """The ``users`` and ``devices`` collections."""
+
+    def __init__(self, *, inactive: timedelta) -> None:
+        self._inactive = inactive
+
+    async def exists(self, user: str) -> bool:
+        """Whether this user is known."""
+        return await User.find_one(User.id == user) is not None
+
+    async def add_users(self, users: Iterable[str]) -> None:
+        """Creates the users that are unknown. Safe to repeat and to race."""
+        now = datetime.now(UTC)
+        wanted = [
+            UpdateOne({"_id": user}, {"$setOnInsert": {"createdAt": now}}, upsert=True)
+            for user in dict.fromkeys(users)
+        ]
+        if wanted:
+            await User.get_motor_collection().bulk_write(wanted, ordered=False)
+
+    async def missing_users(self, users: Sequence[str]) -> list[str]:
+        """Those of these users that are unknown."""
+        cursor = User.get_motor_collection().find({"_id": {"$in": list(users)}}, {"_id": 1})
+        known = {document["_id"] async for document in cursor}
+        return [user for user in users if user not in known]
+
+    async def arrive(self, user: str, device: str, *, provision: bool) -> Arrival | None:
+        """Notes that a device is here now; creates it (and its user) when ``provision``. None when the user or the
+        device is unknown and may not be created."""
+        key = device_key(user, device)
+        now = datetime.now(UTC)
+        devices = Device.get_motor_collection()
+        before = await devices.find_one_and_update(
+            {"_id": key}, {"$set": {"lastSeen": now}}, return_document=ReturnDocument.BEFORE
+        )
+        if before is None:
+            if not provision:
+                return None
+            await self.add_users([user])
+            try:
+                await devices.insert_one({"_id": key, "user": user, "createdAt": now, "lastSeen": now})
+            except DuplicateKeyError:
+                return await self.arrive(user, device, provision=provision)
+            return Arrival(changed=True, gap_since=None, gap_why=None)
+        last_seen = before.get("lastSeen")
+        gap = before.get("gap")
+        away = last_seen is not None and last_seen < now - self._inactive
+        if away and gap is None:
+            gap = {"since": last_seen + self._inactive, "why": "inactive"}
+            await devices.update_one({"_id": key, "gap": None}, {"$set": {"gap": gap}})
+        return Arrival(
+            changed=away,
+            gap_since=None if gap is None else _ms(gap["since"]),
+            gap_why=None if gap is None else str(gap["why"]),
+        )
+
+    async def close_gap(self, user: str, device: str) -> None:
+        """The device has drained: it knows that it missed something."""
+        await Device.get_motor_collection().update_one(
+            {"_id": device_key(user, device)}, {"$unset": {"gap": ""}}
+        )
+
+    async def seen(self, keys: Iterable[str]) -> None:
+        """Notes that these devices are, or were just now, connected."""
+        now = datetime.now(UTC)
+        wanted = list(keys)
+        for start in range(0, len(wanted), _BULK):
+            await Device.get_motor_collection().update_many(
+                {"_id": {"$in": wanted[start : start + _BULK]}}, {"$max": {"lastSeen": now}}
+            )
+
+    async def active_devices(self, users: Sequence[str]) -> Mapping[str, list[str]]:
+        """The device keys that get new messages, by user: seen within the time of inactivity, or never connected yet."""
+        cutoff = datetime.now(UTC) - self._inactive
+        query: dict[str, Any] = {
+            "user": {"$in": list(users)},
+            "$or": [{"lastSeen": None}, {"lastSeen": {"$gte": cutoff}}],
+        }
+        found: dict[str, list[str]] = {}
+        async for document in Device.get_motor_collection().find(query, {"user": 1}):
+            found.setdefault(document["user"], []).append(document["_id"])
+        return found
+
+
+def _ms(moment: datetime) -> int:
+    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)

@@ -1,0 +1,147 @@
+"""Who receives a message of a conversation: its members' active devices, cached under a short lease.
+
+A change made on this node drops the cached entry at once and marks it stale, so that what was resolved with it and is not
+yet handed to MongoDB is resolved again. What another node changes is seen when the lease runs out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from time import monotonic
+from typing import Final
+
+from relay.wire import ids
+
+LEASE_SECONDS: Final = 5.0
+_MAX_CACHED: Final = 50_000
+
+Loader = Callable[[list[str]], Awaitable[Mapping[str, Mapping[str, list[str]]]]]
+
+
+class Audience:
+    """The members of one conversation and their mailboxes, as of one moment.
+
+    ``keys`` holds a device key for every active device and ``user/*`` for each member without any.
+    """
+
+    __slots__ = ("_awaiting", "_rev", "conversation", "keys", "members", "resolved", "stale")
+
+    def __init__(self, conversation: str, members: Mapping[str, list[str]]) -> None:
+        self.conversation = conversation
+        self.members = frozenset(members)
+        self.keys: tuple[str, ...] = tuple(
+            key
+            for user, keys in sorted(members.items())
+            for key in (sorted(keys) or [ids.any_device_key(user)])
+        )
+        self.resolved = monotonic()
+        self.stale = False
+        self._awaiting: dict[str, list[str]] = {}
+        self._rev: str | None = None
+
+    @property
+    def fresh(self) -> bool:
+        """Whether this may still be used for a new message."""
+        return not self.stale and monotonic() - self.resolved < LEASE_SECONDS
+
+    def awaiting(self, sender_key: str) -> list[str]:
+        """Everybody's mailboxes but the sending device's own. The list is shared: do not change it."""
+        found = self._awaiting.get(sender_key)
+        if found is None:
+            own = {sender_key, ids.any_device_key(ids.user_of(sender_key))}
+            found = self._awaiting[sender_key] = [key for key in self.keys if key not in own]
+        return found
+
+    @property
+    def devices_rev(self) -> str:
+        """A short name for this set of devices; it changes when a device comes or goes."""
+        if self._rev is None:
+            text = "\n".join(key for key in self.keys if not key.endswith("/*"))
+            self._rev = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return self._rev
+
+
+class Audiences:
+    """The cache. ``load`` answers a whole list of conversations with one round of queries; conversations that do not
+    exist are absent from its answer and are remembered as empty for the lease."""
+
+    def __init__(self, load: Loader) -> None:
+        self._load = load
+        self._cached: OrderedDict[str, Audience] = OrderedDict()
+        self._of_user: dict[str, set[str]] = {}
+        self._wanted: dict[str, list[asyncio.Future[Audience]]] = {}
+        self._loading: asyncio.Task[None] | None = None
+
+    def get(self, conversation: str) -> Audience | None:
+        """The audience when it is known and fresh, without waiting."""
+        found = self._cached.get(conversation)
+        return found if found is not None and found.fresh else None
+
+    async def resolve(self, conversation: str) -> Audience:
+        """The audience, from the cache or the store. Everybody who asks during one query shares the next."""
+        found = self.get(conversation)
+        if found is not None:
+            return found
+        waiter: asyncio.Future[Audience] = asyncio.get_running_loop().create_future()
+        self._wanted.setdefault(conversation, []).append(waiter)
+        if self._loading is None:
+            self._loading = asyncio.create_task(self._load_wanted(), name="audiences")
+        return await waiter
+
+    async def resolve_all(self, conversations: Iterable[str]) -> dict[str, Audience]:
+        """Several at once."""
+        wanted = list(dict.fromkeys(conversations))
+        found = await asyncio.gather(*(self.resolve(name) for name in wanted))
+        return dict(zip(wanted, found, strict=True))
+
+    def changed(self, *, conversation: str | None = None, user: str | None = None) -> None:
+        """Forgets what a change of a conversation's members or of a user's devices has made untrue."""
+        if conversation is not None:
+            self._drop(conversation)
+        if user is not None:
+            for name in list(self._of_user.get(user, ())):
+                self._drop(name)
+
+    async def _load_wanted(self) -> None:
+        try:
+            while self._wanted:
+                wanted, self._wanted = self._wanted, {}
+                try:
+                    loaded = await self._load(list(wanted))
+                except Exception as error:  # noqa: BLE001 - every waiter is told; the next one asks again
+                    for waiters in wanted.values():
+                        for waiter in waiters:
+                            if not waiter.done():
+                                waiter.set_exception(error)
+                    continue
+                for name, waiters in wanted.items():
+                    audience = self._remember(Audience(name, loaded.get(name, {})))
+                    for waiter in waiters:
+                        if not waiter.done():
+                            waiter.set_result(audience)
+        finally:
+            self._loading = None
+
+    def _remember(self, audience: Audience) -> Audience:
+        self._drop(audience.conversation, stale=False)
+        self._cached[audience.conversation] = audience
+        for user in audience.members:
+            self._of_user.setdefault(user, set()).add(audience.conversation)
+        if len(self._cached) > _MAX_CACHED:
+            self._drop(next(iter(self._cached)), stale=False)
+        return audience
+
+    def _drop(self, conversation: str, *, stale: bool = True) -> None:
+        found = self._cached.pop(conversation, None)
+        if found is None:
+            return
+        found.stale = found.stale or stale
+        for user in found.members:
+            names = self._of_user.get(user)
+            if names is not None:
+                names.discard(conversation)
+                if not names:
+                    del self._of_user[user]

@@ -1,0 +1,293 @@
+"""Group commit of messages, and the four outcomes of an insert.
+
+- **ok**: durable. The sender hears ``stored``, the router delivers.
+- **duplicate** (11000): the id is taken. The stored message decides: same user and device, and it is a resend, answered
+  with the first ``seq``; else ``id_conflict``.
+- **failed**: MongoDB refused the document itself, definitely. Its sender hears so; nobody else notices.
+- **unknown**: anything else (no answer, a failover, a majority time-out). Tried again until it is known or the deadline is
+  over (``unavailable``, which may be retried). Never ``stored`` and never "failed" on a guess.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any, Final
+
+import structlog
+from bson.raw_bson import RawBSONDocument
+
+from relay.metrics import Metrics
+from relay.store.audience import Audience, Audiences
+from relay.store.fates import Fates
+from relay.store.ledger import Ledger
+from relay.store.messages import Messages, encode
+from relay.store.mongo import BulkWriteError, Mongo, PyMongoError, time_limit
+from relay.wire.envelope import Envelope
+from relay.wire.errors import RelayError
+
+DUPLICATE: Final = 11000
+# What MongoDB says of a document that it will never take: bad value, failed to parse, type mismatch, invalid BSON,
+# dollar-prefixed field, validation failure, too large, key too large.
+DEFINITE: Final = frozenset({2, 9, 14, 22, 52, 121, 10334, 17280})
+_FIRST_DELAY: Final = 0.05
+_LAST_DELAY: Final = 1.0
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A durable message. ``fresh`` is False when an earlier attempt had stored it."""
+
+    seq: int
+    at: int
+    fresh: bool
+
+
+Done = Callable[[Stored | RelayError], None]
+
+
+class Submission:
+    """One message on its way into the store; ``done`` is called exactly once."""
+
+    __slots__ = ("again", "audience", "deadline", "done", "envelope", "raw", "sender_key", "settled")
+
+    def __init__(
+        self,
+        envelope: Envelope,
+        audience: Audience,
+        sender_key: str,
+        *,
+        again: bool,
+        deadline: float,
+        done: Done,
+    ) -> None:
+        self.envelope = envelope
+        self.raw: RawBSONDocument = encode(envelope)
+        self.audience = audience
+        self.sender_key = sender_key
+        self.again = again
+        self.deadline = deadline
+        self.done = done
+        self.settled = False
+
+    def settle(self, outcome: Stored | RelayError) -> None:
+        """Tells the sender, once."""
+        if not self.settled:
+            self.settled = True
+            self.done(outcome)
+
+
+class Commits:
+    """Commits groups of submissions. ``committed`` gets the fresh messages of a group, ready to deliver."""
+
+    def __init__(
+        self,
+        mongo: Mongo,
+        messages: Messages,
+        fates: Fates,
+        audiences: Audiences,
+        ledger: Ledger,
+        metrics: Metrics,
+        *,
+        timeout: float,
+        committed: Callable[[Sequence[Envelope]], None],
+    ) -> None:
+        self._collection = mongo.messages
+        self._messages = messages
+        self._fates = fates
+        self._audiences = audiences
+        self._ledger = ledger
+        self._retries = metrics.retries.labels("send")
+        self._timeout = timeout
+        self._committed = committed
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def commit(self, batch: list[Submission]) -> None:
+        """Brings every submission of the group to its outcome. Never raises for what MongoDB does."""
+        await self._until_known(batch, attempt=0)
+
+    def abandon(self, batch: list[Submission]) -> None:
+        """Tells the senders of messages that this node will not commit."""
+        for submission in batch:
+            submission.settle(
+                RelayError("unavailable", "the relay is stopping; send again", retry_after=1000)
+            )
+
+    async def close(self) -> None:
+        """Ends the retries that are under way."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _until_known(self, batch: list[Submission], attempt: int) -> None:
+        delay = _FIRST_DELAY
+        pending = batch
+        try:
+            while pending:
+                try:
+                    await self._attempt(pending, attempt)
+                except PyMongoError as error:
+                    log.warning(
+                        "outcome of a commit is unknown",
+                        messages=len(pending),
+                        attempt=attempt,
+                        error=_brief(error),
+                    )
+                unknown = [submission for submission in pending if not submission.settled]
+                if unknown:
+                    self._retries.inc()
+                    unknown = self._drop_late(unknown)
+                if len(unknown) < len(batch) and attempt == 0 and unknown:
+                    # Most of the group is known: the rest must not hold up the groups behind it.
+                    task = asyncio.create_task(self._until_known(unknown, 1), name="commit-send-retry")
+                    self._tasks.add(task)
+                    task.add_done_callback(self._tasks.discard)
+                    return
+                pending = unknown
+                attempt += 1
+                if pending:
+                    await asyncio.sleep(delay * random.uniform(0.5, 1))
+                    delay = min(delay * 2, _LAST_DELAY)
+        except asyncio.CancelledError:
+            self.abandon(pending)
+            raise
+
+    def _drop_late(self, pending: list[Submission]) -> list[Submission]:
+        now = monotonic()
+        late = [submission for submission in pending if now >= submission.deadline]
+        for submission in late:
+            submission.settle(
+                RelayError(
+                    "unavailable", "the message could not be stored in time; send it again", retry_after=1000
+                )
+            )
+        return [submission for submission in pending if now < submission.deadline] if late else pending
+
+    async def _attempt(self, batch: list[Submission], attempt: int) -> None:
+        await self._refresh(batch, attempt)
+        asked_again = [s for s in batch if not s.settled and (s.again or attempt)]
+        if asked_again:
+            await self._answer_from_fates(asked_again, inserted=False)
+        batch = [submission for submission in batch if not submission.settled]
+        if not batch:
+            return
+        duplicates: list[Submission] = []
+        unknown: set[int] = set()
+        try:
+            with time_limit(self._timeout):
+                await self._collection.insert_many([s.raw for s in batch], ordered=False)
+        except BulkWriteError as error:
+            duplicates, unknown = self._sort_out(batch, error.details)
+        doubtful = {id(s) for s in duplicates}
+        inserted = [
+            s for n, s in enumerate(batch) if n not in unknown and id(s) not in doubtful and not s.settled
+        ]
+        resent = [s for s in inserted if s.again or attempt]
+        if resent:
+            # The first incarnation may have been acknowledged and deleted between the question above and the insert.
+            await self._answer_from_fates(resent, inserted=True)
+        self._succeed([s for s in inserted if not s.settled])
+        if duplicates:
+            await self._answer_duplicates(duplicates)
+
+    def _sort_out(self, batch: list[Submission], details: Any) -> tuple[list[Submission], set[int]]:
+        """Splits a group by outcome; returns the duplicates and the places of the unknown ones."""
+        # A majority time-out comes with *empty* writeErrors and one write-concern error for all.
+        unknown = set(range(len(batch))) if details.get("writeConcernErrors") else set()
+        duplicates: list[Submission] = []
+        for problem in details.get("writeErrors", ()):
+            place = problem["index"]
+            code = problem.get("code")
+            if code == DUPLICATE:
+                duplicates.append(batch[place])
+            elif code in DEFINITE:
+                batch[place].settle(RelayError("bad_request", "this message cannot be stored"))
+                log.warning("a document was refused", code=code)
+            else:
+                unknown.add(place)
+                continue
+            unknown.discard(place)
+        return duplicates, unknown
+
+    def _succeed(self, inserted: list[Submission]) -> None:
+        if not inserted:
+            return
+        for submission in inserted:
+            envelope = submission.envelope
+            submission.settle(Stored(envelope.seq, envelope.at, fresh=True))
+        self._ledger.add("accepted", sum(len(s.envelope.awaiting) for s in inserted))
+        self._committed([s.envelope for s in inserted])
+
+    async def _answer_from_fates(self, batch: list[Submission], *, inserted: bool) -> None:
+        gone = await self._fates.find([s.envelope.doc_id for s in batch])
+        for submission in batch:
+            envelope = submission.envelope
+            known = gone.get(envelope.doc_id)
+            if known is None:
+                continue
+            if inserted:
+                with time_limit(self._timeout):
+                    await self._collection.delete_one(
+                        {"_id": envelope.doc_id, "conversationId": envelope.conversation, "seq": envelope.seq}
+                    )
+            if (known.user, known.device) != (envelope.user, envelope.device):
+                submission.settle(_conflict())
+                continue
+            if known.seq == envelope.seq:
+                # An attempt of this very submission was stored, delivered and deleted before its answer arrived.
+                self._ledger.add("accepted", len(envelope.awaiting))
+            submission.settle(Stored(known.seq, known.at, fresh=known.seq == envelope.seq))
+
+    async def _answer_duplicates(self, batch: list[Submission]) -> None:
+        """Only a majority-committed copy may be answered with ``stored``; anything else stays unknown."""
+        found = await self._messages.read([s.envelope.doc_id for s in batch], committed=True)
+        fresh: list[Submission] = []
+        missing: list[Submission] = []
+        for submission in batch:
+            envelope = submission.envelope
+            document = found.get(envelope.doc_id)
+            if document is None:
+                missing.append(submission)
+            elif (document["sender"]["user"], document["sender"]["device"]) != (
+                envelope.user,
+                envelope.device,
+            ):
+                submission.settle(_conflict())
+            elif document["seq"] == envelope.seq:
+                envelope.awaiting = list(document["awaiting"])
+                fresh.append(submission)
+            else:
+                submission.settle(Stored(document["seq"], int(document["createdAt"]), fresh=False))
+        self._succeed(fresh)
+        if missing:
+            await self._answer_from_fates(missing, inserted=False)
+
+    async def _refresh(self, batch: list[Submission], attempt: int) -> None:
+        """Resolves recipients again where they changed since, or were resolved longer ago than the lease."""
+        old = [s for s in batch if s.audience.stale or (attempt and not s.audience.fresh)]
+        if not old:
+            return
+        audiences = await self._audiences.resolve_all(s.envelope.conversation for s in old)
+        for submission in old:
+            audience = submission.audience = audiences[submission.envelope.conversation]
+            if not attempt and submission.envelope.user not in audience.members:
+                submission.settle(RelayError("not_member", "no such conversation"))
+                continue
+            awaiting = audience.awaiting(submission.sender_key)
+            if awaiting != submission.envelope.awaiting:
+                submission.envelope.awaiting = awaiting
+                submission.raw = encode(submission.envelope)
+
+
+def _conflict() -> RelayError:
+    return RelayError("id_conflict", "this id is taken by another message")
+
+
+def _brief(error: PyMongoError) -> str:
+    return f"{type(error).__name__}: {str(error)[:120]}"

@@ -1,0 +1,75 @@
+"""What became of messages that are gone: one document per committed group of deletions, written before the deletion.
+
+It recognises resends of messages long delivered, answers ``status``, and lets an operator explain a gone message. Of
+several entries of one message the oldest is true: a later one was written by a deletion that found nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from bson.datetime_ms import DatetimeMS
+
+from models.messages import FateEntry
+from relay.store.ledger import Fate
+from relay.store.mongo import Mongo
+
+# Entries of one shard's deletions stay on that shard. A replica set is one lane.
+LANE: Final = "0"
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """The fate of one message. ``at`` is when the message was accepted (ms); ``delivered`` are people, not devices."""
+
+    user: str
+    device: str
+    seq: int
+    at: int
+    fate: Fate
+    delivered: list[str]
+
+
+class Fates:
+    """The ``fates`` collection."""
+
+    def __init__(self, mongo: Mongo) -> None:
+        self._collection = mongo.fates
+
+    async def record(self, entries: Sequence[FateEntry], now: int) -> None:
+        """Writes the fates of one group of deletions, durably. ``now`` in milliseconds."""
+        await self._collection.insert_one({"lane": LANE, "at": DatetimeMS(now), "entries": list(entries)})
+
+    async def find(self, doc_ids: Sequence[str]) -> dict[str, Gone]:
+        """The fates of these messages, as far as they are on record."""
+        wanted = list(doc_ids)
+        if not wanted:
+            return {}
+        pipeline: list[Mapping[str, Any]] = [
+            {"$match": {"entries.id": {"$in": wanted}}},
+            {"$sort": {"at": 1}},
+            {
+                "$project": {
+                    "_id": 0,
+                    "entries": {"$filter": {"input": "$entries", "cond": {"$in": ["$$this.id", wanted]}}},
+                }
+            },
+        ]
+        found: dict[str, Gone] = {}
+        async for document in self._collection.aggregate(pipeline):
+            for entry in document["entries"]:
+                sender = entry["sender"]
+                found.setdefault(
+                    entry["id"],
+                    Gone(
+                        sender["user"],
+                        sender["device"],
+                        entry["seq"],
+                        entry["at"],
+                        entry["fate"],
+                        entry["delivered"],
+                    ),
+                )
+        return found

@@ -1,0 +1,87 @@
+"""Lanes of group commit. All endings of one conversation's messages go through one lane, in order.
+
+On a replica set the lanes only share out the work; on a sharded cluster a lane would be a shard's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from zlib import crc32
+
+from relay.store.acks import Ack, Ending, Removal, Sole
+from relay.store.batcher import Batcher
+from relay.store.ledger import Fate
+from relay.wire.ids import split_document_id
+
+_BYTES_EACH = 200
+
+
+class EndingLanes:
+    """Where acknowledgements and removals are handed in. ``deadline`` is a reading of the monotonic clock."""
+
+    def __init__(self, lanes: Sequence[Batcher[Ending]]) -> None:
+        self._lanes = lanes
+
+    def acknowledge(
+        self,
+        conversation: str,
+        user: str,
+        device: str,
+        messages: Mapping[str, Sole | None],
+        *,
+        at: int,
+        deadline: float,
+        done: Callable[[bool], None],
+    ) -> None:
+        """Queues one device's acknowledgement of messages of one conversation. Raises BatcherClosed."""
+        ack = Ack(user, device, messages, at=at, deadline=deadline, done=done)
+        self._lane(conversation).submit(ack, _BYTES_EACH * len(messages), len(messages))
+
+    def discard(self, doc_id: str, fate: Fate, *, deadline: float) -> None:
+        """Ends one message for everybody who still awaits it, without waiting for it. Raises BatcherClosed."""
+        self._lane(split_document_id(doc_id)[0]).submit(
+            Removal([doc_id], fate, deadline=deadline), _BYTES_EACH
+        )
+
+    async def remove(self, doc_ids: Sequence[str], fate: Fate, *, deadline: float) -> bool:
+        """Ends messages for everybody who still awaits them. True once that is durable. Raises BatcherClosed."""
+        loop = asyncio.get_running_loop()
+        by_lane: dict[int, list[str]] = {}
+        for doc_id in doc_ids:
+            by_lane.setdefault(self._number(split_document_id(doc_id)[0]), []).append(doc_id)
+        waiters: list[asyncio.Future[bool]] = []
+        for number, wanted in by_lane.items():
+            waiter = loop.create_future()
+            waiters.append(waiter)
+            removal = Removal(wanted, fate, deadline=deadline, done=_setter(waiter))
+            self._lanes[number].submit(removal, _BYTES_EACH * len(wanted), len(wanted))
+        return all(await asyncio.gather(*waiters))
+
+    @property
+    def full(self) -> bool:
+        """Whether sources should be held back now."""
+        return any(lane.full for lane in self._lanes)
+
+    async def room(self) -> None:
+        """Waits until every lane has room."""
+        for lane in self._lanes:
+            await lane.room()
+
+    async def close(self, timeout: float) -> None:
+        """Commits what is queued for at most ``timeout`` seconds."""
+        await asyncio.gather(*(lane.close(timeout) for lane in self._lanes))
+
+    def _lane(self, conversation: str) -> Batcher[Ending]:
+        return self._lanes[self._number(conversation)]
+
+    def _number(self, conversation: str) -> int:
+        return crc32(conversation.encode()) % len(self._lanes)
+
+
+def _setter(waiter: asyncio.Future[bool]) -> Callable[[bool], None]:
+    def done(durable: bool) -> None:
+        if not waiter.done():
+            waiter.set_result(durable)
+
+    return done

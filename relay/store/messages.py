@@ -1,0 +1,230 @@
+"""The ``messages`` collection: reading and encoding. Writing is group commit (commits.py, acks.py)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import structlog
+from bson import encode as bson_encode
+from bson.datetime_ms import DatetimeMS
+from bson.raw_bson import RawBSONDocument
+
+from models.messages import MessageFields
+from relay.metrics import Metrics
+from relay.store.mongo import MESSAGE_CODEC, Mongo, time_limit
+from relay.wire.envelope import Envelope
+
+_PAGE: Final = 128
+_READERS: Final = 16
+
+log = structlog.get_logger(__name__)
+
+
+def encode(envelope: Envelope) -> RawBSONDocument:
+    """The stored form of a message, and ``envelope.size`` set to its bytes.
+
+    Encoded when it is submitted, so that what cannot be encoded fails alone. Raises bson.errors.BSONError.
+    """
+    document: MessageFields = {
+        "_id": envelope.doc_id,
+        "conversationId": envelope.conversation,
+        "id": envelope.id,
+        "sender": {"user": envelope.user, "device": envelope.device},
+        "seq": envelope.seq,
+        "createdAt": DatetimeMS(envelope.at),
+        "kind": envelope.kind,
+        "body": envelope.body,
+        "awaiting": envelope.awaiting,
+    }
+    if envelope.structured:
+        document["structured"] = True
+    if envelope.reply_to is not None:
+        document["replyTo"] = envelope.reply_to
+    if envelope.media:
+        document["media"] = envelope.media
+    if envelope.sealed:
+        document["sealed"] = [{"device": key, "data": data} for key, data in envelope.sealed.items()]
+    if envelope.expires is not None:
+        document["expiresAt"] = DatetimeMS(envelope.expires)
+    raw = bson_encode(document, codec_options=MESSAGE_CODEC)
+    envelope.size = len(raw)
+    return RawBSONDocument(raw, _RAW_CODEC)
+
+
+_RAW_CODEC: Final = MESSAGE_CODEC.with_options(document_class=RawBSONDocument)
+
+
+def decode(document: Mapping[str, Any]) -> Envelope:
+    """A stored message. Raises KeyError, TypeError, ValueError or AttributeError on a document that is none."""
+    sender = document["sender"]
+    sealed = document.get("sealed")
+    expires = document.get("expiresAt")
+    envelope = Envelope(
+        document["conversationId"],
+        document["id"],
+        user=sender["user"],
+        device=sender["device"],
+        seq=int(document["seq"]),
+        at=int(document["createdAt"]),
+        kind=document["kind"],
+        body=document["body"],
+        structured=document.get("structured", False),
+        awaiting=list(document["awaiting"]),
+        reply_to=document.get("replyTo"),
+        media=document.get("media"),
+        sealed={entry["device"]: entry["data"] for entry in sealed} if sealed else None,
+        expires=None if expires is None else int(expires),
+    )
+    if not isinstance(envelope.body, str | None):
+        raise TypeError("body")
+    body = envelope.body
+    envelope.size = 500 + (len(body.encode()) if body else 0) + (len(str(sealed)) if sealed else 0)
+    return envelope
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Messages in ``(seq, _id)`` order. ``exhausted``: nothing more waited when the query ran."""
+
+    envelopes: list[Envelope]
+    exhausted: bool
+
+
+class Messages:
+    """Reads what waits. Messages past their time count as gone even while MongoDB still has them."""
+
+    def __init__(self, mongo: Mongo, metrics: Metrics, *, ttl_seconds: int, timeout: float) -> None:
+        self._collection = mongo.messages
+        self._committed = mongo.committed_messages
+        self._metrics = metrics
+        self._timeout = timeout
+        self._readers = asyncio.Semaphore(_READERS)
+        self.ttl_ms = ttl_seconds * 1000
+
+    async def waiting(
+        self,
+        keys: Sequence[str],
+        now: int,
+        *,
+        limit: int,
+        max_bytes: int,
+        exclude: Collection[str] = (),
+        conversation: str | None = None,
+        after: tuple[int, str] | None = None,
+    ) -> Page:
+        """What waits for these device keys, first ``seq`` first; at most ``limit`` messages of ``max_bytes`` together
+        (but at least one), without the ids in ``exclude``, after the place ``(seq, _id)`` when given."""
+        query: dict[str, Any] = {
+            "awaiting": {"$in": list(keys)},
+            "createdAt": {"$gt": DatetimeMS(now - self.ttl_ms)},
+            "$or": [{"expiresAt": None}, {"expiresAt": {"$gt": DatetimeMS(now)}}],
+        }
+        if exclude:
+            query["_id"] = {"$nin": list(exclude)}
+        if conversation is not None:
+            query["conversationId"] = conversation
+        if after is not None:
+            query["seq"] = {"$gte": after[0]}
+            query["$and"] = [{"$or": [{"seq": {"$gt": after[0]}}, {"_id": {"$gt": after[1]}}]}]
+        found: list[Envelope] = []
+        size = 0
+        self._metrics.drains.inc()
+        async with self._readers:
+            with time_limit(self._timeout):
+                cursor = self._collection.find(
+                    query, sort=[("seq", 1), ("_id", 1)], batch_size=min(limit, _PAGE)
+                )
+                unreadable = 0
+                async for document in cursor.limit(limit):
+                    envelope = self._read(document)
+                    if envelope is None:
+                        unreadable += 1
+                        continue
+                    if found and size + envelope.size > max_bytes:
+                        await cursor.close()
+                        return Page(found, exhausted=False)
+                    found.append(envelope)
+                    size += envelope.size
+        return Page(found, exhausted=len(found) + unreadable < limit)
+
+    async def last_waiting(self, keys: Sequence[str]) -> int | None:
+        """The highest ``seq`` that waits for these device keys."""
+        highest: int | None = None
+        async with self._readers:
+            with time_limit(self._timeout):
+                for key in keys:
+                    found = await self._collection.find_one(
+                        {"awaiting": key}, {"_id": 0, "seq": 1}, sort=[("seq", -1), ("_id", -1)]
+                    )
+                    if found is not None and (highest is None or found["seq"] > highest):
+                        highest = found["seq"]
+        return highest
+
+    async def read(self, doc_ids: Sequence[str], *, committed: bool = False) -> dict[str, Mapping[str, Any]]:
+        """The state of these messages without their content: who sent them, who awaits them, who has them. With
+        ``committed``, as a majority has it on disk."""
+        if not doc_ids:
+            return {}
+        collection = self._committed if committed else self._collection
+        conversations = list({doc_id.partition(" ")[0] for doc_id in doc_ids})
+        fields = {"conversationId": 1, "sender": 1, "seq": 1, "createdAt": 1, "awaiting": 1, "deliveredTo": 1}
+        fields["expiresAt"] = 1
+        with time_limit(self._timeout):
+            query = {"_id": {"$in": list(doc_ids)}, "conversationId": {"$in": conversations}}
+            return {document["_id"]: document async for document in collection.find(query, fields)}
+
+    def is_due(self, document: Mapping[str, Any], now: int) -> bool:
+        """Whether a stored message is past its time."""
+        expires = document.get("expiresAt")
+        return int(document["createdAt"]) + self.ttl_ms <= now or (
+            expires is not None and int(expires) <= now
+        )
+
+    async def due(self, now: int, limit: int) -> list[str]:
+        """Ids of messages past their time."""
+        found: list[str] = []
+        with time_limit(self._timeout):
+            for query in (
+                {"expiresAt": {"$lte": DatetimeMS(now)}},
+                {"createdAt": {"$lte": DatetimeMS(now - self.ttl_ms)}},
+            ):
+                async for document in self._collection.find(query, {"_id": 1}).limit(limit):
+                    found.append(document["_id"])
+        return list(dict.fromkeys(found))
+
+    async def leftovers(self, limit: int) -> list[str]:
+        """Ids of messages that nobody awaits any more."""
+        with time_limit(self._timeout):
+            cursor = self._collection.find({"awaiting": []}, {"_id": 1}).limit(limit)
+            return [document["_id"] async for document in cursor]
+
+    async def keys_with_waiting(self, keys: Sequence[str], before: int, limit: int) -> dict[str, set[str]]:
+        """Which of these device keys have messages accepted before ``before`` (ms) waiting: document ids by key."""
+        wanted = set(keys)
+        found: dict[str, set[str]] = {}
+        with time_limit(self._timeout):
+            query = {"awaiting": {"$in": list(keys)}, "createdAt": {"$lt": DatetimeMS(before)}}
+            async for document in self._collection.find(query, {"awaiting": 1}).limit(limit):
+                for key in wanted.intersection(document["awaiting"]):
+                    found.setdefault(key, set()).add(document["_id"])
+        return found
+
+    async def count_waiting(self) -> int:
+        """How many deliveries (message and device) wait in the store: opens the ledger at a start."""
+        pipeline = [{"$group": {"_id": None, "n": {"$sum": {"$size": {"$ifNull": ["$awaiting", []]}}}}}]
+        async for document in self._collection.aggregate(pipeline):
+            return int(document["n"])
+        return 0
+
+    def _read(self, document: Mapping[str, Any]) -> Envelope | None:
+        try:
+            return decode(document)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            self._metrics.poison.inc()
+            log.error(
+                "unreadable document skipped", id=str(document.get("_id"))[:120], problem=type(error).__name__
+            )
+            return None

@@ -1,0 +1,154 @@
+"""The connection to MongoDB: the only module that imports Motor.
+
+Durability is pinned here, whatever the URI says: every write is ``w: majority, j: true``. Reads go to the primary.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from beanie import init_beanie
+from bson.codec_options import CodecOptions, DatetimeConversion
+from pymongo import IndexModel, ReadPreference
+from pymongo import timeout as time_limit
+from pymongo.errors import (
+    BulkWriteError,
+    ConfigurationError,
+    ConnectionFailure,
+    DuplicateKeyError,
+    ExecutionTimeout,
+    InvalidURI,
+    NetworkTimeout,
+    OperationFailure,
+    PyMongoError,
+    WTimeoutError,
+)
+from pymongo.read_concern import ReadConcern
+from pymongo.write_concern import WriteConcern
+
+from models.accounts import Device, User
+from models.conversations import Conversation, Membership
+from models.messages import FATES, MESSAGES, fate_indexes, message_indexes, ttl_indexes
+
+# Motor runs each call in a thread of one pool; calls that hang must not starve the others, so there are more threads
+# than calls the relay ever has under way. It is read at import.
+os.environ.setdefault("MOTOR_MAX_WORKERS", "64")
+
+from motor.motor_asyncio import (
+    AsyncIOMotorClient,
+    AsyncIOMotorCollection,
+    AsyncIOMotorDatabase,
+)
+
+__all__ = [
+    "BulkWriteError",
+    "DuplicateKeyError",
+    "Mongo",
+    "MongoUnavailable",
+    "OperationFailure",
+    "PyMongoError",
+    "time_limit",
+]
+
+DURABLE: Final = WriteConcern(w="majority", j=True)
+# Dates stay integers on the message path: building datetime objects costs more than the rest of decoding.
+MESSAGE_CODEC: Final[CodecOptions[dict[str, Any]]] = CodecOptions(
+    datetime_conversion=DatetimeConversion.DATETIME_MS, unicode_decode_error_handler="replace"
+)
+_INDEX_OPTIONS_CONFLICT: Final = 85
+CONTROL: Final = (User, Device, Conversation, Membership)
+
+Collection = AsyncIOMotorCollection
+
+
+class MongoUnavailable(Exception):
+    """MongoDB cannot be reached or used; one line for people, without the URI's password."""
+
+
+class Mongo:
+    """The relay's database. ``messages`` and ``fates`` read and write plain dictionaries with integer dates."""
+
+    def __init__(self, uri: str, database: str, *, select_seconds: float = 5) -> None:
+        try:
+            self.client: Any = AsyncIOMotorClient(
+                uri,
+                appname="relay",
+                tz_aware=True,
+                serverSelectionTimeoutMS=int(select_seconds * 1000),
+                connectTimeoutMS=5000,
+                maxPoolSize=64,
+            )
+        except (ConfigurationError, InvalidURI, ValueError) as error:
+            raise MongoUnavailable(f"RELAY_MONGO_URI cannot be used: {error}") from None
+        self.database: AsyncIOMotorDatabase[Any] = self.client.get_database(
+            database,
+            write_concern=DURABLE,
+            read_preference=ReadPreference.PRIMARY,
+            read_concern=ReadConcern("local"),
+        )
+        self.messages: Any = self._plain(MESSAGES)
+        self.fates: Any = self._plain(FATES)
+        self.committed_messages: Any = self.messages.with_options(read_concern=ReadConcern("majority"))
+
+    def _plain(self, name: str) -> Any:
+        return self.database.get_collection(name, codec_options=MESSAGE_CODEC)
+
+    async def prepare(self, ttl_seconds: int, fate_seconds: int) -> None:
+        """Makes collections and indexes; changes the times to live of existing ones. Raises MongoUnavailable."""
+        try:
+            hello = await self.client.admin.command("hello")
+            if "setName" not in hello and hello.get("msg") != "isdbgrid":
+                raise MongoUnavailable(
+                    "MongoDB runs standalone, which can lose acknowledged writes on a crash; "
+                    "make it a replica set (of one member, if need be)"
+                )
+            await self._ensure(MESSAGES, message_indexes(ttl_seconds))
+            await self._ensure(FATES, fate_indexes(fate_seconds))
+            await init_beanie(database=self.database, document_models=list(CONTROL))
+        except ConnectionFailure as error:
+            raise MongoUnavailable(f"MongoDB cannot be reached: {str(error)[:200]}") from None
+        except OperationFailure as error:
+            raise MongoUnavailable(
+                f"MongoDB refused to prepare the collections: {str(error)[:200]}"
+            ) from None
+
+    async def _ensure(self, name: str, indexes: Sequence[IndexModel]) -> None:
+        for index in indexes:
+            try:
+                await self.database[name].create_indexes([index])
+            except OperationFailure as error:
+                if error.code != _INDEX_OPTIONS_CONFLICT or "expireAfterSeconds" not in index.document:
+                    raise
+                await self.set_ttl(name, int(index.document["expireAfterSeconds"]))
+
+    async def set_ttl(self, name: str, seconds: int) -> None:
+        """Changes the time to live of ``messages`` or ``fates`` at run time."""
+        await self.database.command(
+            "collMod", name, index={"name": ttl_indexes[name], "expireAfterSeconds": seconds}
+        )
+
+    async def message_ttl(self) -> int | None:
+        """The time to live in force, in seconds, as the index says; None when there is no such index."""
+        found: Mapping[str, Any] = await self.messages.index_information()
+        index = found.get(ttl_indexes[MESSAGES])
+        return None if index is None else int(index["expireAfterSeconds"])
+
+    async def ping(self, seconds: float = 2) -> bool:
+        """Whether the primary answers within ``seconds``."""
+        try:
+            with time_limit(seconds):
+                hello = await self.client.admin.command("hello")
+        except PyMongoError:
+            return False
+        return bool(hello.get("isWritablePrimary"))
+
+    def close(self) -> None:
+        """Closes every connection."""
+        self.client.close()
+
+
+def is_outage(error: PyMongoError) -> bool:
+    """Whether an error says nothing about what was asked, only that no answer came."""
+    return isinstance(error, (ConnectionFailure, ExecutionTimeout, NetworkTimeout, WTimeoutError))

@@ -1,0 +1,1 @@
+"""What goes over the wire, as pure code: no event loop, no database."""

@@ -1,0 +1,98 @@
+"""A message on its way: the value that the send handler makes, the store keeps and the router hands out."""
+
+from __future__ import annotations
+
+from relay.wire import ids
+from relay.wire.codec import dumps
+
+
+class Envelope:
+    """One message of one conversation with the devices that await it.
+
+    ``at`` is the wall clock in milliseconds, ``expires`` likewise or None for the full time to live. ``body`` is text;
+    with ``structured`` it is the JSON text of an object. ``sealed`` maps device keys to ciphertexts. ``size`` is the bytes it takes in the store, set when it is encoded for it or
+    read from it; windows and queues count it. Never changed once
+    submitted, except that ``awaiting`` may be replaced before it is committed.
+    """
+
+    __slots__ = (
+        "_frame",
+        "at",
+        "awaiting",
+        "body",
+        "conversation",
+        "device",
+        "doc_id",
+        "expires",
+        "id",
+        "kind",
+        "media",
+        "reply_to",
+        "sealed",
+        "seq",
+        "size",
+        "structured",
+        "user",
+    )
+
+    def __init__(
+        self,
+        conversation: str,
+        message: str,
+        *,
+        user: str,
+        device: str,
+        seq: int,
+        at: int,
+        kind: str,
+        body: str | None,
+        awaiting: list[str],
+        structured: bool = False,
+        reply_to: str | None = None,
+        media: list[str] | None = None,
+        sealed: dict[str, str] | None = None,
+        expires: int | None = None,
+    ) -> None:
+        self.doc_id = ids.document_id(conversation, message)
+        self.conversation = conversation
+        self.id = message
+        self.user = user
+        self.device = device
+        self.seq = seq
+        self.at = at
+        self.kind = kind
+        self.body = body
+        self.structured = structured
+        self.awaiting = awaiting
+        self.reply_to = reply_to
+        self.media = media
+        self.sealed = sealed
+        self.expires = expires
+        self.size = 0
+        self._frame: str | None = None
+
+    def frame_for(self, key: str) -> str:
+        """The ``msg`` frame for one device, encoded once and shared by all, but for its own sealed entry."""
+        frame = self._frame
+        if frame is None:
+            frame = self._frame = self._encode()
+        if self.sealed is None:
+            return frame
+        own = self.sealed.get(key)
+        return frame if own is None else f'{frame[:-1]},"sealed":"{own}"}}'
+
+    def _encode(self) -> str:
+        if self.body is None:
+            body = "null"
+        else:
+            body = self.body if self.structured else dumps(self.body)
+        # Everything but the body comes from alphabets that need no escaping (relay.wire.ids).
+        frame = (
+            f'{{"t":"msg","id":"{self.id}","conv":"{self.conversation}","seq":{self.seq},"at":{self.at},'
+            f'"from":{{"user":"{self.user}","device":"{self.device}"}},"kind":"{self.kind}","body":{body}'
+        )
+        if self.reply_to is not None:
+            frame += f',"replyTo":"{self.reply_to}"'
+        if self.media:
+            frame += f',"media":{dumps(self.media)}'
+        return frame + "}"

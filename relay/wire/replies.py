@@ -1,0 +1,74 @@
+"""The frames the relay sends, as encoded text. Hot ones are put together by hand: every value comes from an alphabet
+that needs no escaping (relay.wire.ids), except ``ref``, which is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from relay.wire.codec import dumps
+from relay.wire.errors import RelayError
+
+PROTOCOL_VERSION = 1
+
+
+def stored(conversation: str, message: str, seq: int, at: int, ref: str | None) -> str:
+    """The message is durable, or was already."""
+    tail = "}" if ref is None else f',"ref":{dumps(ref)}}}'
+    return f'{{"t":"stored","conv":"{conversation}","id":"{message}","seq":{seq},"at":{at}{tail}'
+
+
+def acked(conversation: str, messages: list[str], ref: str) -> str:
+    """The acknowledgement is durable."""
+    return f'{{"t":"acked","conv":"{conversation}","ids":{dumps(messages)},"ref":{dumps(ref)}}}'
+
+
+def receipt(conversation: str, messages: Iterable[str], user: str, device: str, at: int) -> str:
+    """Own messages reached that device's disk."""
+    listed = '","'.join(messages)
+    return (
+        f'{{"t":"receipt","conv":"{conversation}","ids":["{listed}"],'
+        f'"by":{{"user":"{user}","device":"{device}"}},"at":{at}}}'
+    )
+
+
+def status(conversation: str, items: list[dict[str, object]], ref: str | None) -> str:
+    """What became of own messages."""
+    return _with_ref({"t": "status", "conv": conversation, "items": items}, ref)
+
+
+def drained(count: int) -> str:
+    """All that waited at connect is delivered and durably acknowledged."""
+    return f'{{"t":"drained","count":{count}}}'
+
+
+def pong(now: int, ref: str | None) -> str:
+    """Answer to a ping."""
+    return _with_ref({"t": "pong", "time": now}, ref)
+
+
+def authed(expires: int, ref: str | None) -> str:
+    """The renewed token is accepted; ``expires`` in seconds."""
+    return _with_ref({"t": "authed", "exp": expires}, ref)
+
+
+def bye(retry_after: int) -> str:
+    """The node drains; come back after so many milliseconds."""
+    return f'{{"t":"bye","retryAfter":{retry_after}}}'
+
+
+def error(failure: RelayError, about: Mapping[str, str | None]) -> str:
+    """What failed and why; ``about`` names the operation (``ref``, ``id``, ``conv``)."""
+    frame: dict[str, object] = {"t": "error", **failure.fields()}
+    frame.update({name: value for name, value in about.items() if value is not None})
+    return dumps(frame)
+
+
+def welcome(fields: Mapping[str, object]) -> str:
+    """The first frame of an authenticated connection."""
+    return dumps({"t": "welcome", "v": PROTOCOL_VERSION, **fields})
+
+
+def _with_ref(frame: dict[str, object], ref: str | None) -> str:
+    if ref is not None:
+        frame["ref"] = ref
+    return dumps(frame)

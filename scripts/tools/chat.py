@@ -1,0 +1,428 @@
+"""Chat from a shell: interactive in a terminal, a pipe otherwise."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from relay.client import (
+    Connected,
+    Device,
+    DeviceError,
+    Disconnected,
+    Draft,
+    Event,
+    Failed,
+    Message,
+    RequestFailed,
+    Stored,
+)
+from relay.session.tokens import KeyConfigurationError, generate_secret, mint
+from relay.wire import ids
+from scripts.tools import stdin
+
+_NAMESPACE: Final = uuid.UUID("5b0a9d0e-4f59-4a3c-9c5e-9a51c2f1d7b4")
+_QUEUED: Final = 4096
+_AT_ONCE: Final = 512
+_COLOURS: Final = ("cyan", "green", "magenta", "yellow", "blue", "bright_red")
+_HELP: Final = """Chat through the relay from a shell.
+
+With a terminal as standard input it is interactive: every line you enter is a message, Ctrl-D ends. With a file or a pipe
+it sends every line, waits until the relay has stored them all, prints a summary to standard error and ends (or stays, with
+--listen). Without --to and --conversation it only listens. What arrives goes to standard output: for people on a terminal,
+otherwise `sender<TAB>text`, one line a message (line breaks within a message are shown as \\n), or JSON with --json.
+
+A file can be sent again after a crash, a kill or a time-out: run the same command, and it continues exactly where it
+stopped. Every line has an id made of user, device, conversation, batch and line number, and an id is sent once. The batch
+is the SHA-256 of the file's content; to send the same file twice on purpose, or to go on with a file that has grown, name a
+batch with --batch. A pipe (`… | scripts/chat`) has no content to look at beforehand: without --batch, each run is a new one.
+The memory of what was sent is the --database.
+"""
+
+
+class Give(Exception):
+    """What ends the program with exit code 1; ``str()`` is the line for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What was asked for on the command line, checked."""
+
+    user: str
+    device: str
+    to: tuple[str, ...]
+    conversation: str | None
+    url: str
+    token: Callable[[], str]
+    database: Path
+    listen: bool
+    batch: str | None
+    as_json: bool
+    timeout: float
+
+
+class Screen:
+    """Standard output for what arrives, standard error for the rest; counts progress."""
+
+    def __init__(self, url: str, *, as_json: bool, prompt: bool) -> None:
+        self.progress = 0
+        self.stored = 0
+        self.failed = 0
+        self.broken = asyncio.Event()
+        self._url = url
+        self._json = as_json
+        self._prompt = prompt
+        self._out = Console(highlight=False, soft_wrap=True) if sys.stdout.isatty() else None
+        self._told = False
+
+    def prompt(self) -> None:
+        """Asks for the next line, in a terminal."""
+        if self._prompt:
+            sys.stderr.write("> ")
+            sys.stderr.flush()
+
+    def say(self, line: str) -> None:
+        """A line about the program itself."""
+        clear = "\r\x1b[K" if self._prompt else ""
+        print(f"{clear}{_printable(line)}", file=sys.stderr, flush=True)
+
+    def on_message(self, message: Message) -> None:
+        """Shows one message."""
+        self.progress += 1
+        try:
+            if self._json:
+                print(
+                    json.dumps(_as_json(message), ensure_ascii=False).encode(errors="replace").decode(),
+                    flush=True,
+                )
+            elif message.kind != "withdrawn":
+                self._show(message)
+        except BrokenPipeError:
+            # The reader of the pipe has left; a second failure at exit must not print a traceback.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            self.broken.set()
+
+    def _show(self, message: Message) -> None:
+        if self._out is None:
+            print(f"{message.user}\t{_printable(_text(message))}", flush=True)
+            return
+        if self._prompt:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+        colour = _COLOURS[sum(message.user.encode()) % len(_COLOURS)]
+        at = datetime.fromtimestamp(message.at / 1000).strftime("%H:%M")
+        self._out.print(
+            Text.assemble(
+                (f"{at} ", "dim"),
+                (f"{_printable(message.user)} ", f"bold {colour}"),
+                _printable(_text(message)),
+            )
+        )
+        self.prompt()
+
+    def on_event(self, event: Event) -> None:
+        """Tells of trouble once an outage, and counts what the relay answered."""
+        if isinstance(event, Stored):
+            self.stored += 1
+            self.progress += 1
+        elif isinstance(event, Failed):
+            self.failed += 1
+            self.progress += 1
+            if self.failed <= 5:
+                self.say(f"not sent: {event.message} ({event.code})")
+        elif isinstance(event, Connected):
+            self.progress += 1
+            self._told = False
+        elif isinstance(event, Disconnected) and event.code is None:
+            self.unreachable(event.reason)
+
+    def unreachable(self, reason: str) -> None:
+        """Says once that the relay does not answer."""
+        if not self._told:
+            self._told = True
+            known = reason.startswith("no token")
+            self.say(
+                reason
+                if known
+                else f"cannot reach the relay at {self._url} ; is it running? start it with: make run"
+            )
+
+
+async def converse(options: Options) -> int:
+    """Does what the options say; the exit code."""
+    interactive = os.isatty(0) and bool(options.to or options.conversation)
+    screen = Screen(options.url, as_json=options.as_json, prompt=interactive and sys.stdout.isatty())
+    options.database.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    device = Device(
+        options.url, options.database, options.token, on_message=screen.on_message, on_event=screen.on_event
+    )
+    async with device:
+        work = asyncio.create_task(_work(device, screen, options, interactive), name="chat")
+        ended = asyncio.create_task(device.stopped(), name="chat-device-ended")
+        broken = asyncio.create_task(screen.broken.wait(), name="chat-output-broken")
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, work.cancel)
+        try:
+            await asyncio.wait({work, ended, broken}, return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():
+                ended.result()
+            return 0 if broken.done() else await work
+        except asyncio.CancelledError:
+            if device.queued:
+                screen.say(f"{device.queued} messages still wait to be sent; the next start sends them")
+            return 130 if device.queued else 0
+        finally:
+            for task in (work, ended, broken):
+                task.cancel()
+            await asyncio.gather(work, ended, broken, return_exceptions=True)
+
+
+async def _work(device: Device, screen: Screen, options: Options, interactive: bool) -> int:
+    if not options.to and options.conversation is None:
+        await asyncio.Event().wait()
+    patience = None if interactive else options.timeout
+    conv = options.conversation or await _conversation(device, screen, options, patience)
+    if interactive:
+        await _type(device, screen, conv)
+        return 0
+    code = await _pipe(device, screen, options, conv)
+    if options.listen:
+        await asyncio.Event().wait()
+    return code
+
+
+async def _conversation(device: Device, screen: Screen, options: Options, patience: float | None) -> str:
+    members = sorted(set(options.to))
+    name = "conversation with " + " ".join(members)
+    known = await device.storage.read_info(name)
+    if known is not None:
+        return known
+    body: dict[str, object] = {"type": "direct", "members": members}
+    if len(members) > 1:
+        # The same people again are the same group, also after the database was lost.
+        reference = uuid.uuid5(_NAMESPACE, "\0".join([options.user, *members]))
+        body = {"type": "group", "members": members, "name": ", ".join(members)[:100], "ref": str(reference)}
+    began = time.monotonic()
+    while True:
+        try:
+            conv = str((await device.request("POST", "/v1/conversations", body))["id"])
+            break
+        except RequestFailed as error:
+            if not error.retry:
+                raise Give(f"cannot open the conversation with {', '.join(members)}: {error}") from None
+            screen.unreachable(str(error))
+            pause = (error.retry_after or 0) / 1000
+        except OSError as error:
+            screen.unreachable(f"no token: {error}")
+            pause = 0.0
+        if patience is not None and time.monotonic() - began > patience:
+            raise Give(f"gave up after {patience:g} s without the relay; nothing was sent")
+        await asyncio.sleep(max(0.5, pause))
+    await device.storage.write_info(name, conv)
+    return conv
+
+
+async def _type(device: Device, screen: Screen, conv: str) -> None:
+    screen.prompt()
+    async for found in stdin.lines(0, _AT_ONCE):
+        for line in found:
+            text = line.decode(errors="replace")
+            if text.strip():
+                try:
+                    await device.send(conv, text)
+                except DeviceError as error:
+                    screen.say(str(error))
+            screen.prompt()
+    await device.settled()
+
+
+async def _pipe(device: Device, screen: Screen, options: Options, conv: str) -> int:
+    batch = options.batch
+    if batch is None:
+        batch = await asyncio.to_thread(stdin.content_hash, 0) if stdin.is_regular(0) else str(uuid.uuid4())
+    # One hash of everything that stays the same, then only the line number: this is done for every line.
+    space = uuid.uuid5(_NAMESPACE, f"{options.user}\0{options.device}\0{conv}\0{batch}")
+    began, number, new, bad = time.monotonic(), 0, 0, 0
+    try:
+        async for found in stdin.lines(0, _AT_ONCE):
+            drafts = []
+            for line in found:
+                number += 1
+                try:
+                    drafts.append(Draft(conv, str(uuid.uuid5(space, str(number))), line.decode()))
+                except UnicodeDecodeError:
+                    bad += 1
+                    screen.say(f"line {number} is not UTF-8; it is not sent")
+            await _progress(screen, options.timeout, lambda: device.room(_QUEUED))
+            new += await device.queue(drafts)
+    except stdin.LineTooLong:
+        bad += 1
+        screen.say(
+            f"line {number + 1} is longer than {stdin.MAX_LINE} bytes; it and what follows are not sent"
+        )
+    await _progress(screen, options.timeout, device.settled)
+    took = time.monotonic() - began
+    earlier = number - new - bad
+    parts = [f"{screen.stored} stored in {took:.1f} s ({screen.stored / max(took, 0.001):,.0f}/s)"]
+    if earlier > 0:
+        parts.append(f"{earlier} queued or sent by an earlier run")
+    if screen.failed or bad:
+        parts.append(f"{screen.failed + bad} not sent")
+    screen.say(f"{number} lines: " + ", ".join(parts))
+    return 1 if screen.failed or bad else 0
+
+
+async def _progress(screen: Screen, patience: float, wait: Callable[[], Awaitable[None]]) -> None:
+    """Waits as long as there is progress at least every ``patience`` seconds."""
+    while True:
+        before = screen.progress
+        try:
+            async with asyncio.timeout(patience):
+                return await wait()
+        except TimeoutError:
+            if screen.progress == before:
+                raise Give(
+                    f"gave up after {patience:g} s without progress; run the same command again to go on"
+                ) from None
+
+
+def _text(message: Message) -> str:
+    if message.kind == "system" and isinstance(message.body, dict):
+        users = message.body.get("users")
+        named = ", ".join(map(str, users)) if isinstance(users, list) else ""
+        return f"({message.body.get('event', 'changed')} {named})".replace(" )", ")")
+    if message.body is None:
+        return f"({message.kind})"
+    return message.body if isinstance(message.body, str) else json.dumps(message.body, ensure_ascii=False)
+
+
+def _printable(text: str) -> str:
+    # Other people's text must neither drive the terminal nor break a line in two.
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char == "\t" else {"\n": "\\n", "\r": "\\r"}.get(char, "\ufffd")
+        for char in text
+    )
+
+
+def _as_json(message: Message) -> dict[str, object]:
+    return {
+        "conv": message.conv,
+        "id": message.id,
+        "seq": message.seq,
+        "at": message.at,
+        "user": message.user,
+        "device": message.device,
+        "kind": message.kind,
+        "body": message.body,
+        "replyTo": message.reply_to,
+        **(message.extra or {}),
+    }
+
+
+def _tokens(user: str, device: str, given: str | None, data: Path) -> Callable[[], str]:
+    if given:
+        return lambda: given
+    secret = os.environ.get("RELAY_JWT_SECRET")
+
+    def make() -> str:
+        path = data / "jwt-secret"
+        if secret is None and not path.exists():
+            raise FileNotFoundError(
+                f"there is no secret in {path} yet; start the relay (make run) or give --token"
+            )
+        return mint(secret or generate_secret(path), user, device, audience="relay", lifetime=3600)
+
+    return make
+
+
+def main(
+    user: Annotated[str, typer.Option(help="Who you are.")],
+    device: Annotated[str, typer.Option(help="Which of your devices this is.")] = "terminal",
+    to: Annotated[list[str] | None, typer.Option(help="Whom to write to; several times for a group.")] = None,
+    conversation: Annotated[
+        str | None, typer.Option(help="The id of a conversation, instead of --to.")
+    ] = None,
+    url: Annotated[str, typer.Option(envvar="RELAY_URL", help="The relay.")] = "http://127.0.0.1:8080",
+    token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RELAY_TOKEN",
+            help="Access token. Default: one is made with the relay's secret, from RELAY_JWT_SECRET or the file "
+            "jwt-secret in RELAY_DATA_DIR (var/).",
+        ),
+    ] = None,
+    database: Annotated[
+        Path | None, typer.Option(help="SQLite file. Default: RELAY_DATA_DIR/chat/USER-DEVICE.sqlite.")
+    ] = None,
+    listen: Annotated[
+        bool,
+        typer.Option(
+            "--listen/--exit-when-done",
+            "--follow",
+            help="Stay after the last line and print what arrives, until Ctrl-C.",
+        ),
+    ] = False,
+    batch: Annotated[str | None, typer.Option(help="Name of these lines; see above.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a line for every message.")
+    ] = False,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, help="Piped: give up after so many seconds without progress.")
+    ] = 60,
+) -> None:
+    """The command; its help is _HELP."""
+    data = Path(os.environ.get("RELAY_DATA_DIR") or "var")
+    caller = Path(os.environ.get("CHAT_CALLER_DIRECTORY") or ".")
+    if not ids.USER_ID.fullmatch(user):
+        raise typer.BadParameter("1 to 128 characters of A-Z a-z 0-9 _ . @ : + -", param_hint="--user")
+    if not ids.DEVICE_ID.fullmatch(device):
+        raise typer.BadParameter("1 to 64 characters of A-Z a-z 0-9 _ . : -", param_hint="--device")
+    if to and conversation:
+        raise typer.BadParameter("give --to or --conversation, not both", param_hint="--conversation")
+    options = Options(
+        user=user,
+        device=device,
+        to=tuple(to or ()),
+        conversation=conversation,
+        url=url.rstrip("/"),
+        token=_tokens(user, device, token, data),
+        database=caller / database if database else data / "chat" / f"{user}-{device}.sqlite",
+        listen=listen,
+        batch=batch,
+        as_json=as_json,
+        timeout=timeout,
+    )
+    try:
+        code = asyncio.run(converse(options))
+    except (Give, DeviceError, KeyConfigurationError, OSError) as error:
+        print(f"chat: {error}", file=sys.stderr)
+        code = 1
+    raise typer.Exit(code)
+
+
+def run() -> None:
+    """The program."""
+    app = typer.Typer(add_completion=False)
+    app.command(help="\n\n".join(part.replace("\n", " ") for part in _HELP.split("\n\n")))(main)
+    app(prog_name="scripts/chat")
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,37 @@
+"""Fixtures that the suites share: a real mongod for the whole run, relay nodes on it, devices that speak the protocol."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from relay.store.embedded import EmbeddedMongo
+from tests.support.node import Node, NodeFactory
+
+TEST_COMMANDS = {"enableTestCommands": "1", "ttlMonitorSleepSecs": "1"}
+
+
+@pytest.fixture(scope="session")
+async def mongod(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EmbeddedMongo]:
+    """One real mongod, with test commands (fail points), for every test of the run."""
+    directory: Path = tmp_path_factory.mktemp("mongod")
+    server = EmbeddedMongo(directory, server_parameters=TEST_COMMANDS, cache_gb=0.5)
+    await server.start()
+    yield server
+    await server.stop()
+
+
+@pytest.fixture
+async def nodes(mongod: EmbeddedMongo, tmp_path: Path) -> AsyncIterator[NodeFactory]:
+    """Starts relay nodes in this process, each test in a database of its own; stops them afterwards."""
+    factory = NodeFactory(mongod.uri, tmp_path)
+    yield factory
+    await factory.close()
+
+
+@pytest.fixture
+async def node(nodes: NodeFactory) -> Node:
+    """One relay node with default settings."""
+    return await nodes.start()

@@ -1,0 +1,119 @@
+"""A relay node in the test's own process, on a real mongod and a real socket, with a database of its own."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from pymongo import AsyncMongoClient
+
+from config.settings import Settings
+from relay import app
+from relay.session.tokens import mint
+from tests.support.device import WireDevice
+
+SECRET = "a secret for tests only, of more than 32 bytes"
+
+
+class Node:
+    """One node. ``db`` is an independent client's view of its database."""
+
+    def __init__(self, relay: app.Relay, db: Any, http: aiohttp.ClientSession) -> None:
+        self.relay = relay
+        self.db = db
+        self.http = http
+        self.url = relay.url
+        self._devices: list[WireDevice] = []
+
+    def token(self, user: str, device: str, lifetime: int = 600) -> str:
+        """A valid access token."""
+        return mint(SECRET, user, device, audience="relay", lifetime=lifetime)
+
+    def headers(self, user: str, device: str) -> dict[str, str]:
+        """The header that authenticates a request."""
+        return {"Authorization": f"Bearer {self.token(user, device)}"}
+
+    async def request(self, method: str, path: str, user: str, device: str, body: Any = None) -> tuple[int, Any]:
+        """An authenticated HTTP request: status and parsed answer."""
+        async with self.http.request(
+            method, self.url + path, json=body, headers=self.headers(user, device)
+        ) as response:
+            return response.status, await response.json()
+
+    async def direct(self, user: str, other: str, device: str = "phone") -> str:
+        """The id of the direct conversation of two people (``user``'s device becomes known by asking)."""
+        status, found = await self.request(
+            "POST", "/v1/conversations", user, device, {"type": "direct", "members": [other]}
+        )
+        assert status in (200, 201), found
+        return str(found["id"])
+
+    async def group(self, user: str, others: list[str], device: str = "phone") -> str:
+        """The id of a new group."""
+        status, found = await self.request(
+            "POST", "/v1/conversations", user, device, {"type": "group", "members": others, "name": "group"}
+        )
+        assert status == 201, found
+        return str(found["id"])
+
+    async def connect(self, user: str, device: str = "phone", *, welcome: bool = True) -> WireDevice:
+        """A connected device; its ``welcome`` and the first ``drained`` are left for the test unless ``welcome``,
+        which takes the welcome frame off."""
+        socket = await self.http.ws_connect(
+            self.url + "/v1/ws", headers=self.headers(user, device), max_msg_size=0, protocols=("relay.v1",)
+        )
+        found = WireDevice(socket, user, device)
+        self._devices.append(found)
+        if welcome:
+            found.welcome = await found.expect("welcome")
+        return found
+
+    async def close(self) -> None:
+        """Closes the devices and stops the node."""
+        for device in self._devices:
+            await device.close()
+        await self.relay.stop()
+
+
+class NodeFactory:
+    """Starts nodes for one test. They share one fresh database unless told otherwise."""
+
+    def __init__(self, uri: str, directory: Path) -> None:
+        self.uri = uri
+        self.database = f"t{uuid.uuid4().hex[:20]}"
+        self._directory = directory
+        self._nodes: list[Node] = []
+        self._http = aiohttp.ClientSession()
+        self._client: AsyncMongoClient[dict[str, Any]] = AsyncMongoClient(uri, tz_aware=True)
+
+    async def start(self, **settings: Any) -> Node:
+        """A node with these settings on top of the defaults of a test."""
+        values: dict[str, Any] = {
+            "host": "127.0.0.1",
+            "port": 0,
+            "data_dir": self._directory,
+            "mongo_uri": self.uri,
+            "mongo_database": self.database,
+            "jwt_secret": SECRET,
+            "drain_seconds": 2,
+            **settings,
+        }
+        relay = await app.start(Settings(**values))
+        node = Node(relay, self._client[values["mongo_database"]], self._http)
+        self._nodes.append(node)
+        return node
+
+    async def stop(self, node: Node) -> None:
+        """Stops one node early."""
+        self._nodes.remove(node)
+        await node.close()
+
+    async def close(self) -> None:
+        """Stops every node and drops the database."""
+        for node in self._nodes:
+            await node.close()
+        await self._http.close()
+        await self._client.drop_database(self.database)
+        await self._client.close()
