@@ -16,6 +16,9 @@ MESSAGES: Final = "messages"
 FATES: Final = "fates"
 CREATED_TTL_INDEX: Final = "createdAt_ttl"
 FATES_TTL_INDEX: Final = "at_ttl"
+EXPIRES_GRACE_SECONDS: Final = 60
+"""The expiry job ends messages as soon as they are due, and counts them; MongoDB deletes, uncounted, what the job has not
+reached a minute later."""
 
 
 class SenderField(TypedDict):
@@ -70,7 +73,7 @@ def message_indexes(ttl_seconds: int) -> list[IndexModel]:
         IndexModel(
             [("expiresAt", ASCENDING)],
             name="expiresAt_ttl",
-            expireAfterSeconds=0,
+            expireAfterSeconds=EXPIRES_GRACE_SECONDS,
             partialFilterExpression={"expiresAt": {"$exists": True}},
         ),
     ]

@@ -19,6 +19,7 @@ from relay.wire.envelope import Envelope
 
 _PAGE: Final = 128
 _READERS: Final = 16
+_LEAD_MS: Final = 5000
 
 log = structlog.get_logger(__name__)
 
@@ -104,6 +105,11 @@ class Messages:
         self._readers = asyncio.Semaphore(_READERS)
         self.ttl_ms = ttl_seconds * 1000
 
+    def _cutoff(self, now: int) -> int:
+        """Messages accepted up to here are past the full time to live. A moment early, so that the expiry job counts
+        them before MongoDB's own time to live deletes them."""
+        return now - self.ttl_ms + min(_LEAD_MS, self.ttl_ms // 1000)
+
     async def waiting(
         self,
         keys: Sequence[str],
@@ -119,7 +125,7 @@ class Messages:
         (but at least one), without the ids in ``exclude``, after the place ``(seq, _id)`` when given."""
         query: dict[str, Any] = {
             "awaiting": {"$in": list(keys)},
-            "createdAt": {"$gt": DatetimeMS(now - self.ttl_ms)},
+            "createdAt": {"$gt": DatetimeMS(self._cutoff(now))},
             "$or": [{"expiresAt": None}, {"expiresAt": {"$gt": DatetimeMS(now)}}],
         }
         if exclude:
@@ -179,7 +185,7 @@ class Messages:
     def is_due(self, document: Mapping[str, Any], now: int) -> bool:
         """Whether a stored message is past its time."""
         expires = document.get("expiresAt")
-        return int(document["createdAt"]) + self.ttl_ms <= now or (
+        return int(document["createdAt"]) <= self._cutoff(now) or (
             expires is not None and int(expires) <= now
         )
 
@@ -189,7 +195,7 @@ class Messages:
         with time_limit(self._timeout):
             for query in (
                 {"expiresAt": {"$lte": DatetimeMS(now)}},
-                {"createdAt": {"$lte": DatetimeMS(now - self.ttl_ms)}},
+                {"createdAt": {"$lte": DatetimeMS(self._cutoff(now))}},
             ):
                 async for document in self._collection.find(query, {"_id": 1}).limit(limit):
                     found.append(document["_id"])

@@ -1,0 +1,96 @@
+"""What the bench and its load generator tell each other: one JSON object a line, orders in, news out."""
+
+from __future__ import annotations
+
+import msgspec
+
+from scripts.tools.bench.processes import Usage
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True):
+    """What to generate. ``connections`` opens idle devices instead of pairs. ``rate`` (messages/s, all pairs together)
+    makes the loop open. The window lasts ``seconds``, or until ``messages`` were delivered; ``mark`` is the number of
+    messages at which memory is noted. ``pids`` are the processes whose use is noted."""
+
+    host: str
+    port: int
+    secret: str
+    audience: str
+    run: str
+    connections: int = 0
+    pairs: int = 0
+    window: int = 4
+    size: int = 200
+    warmup: float = 0
+    seconds: float = 0
+    messages: int | None = None
+    mark: int | None = None
+    rate: float | None = None
+    pids: dict[str, int] = {}
+
+
+class News(msgspec.Struct, tag_field="event", frozen=True, kw_only=True):
+    """Something the load generator tells."""
+
+
+class Connected(News, tag="connected"):
+    """Every socket is open and drained."""
+
+    connections: int
+    seconds: float
+
+
+class Progress(News, tag="progress"):
+    """Once a second. ``rate``: delivered a second since the last one."""
+
+    warm: bool
+    delivered: int
+    rate: float
+
+
+class Percentiles(msgspec.Struct, frozen=True, kw_only=True):
+    """Milliseconds."""
+
+    count: int
+    p50: float
+    p90: float
+    p99: float
+    p999: float
+    max: float
+
+
+class Measured(News, tag="measured"):
+    """The measured window. ``before`` and ``after`` are the processes at its ends, ``marked`` when ``mark`` was reached;
+    ``late`` sends were due in an open loop and had not been made when it ended."""
+
+    seconds: float
+    delivered: int
+    late: int
+    stored_ms: Percentiles
+    delivered_ms: Percentiles
+    before: dict[str, Usage]
+    marked: dict[str, Usage]
+    after: dict[str, Usage]
+
+
+class Counted(News, tag="counted"):
+    """Everything since the first message, warm-up included. ``repeated``: delivered or stored a second time;
+    ``unknown``: named a message that was never sent. ``errors`` are the first few, as people read them."""
+
+    sent: int
+    stored: int
+    delivered: int
+    repeated: int
+    unknown: int
+    failed: int
+    closed: int
+    errors: list[str]
+
+
+class Failed(News, tag="failed"):
+    """The load could not be generated; one line."""
+
+    reason: str
+
+
+AnyNews = Connected | Progress | Measured | Counted | Failed
