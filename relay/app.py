@@ -116,7 +116,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
     messages = Messages(mongo, metrics, ttl_seconds=ttl_seconds, timeout=timeout)
     fates = Fates(mongo)
     accounts = Accounts(inactive=timedelta(days=settings.device_inactive_days))
-    conversations = Conversations(accounts)
+    conversations = Conversations(accounts, timeout=timeout)
     audiences = Audiences(conversations.audiences)
     ledger.open(await messages.count_waiting())
 

@@ -8,7 +8,6 @@ messages of the outbox unanswered. The fourth, the *heartbeat*, ends a connectio
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -19,8 +18,9 @@ from aiohttp import ClientWebSocketResponse, WSMessage, WSMsgType
 
 from relay.client.database import Committed, Incoming, Waiting
 from relay.client.packing import Limits, acknowledgements, attempt, pack
+from relay.client.parsing import operations_of, receipt_of, seconds, stored_of
 from relay.client.storage import Storage
-from relay.client.values import Drained, Event, Failed, Live, Message, Receipt, Stored
+from relay.client.values import Drained, Event, Failed, Live, Message
 
 MAX_UNANSWERED: Final = 64
 _READ_AHEAD: Final = 256
@@ -199,7 +199,7 @@ class Connection:
             batch.incoming.messages.append(message)
             batch.keys.append((message.conv, message.id))
         elif kind == "stored":
-            stored = _stored(operation)
+            stored = stored_of(operation)
             if stored is not None:
                 self._answered((stored.conv, stored.id))
                 self._held.pop(stored.conv, None)
@@ -207,7 +207,7 @@ class Connection:
         elif kind == "error":
             self._refused(operation, batch)
         elif kind == "receipt":
-            receipt = _receipt(operation)
+            receipt = receipt_of(operation)
             if receipt is not None:
                 batch.incoming.receipts.append(receipt)
                 batch.after.append(receipt)
@@ -215,14 +215,14 @@ class Connection:
             count = operation.get("count")
             batch.after.append(Drained(count if type(count) is int else 0))
         elif kind == "bye":
-            self._retry_after = _seconds(operation.get("retryAfter"), 1.0)
+            self._retry_after = seconds(operation.get("retryAfter"), 1.0)
             self._leaving = self._now() + self._tuning.leave
         elif kind != "pong":
             batch.after.append(Live(operation))
 
     def _refused(self, error: Mapping[str, Any], batch: _Batch) -> None:
         key = self._find(error)
-        wish = _seconds(error.get("retryAfter"), 0.0)
+        wish = seconds(error.get("retryAfter"), 0.0)
         if key is None:
             # Not about a message of ours, or about the frame as a whole.
             self._silent_until = max(self._silent_until, self._now() + wish)
@@ -403,35 +403,3 @@ class Connection:
         if self._ended is None:
             self._ended = Ended(None, reason, self._retry_after, self._lived)
         await self._socket.close()
-
-
-def operations_of(text: str) -> list[Mapping[str, Any]]:
-    """The operations of a received frame; what is no JSON object is left out."""
-    # Not relay.wire.codec: what the relay sends must be stored and acknowledged whatever it holds, or it comes for ever.
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        _LOG.warning("the relay sent a frame that is not JSON; it is ignored")
-        return []
-    return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, dict)]
-
-
-def _stored(frame: Mapping[str, Any]) -> Stored | None:
-    conv, message, seq, at = frame.get("conv"), frame.get("id"), frame.get("seq"), frame.get("at")
-    if type(conv) is str and type(message) is str and type(seq) is int:
-        return Stored(conv, message, seq, at if type(at) is int else 0)
-    return None
-
-
-def _receipt(frame: Mapping[str, Any]) -> Receipt | None:
-    conv, ids, by, at = frame.get("conv"), frame.get("ids"), frame.get("by"), frame.get("at")
-    if type(conv) is str and isinstance(ids, list) and isinstance(by, dict):
-        listed = tuple(item for item in ids if type(item) is str)
-        return Receipt(
-            conv, listed, str(by.get("user", "")), str(by.get("device", "")), at if type(at) is int else 0
-        )
-    return None
-
-
-def _seconds(milliseconds: object, usual: float) -> float:
-    return milliseconds / 1000 if type(milliseconds) in (int, float) and milliseconds >= 0 else usual  # type: ignore[operator]

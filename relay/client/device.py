@@ -19,7 +19,7 @@ from typing import Any, Final, Self
 import aiohttp
 from aiohttp import ClientSession, ClientTimeout, ClientWebSocketResponse, ClientWSTimeout, WSMsgType
 
-from relay.client.connection import Connection, Ended, Tuning, operations_of
+from relay.client.connection import Connection, Ended, Tuning
 from relay.client.database import Committed
 from relay.client.errors import (
     ClientTooOld,
@@ -30,6 +30,7 @@ from relay.client.errors import (
     TokenRefused,
 )
 from relay.client.packing import encode
+from relay.client.parsing import operations_of
 from relay.client.storage import Storage
 from relay.client.values import (
     WITHDRAWN,

@@ -173,7 +173,7 @@ class Commits:
         await self._refresh(batch, attempt)
         asked_again = [s for s in batch if not s.settled and (s.again or attempt)]
         if asked_again:
-            await self._answer_from_fates(asked_again, inserted=False)
+            await self._answer_from_fates(asked_again, inserted=bool(attempt))
         batch = [submission for submission in batch if not submission.settled]
         if not batch:
             return
@@ -225,13 +225,15 @@ class Commits:
         self._committed([s.envelope for s in inserted])
 
     async def _answer_from_fates(self, batch: list[Submission], *, inserted: bool) -> None:
+        """Answers what is on record as gone. ``inserted``: this submission may have put a second incarnation into the
+        store, which is taken back."""
         gone = await self._fates.find([s.envelope.doc_id for s in batch])
         for submission in batch:
             envelope = submission.envelope
             known = gone.get(envelope.doc_id)
             if known is None:
                 continue
-            if inserted:
+            if inserted and known.seq != envelope.seq:
                 with time_limit(self._timeout):
                     await self._collection.delete_one(
                         {"_id": envelope.doc_id, "conversationId": envelope.conversation, "seq": envelope.seq}

@@ -17,7 +17,7 @@ from pymongo import UpdateOne
 
 from models.conversations import Conversation, Membership
 from relay.store.accounts import Accounts
-from relay.store.mongo import DuplicateKeyError
+from relay.store.mongo import DuplicateKeyError, time_limit
 from relay.wire import codec, ids
 from relay.wire.errors import RelayError
 
@@ -48,8 +48,9 @@ class ConversationView:
 class Conversations:
     """The ``conversations`` and ``memberships`` collections."""
 
-    def __init__(self, accounts: Accounts) -> None:
+    def __init__(self, accounts: Accounts, *, timeout: float = 2) -> None:
         self._accounts = accounts
+        self._timeout = timeout
 
     async def create(
         self,
@@ -134,6 +135,10 @@ class Conversations:
 
     async def audiences(self, conversations: list[str]) -> Mapping[str, Mapping[str, list[str]]]:
         """Members and their active device keys, by conversation; two queries for each five hundred."""
+        with time_limit(self._timeout):
+            return await self._audiences(conversations)
+
+    async def _audiences(self, conversations: list[str]) -> Mapping[str, Mapping[str, list[str]]]:
         found: dict[str, dict[str, list[str]]] = {}
         for start in range(0, len(conversations), _LOAD):
             cursor = Membership.get_motor_collection().find(

@@ -221,8 +221,9 @@ class Messages:
     async def count_waiting(self) -> int:
         """How many deliveries (message and device) wait in the store: opens the ledger at a start."""
         pipeline = [{"$group": {"_id": None, "n": {"$sum": {"$size": {"$ifNull": ["$awaiting", []]}}}}}]
-        async for document in self._collection.aggregate(pipeline):
-            return int(document["n"])
+        with time_limit(None):
+            async for document in self._collection.aggregate(pipeline):
+                return int(document["n"])
         return 0
 
     def _read(self, document: Mapping[str, Any]) -> Envelope | None:

@@ -58,6 +58,7 @@ MESSAGE_CODEC: Final[CodecOptions[dict[str, Any]]] = CodecOptions(
     datetime_conversion=DatetimeConversion.DATETIME_MS, unicode_decode_error_handler="replace"
 )
 _INDEX_OPTIONS_CONFLICT: Final = 85
+_CALL_MS: Final = 10_000
 CONTROL: Final = (User, Device, Conversation, Membership)
 
 Collection = AsyncIOMotorCollection
@@ -78,6 +79,9 @@ class Mongo:
                 tz_aware=True,
                 serverSelectionTimeoutMS=int(select_seconds * 1000),
                 connectTimeoutMS=5000,
+                # Every call ends: a connection that hangs must not hold its caller for ever. The message path has
+                # shorter limits of its own.
+                timeoutMS=_CALL_MS,
                 maxPoolSize=64,
             )
         except (ConfigurationError, InvalidURI, ValueError) as error:
@@ -104,9 +108,11 @@ class Mongo:
                     "MongoDB runs standalone, which can lose acknowledged writes on a crash; "
                     "make it a replica set (of one member, if need be)"
                 )
-            await self._ensure(MESSAGES, message_indexes(ttl_seconds))
-            await self._ensure(FATES, fate_indexes(fate_seconds))
-            await init_beanie(database=self.database, document_models=list(CONTROL))
+            # Building an index over a large collection takes its time.
+            with time_limit(None):
+                await self._ensure(MESSAGES, message_indexes(ttl_seconds))
+                await self._ensure(FATES, fate_indexes(fate_seconds))
+                await init_beanie(database=self.database, document_models=list(CONTROL))
         except ConnectionFailure as error:
             raise MongoUnavailable(f"MongoDB cannot be reached: {str(error)[:200]}") from None
         except OperationFailure as error:

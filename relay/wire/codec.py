@@ -6,6 +6,7 @@ refuses them before anything else sees them. Of duplicate keys the last one wins
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isfinite
@@ -21,6 +22,9 @@ from relay.wire.frames import MAX_IDS, MAX_OPERATIONS, AnyOperation, Operation, 
 MAX_DEPTH: Final = 32
 SAFE_INTEGER: Final = (1 << 53) - 1
 _MESSAGE_LENGTH: Final = 200
+
+# ujson takes raw control characters in strings, which JSON forbids; escaped on the way out they would be six times as long.
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 
 # msgspec reads a union anew at every call; one look-up by tag is six times faster.
 _TYPES: Final[dict[str, type[Operation]]] = {
@@ -41,6 +45,8 @@ def decode(text: str) -> list[Operation | Refused]:
 
     Raises FrameError when the frame as a whole is not JSON objects.
     """
+    if _CONTROL.search(text) is not None:
+        raise FrameError(errors.NOT_JSON)
     try:
         value = ujson.loads(text)
     except (ValueError, RecursionError):  # ujson.JSONDecodeError is a ValueError

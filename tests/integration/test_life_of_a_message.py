@@ -46,7 +46,11 @@ async def test_a_message_to_a_connected_device_is_stored_delivered_acknowledged_
 async def test_a_message_is_deleted_only_after_the_last_device_acknowledges(node: Node) -> None:
     conv = await node.direct("ann", "bob")
     tablet = await node.connect("ann", "tablet")
-    ann, phone, laptop = await node.connect("ann"), await node.connect("bob"), await node.connect("bob", "laptop")
+    ann, phone, laptop = (
+        await node.connect("ann"),
+        await node.connect("bob"),
+        await node.connect("bob", "laptop"),
+    )
     stored = await ann.sent(conv)
     for device in (phone, laptop, tablet):
         assert (await device.expect("msg"))["id"] == stored["id"]
@@ -74,7 +78,9 @@ async def test_a_member_without_a_device_is_awaited_and_their_first_device_drain
     await gone(node)
 
 
-async def test_a_resend_is_answered_with_the_first_seq_while_it_waits_and_after_it_is_gone(node: Node) -> None:
+async def test_a_resend_is_answered_with_the_first_seq_while_it_waits_and_after_it_is_gone(
+    node: Node,
+) -> None:
     conv = await node.direct("ann", "bob")
     ann, bob = await node.connect("ann"), await node.connect("bob")
     first = await ann.sent(conv, "once")

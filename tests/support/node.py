@@ -35,7 +35,9 @@ class Node:
         """The header that authenticates a request."""
         return {"Authorization": f"Bearer {self.token(user, device)}"}
 
-    async def request(self, method: str, path: str, user: str, device: str, body: Any = None) -> tuple[int, Any]:
+    async def request(
+        self, method: str, path: str, user: str, device: str, body: Any = None
+    ) -> tuple[int, Any]:
         """An authenticated HTTP request: status and parsed answer."""
         async with self.http.request(
             method, self.url + path, json=body, headers=self.headers(user, device)

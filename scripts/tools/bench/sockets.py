@@ -76,7 +76,16 @@ class Receiver(Protocol):
 class Socket(asyncio.Protocol):
     """One connection. ``opened`` is done after the upgrade, or has the reason why there was none."""
 
-    __slots__ = ("_buffer", "_closing", "_paused", "_receiver", "_request", "_upgraded", "opened", "transport")
+    __slots__ = (
+        "_buffer",
+        "_closing",
+        "_paused",
+        "_receiver",
+        "_request",
+        "_upgraded",
+        "opened",
+        "transport",
+    )
 
     def __init__(self, receiver: Receiver, host: str, port: int, token: str) -> None:
         self._receiver = receiver
@@ -122,7 +131,9 @@ class Socket(asyncio.Protocol):
                 self._buffer = head
                 return
             if not head.startswith(b"HTTP/1.1 101 "):
-                self._end(f"the relay answered {head.partition(b' ')[2][:60].decode('latin-1').splitlines()[0]}")
+                self._end(
+                    f"the relay answered {head.partition(b' ')[2][:60].decode('latin-1').splitlines()[0]}"
+                )
                 return
             self._upgraded = True
             self.opened.set_result(None)
@@ -154,7 +165,9 @@ class Socket(asyncio.Protocol):
             self.transport.write(bytes((0x8A, 0x80 | len(payload))) + _MASK + payload)
             return True
         if kind == _CLOSE:
-            self._end(f"the relay closed with {int.from_bytes(payload[:2])} {payload[2:].decode(errors='replace')}")
+            self._end(
+                f"the relay closed with {int.from_bytes(payload[:2])} {payload[2:].decode(errors='replace')}"
+            )
         else:
             self._end(f"the relay sent a frame of an unexpected kind ({kind:#x})")
         return False

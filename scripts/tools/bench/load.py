@@ -1,0 +1,236 @@
+"""The load generator, a process of its own: takes an Order on standard input, tells News on standard output.
+
+It holds its connections until standard input ends or brings another line, so that what is still under way can be looked at.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import sys
+from time import perf_counter
+from typing import Final
+
+import aiohttp
+import msgspec
+
+from relay.session.tokens import mint
+from scripts.tools.bench.messages import Connected, Counted, Measured, News, Order, Progress
+from scripts.tools.bench.pairs import Pacer, Pair, Tally, percentiles
+from scripts.tools.bench.processes import Usage, usages
+from scripts.tools.bench.sockets import Drained, Op, Socket, connect
+
+_AT_ONCE: Final = 64
+_GRACE_SECONDS: Final = 5.0
+_READY_SECONDS: Final = 60.0
+_TOKEN_SECONDS: Final = 24 * 3600
+_DEVICE: Final = "bench"
+
+
+class GiveUp(Exception):
+    """The load cannot be generated; one line."""
+
+
+class Idle:
+    """A device that only listens."""
+
+    __slots__ = ("drained", "lost_because")
+
+    def __init__(self) -> None:
+        self.drained: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.lost_because: str | None = None
+
+    def received(self, ops: list[Op]) -> None:
+        """One frame."""
+        if not self.drained.done() and any(type(op) is Drained for op in ops):
+            self.drained.set_result(None)
+
+    def lost(self, reason: str) -> None:
+        """The connection ended."""
+        self.lost_because = reason
+        if not self.drained.done():
+            self.drained.set_exception(ConnectionError(reason))
+
+
+class Door:
+    """Where sockets come from, a bounded number at once."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self._turns = asyncio.Semaphore(_AT_ONCE)
+        self.sockets: list[Socket] = []
+
+    def token(self, user: str) -> str:
+        """An access token of this user's device."""
+        order = self._order
+        return mint(order.secret, user, _DEVICE, audience=order.audience, lifetime=_TOKEN_SECONDS)
+
+    async def enter(self, user: str) -> tuple[Socket, Idle]:
+        """A connection that has drained. Raises OSError."""
+        async with self._turns:
+            idle = Idle()
+            socket = await connect(idle, self._order.host, self._order.port, self.token(user))
+            self.sockets.append(socket)
+            async with asyncio.timeout(_READY_SECONDS):
+                await idle.drained
+            return socket, idle
+
+    def close(self) -> None:
+        """Closes every socket."""
+        for socket in self.sockets:
+            socket.close()
+
+
+class Load:
+    """One run of pairs."""
+
+    def __init__(self, order: Order, door: Door) -> None:
+        self._order = order
+        self._door = door
+        self._pids = {**order.pids, "load": os.getpid()}
+        # Version 4 UUIDs by form; counted, so that templates and one look-up suffice.
+        self.tally = Tally(f"{order.run[:8]}-0000-4000-8000-", mark=order.mark, wanted=order.messages)
+        self._pairs: list[Pair] = []
+
+    async def prepare(self) -> None:
+        """Connects every device and makes the conversations."""
+        started = perf_counter()
+        async with asyncio.TaskGroup() as group, aiohttp.ClientSession() as http:
+            making = [
+                group.create_task(self._pair(http, n), name=f"pair {n}") for n in range(self._order.pairs)
+            ]
+            await asyncio.wait(making)
+        self._pairs = [task.result() for task in making]
+        tell(Connected(connections=len(self._door.sockets), seconds=perf_counter() - started))
+        # Nothing here makes cycles from now on, and a collection would show up as latency.
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+
+    async def run(self) -> Measured:
+        """Warm-up and window; returns when everything under way has arrived, or 5 s after the end."""
+        order, tally = self._order, self.tally
+        pacer = None if order.rate is None else Pacer(self._pairs, tally, order.rate)
+        progress = asyncio.create_task(self._progress(), name="progress")
+        marking = asyncio.create_task(self._mark(), name="mark")
+        try:
+            if pacer is None:
+                for pair in self._pairs:
+                    pair.send((perf_counter(),) * order.window)
+            await asyncio.sleep(order.warmup)
+            before, started = usages(self._pids), perf_counter()
+            tally.recording = True
+            try:
+                await asyncio.wait_for(tally.enough.wait(), order.seconds)
+            except TimeoutError:
+                pass
+            tally.recording = False
+            after, seconds = usages(self._pids), perf_counter() - started
+            late = 0
+            if pacer is not None:
+                late = pacer.late
+                pacer.stop()
+            tally.stop()
+            try:
+                await asyncio.wait_for(tally.settled.wait(), _GRACE_SECONDS)
+            except TimeoutError:
+                pass
+            return Measured(
+                seconds=seconds,
+                delivered=tally.recorded,
+                late=late,
+                stored_ms=percentiles(tally.stored_ms),
+                delivered_ms=percentiles(tally.delivered_ms),
+                before=before,
+                marked=marking.result() if marking.done() else {},
+                after=after,
+            )
+        finally:
+            for task in (progress, marking):
+                task.cancel()
+            await asyncio.gather(progress, marking, return_exceptions=True)
+
+    def counted(self) -> Counted:
+        """What became of everything that was sent."""
+        tally = self.tally
+        return Counted(
+            sent=tally.sent,
+            stored=tally.stored,
+            delivered=tally.delivered,
+            repeated=tally.repeated,
+            unknown=tally.unknown,
+            failed=tally.failed,
+            closed=tally.closed,
+            errors=tally.errors,
+        )
+
+    async def _pair(self, http: aiohttp.ClientSession, number: int) -> Pair:
+        order = self._order
+        names = [f"bench-{order.run}-{number}-{part}" for part in ("from", "to")]
+        (sending, _), (receiving, _) = [await self._door.enter(name) for name in names]
+        url = f"http://{order.host}:{order.port}/v1/conversations"
+        headers = {"Authorization": f"Bearer {self._door.token(names[0])}"}
+        async with http.post(url, json={"type": "direct", "members": [names[1]]}, headers=headers) as answer:
+            if answer.status not in (200, 201):
+                raise GiveUp(f"the relay made no conversation: {answer.status} {(await answer.text())[:200]}")
+            conversation = (await answer.json())["id"]
+        pair = Pair(self.tally, conversation, order.size, closed_loop=order.rate is None)
+        pair.sender.attach(sending)
+        pair.recipient.attach(receiving)
+        sending.listen(pair.sender)
+        receiving.listen(pair.recipient)
+        return pair
+
+    async def _mark(self) -> dict[str, Usage]:
+        await self.tally.marked.wait()
+        return usages(self._pids)
+
+    async def _progress(self) -> None:
+        tally = self.tally
+        known, since = tally.delivered, perf_counter()
+        while True:
+            await asyncio.sleep(1)
+            now = perf_counter()
+            tell(
+                Progress(
+                    warm=tally.recording,
+                    delivered=tally.delivered,
+                    rate=(tally.delivered - known) / (now - since),
+                )
+            )
+            known, since = tally.delivered, now
+
+
+async def idle(order: Order, door: Door) -> None:
+    """Opens idle connections."""
+    started = perf_counter()
+    async with asyncio.TaskGroup() as group:
+        for number in range(order.connections):
+            group.create_task(door.enter(f"bench-{order.run}-{number}"), name=f"connection {number}")
+    tell(Connected(connections=len(door.sockets), seconds=perf_counter() - started))
+
+
+async def generate(order: Order, dismissed: asyncio.Task[bytes]) -> None:
+    """The whole run; ``dismissed`` is done when the bench wants it to end. Raises OSError and GiveUp."""
+    door = Door(order)
+    try:
+        if order.connections:
+            await _unless(dismissed, idle(order, door))
+            await dismissed
+            return
+        load = Load(order, door)
+        await _unless(dismissed, load.prepare())
+        tell(await _unless(dismissed, load.run()))
+        await dismissed
+        tell(load.counted())
+    finally:
+        door.close()
+        # Connections say goodbye on the next turn.
+        await asyncio.sleep(0.05)
+
+
+def tell(news: News) -> None:
+    """One line to the bench."""
+    sys.stdout.buffer.write(msgspec.json.encode(news) + b"\n")
+    sys.stdout.buffer.flush()
