@@ -114,7 +114,8 @@ class Mongo:
                 await self._ensure(FATES, fate_indexes(fate_seconds))
                 await init_beanie(database=self.database, document_models=list(CONTROL))
         except ConnectionFailure as error:
-            raise MongoUnavailable(f"MongoDB cannot be reached: {str(error)[:200]}") from None
+            reason = str(error).partition(" (configured")[0].partition(", Timeout")[0][:200]
+            raise MongoUnavailable(f"MongoDB cannot be reached: {reason}; see RELAY_MONGO_URI") from None
         except OperationFailure as error:
             raise MongoUnavailable(
                 f"MongoDB refused to prepare the collections: {str(error)[:200]}"

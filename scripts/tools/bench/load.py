@@ -9,8 +9,9 @@ import asyncio
 import gc
 import os
 import sys
+from collections.abc import Coroutine
 from time import perf_counter
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import aiohttp
 import msgspec
@@ -26,6 +27,8 @@ _GRACE_SECONDS: Final = 5.0
 _READY_SECONDS: Final = 60.0
 _TOKEN_SECONDS: Final = 24 * 3600
 _DEVICE: Final = "bench"
+
+Result = TypeVar("Result")
 
 
 class GiveUp(Exception):
@@ -202,13 +205,21 @@ class Load:
             known, since = tally.delivered, now
 
 
-async def idle(order: Order, door: Door) -> None:
-    """Opens idle connections."""
+async def open_idle(order: Order, door: Door) -> list[Idle]:
+    """Opens idle connections. Raises OSError."""
     started = perf_counter()
+    names = (f"bench-{order.run}-{number}" for number in range(order.connections))
+    opened: list[Idle] = []
+
+    async def work() -> None:
+        for name in names:
+            opened.append((await door.enter(name))[1])
+
     async with asyncio.TaskGroup() as group:
-        for number in range(order.connections):
-            group.create_task(door.enter(f"bench-{order.run}-{number}"), name=f"connection {number}")
-    tell(Connected(connections=len(door.sockets), seconds=perf_counter() - started))
+        for number in range(min(_AT_ONCE, order.connections)):
+            group.create_task(work(), name=f"connect {number}")
+    tell(Connected(connections=len(opened), seconds=perf_counter() - started))
+    return opened
 
 
 async def generate(order: Order, dismissed: asyncio.Task[bytes]) -> None:
@@ -216,8 +227,9 @@ async def generate(order: Order, dismissed: asyncio.Task[bytes]) -> None:
     door = Door(order)
     try:
         if order.connections:
-            await _unless(dismissed, idle(order, door))
+            devices = await _unless(dismissed, open_idle(order, door))
             await dismissed
+            tell(_counted_idle(devices))
             return
         load = Load(order, door)
         await _unless(dismissed, load.prepare())
@@ -230,7 +242,61 @@ async def generate(order: Order, dismissed: asyncio.Task[bytes]) -> None:
         await asyncio.sleep(0.05)
 
 
+def _counted_idle(devices: list[Idle]) -> Counted:
+    reasons = [device.lost_because for device in devices if device.lost_because is not None]
+    return Counted(
+        sent=0, stored=0, delivered=0, repeated=0, unknown=0, failed=0, closed=len(reasons), errors=reasons[:5]
+    )
+
+
+async def _unless(dismissed: asyncio.Task[bytes], work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of ``work``. Raises GiveUp when the bench is gone before."""
+    task = asyncio.create_task(work, name="load")
+    try:
+        await asyncio.wait({task, dismissed}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise GiveUp("the bench has ended")
+        return task.result()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
 def tell(news: News) -> None:
     """One line to the bench."""
     sys.stdout.buffer.write(msgspec.json.encode(news) + b"\n")
     sys.stdout.buffer.flush()
+
+
+async def _main() -> int:
+    reader = asyncio.StreamReader()
+    loop = asyncio.get_running_loop()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    order = msgspec.json.decode(await reader.readline(), type=Order)
+    dismissed = asyncio.create_task(reader.read(), name="dismissal")
+    try:
+        await generate(order, dismissed)
+    except* (OSError, GiveUp, TimeoutError, aiohttp.ClientError) as problems:
+        tell(Failed(reason=_first(problems)))
+        return 1
+    finally:
+        dismissed.cancel()
+        await asyncio.gather(dismissed, return_exceptions=True)
+    return 0
+
+
+def _first(problems: BaseExceptionGroup[Any]) -> str:
+    problem: BaseException = problems
+    while isinstance(problem, BaseExceptionGroup):
+        problem = problem.exceptions[0]
+    return " ".join(str(problem).split()) or type(problem).__name__
+
+
+def main() -> int:
+    """The process; its exit code."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_main())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -120,6 +120,10 @@ class Socket(asyncio.Protocol):
         """Whether the relay does not take what is sent."""
         return self._paused
 
+    def listen(self, receiver: Receiver) -> None:
+        """Tells another from now on."""
+        self._receiver = receiver
+
     def data_received(self, data: bytes) -> None:
         """asyncio's."""
         if self._buffer:
