@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from time import monotonic
-from typing import Final
+from typing import Final, NamedTuple
 
 from bson.errors import BSONError
 
@@ -21,8 +20,7 @@ from relay.wire.ids import document_id
 WITHDRAWN: Final = "withdrawn"
 
 
-@dataclass(frozen=True, slots=True)
-class Sender:
+class Sender(NamedTuple):
     """The sending device. ``floor`` is the ``seq`` its next message must exceed."""
 
     user: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import signal
 import sys
 
@@ -23,6 +24,7 @@ def main() -> int:
         print(f"relay: {error}", file=sys.stderr)
         return 2
     logs.configure(settings.log_format, settings.log_level)
+    _allow_many_sockets()
     for name in configuration.unknown_variables():
         log.warning("this environment variable is no setting of the relay; see docs/settings.md", name=name)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -56,6 +58,12 @@ async def _serve(settings: configuration.Settings) -> int:
     failed.cancel()
     log.info("stopped")
     return 0 if relay.fault is None else 1
+
+
+def _allow_many_sockets() -> None:
+    """Every connection is an open file; the usual soft limit of 1,024 is far below what the process may have."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _greet(relay: app.Relay) -> None:

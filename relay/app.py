@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 
 import structlog
 from aiohttp import web
@@ -45,8 +45,10 @@ from relay.store.mongo import Mongo, MongoUnavailable
 from relay.wire import errors, replies
 from relay.wire.clock import Clock
 from relay.wire.envelope import Envelope
-from relay.wire.frames import MAX_OPERATIONS
+from relay.wire.frames import MAX_OPERATIONS, AnyOperation
 
+# Messages are freed by reference counts; the collector only looks for cycles, and need not look 20 times a millisecond.
+_GC: Final = (50_000, 20, 50)
 SECRET_FILE: Final = "jwt-secret"
 _BYE_SPREAD_MS: Final = (500, 5000)
 _HEALTH_SECONDS: Final = 2.0
@@ -107,7 +109,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
     except MongoUnavailable as error:
         raise StartError(str(error)) from None
 
-    metrics = Metrics()
+    metrics = Metrics({kind: str(kind.__struct_config__.tag) for kind in get_args(AnyOperation)})
     ledger = Ledger(metrics.registry)
     clock = Clock()
     hub = Hub()
@@ -224,6 +226,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
     # What is alive now stays: the collector need not look at it again.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(*_GC)
     relay = Relay(settings, context, url, embedded, stopping)
     faults.append(relay)
     return relay

@@ -2,26 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.exposition import generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 _LATENCY: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _SIZES: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
+class DeliveryTimes(Collector):
+    """From accepting a message to its acknowledgement by a device, live and drained. Observed for every message, so it
+    counts without the library's lock; one thread observes and renders."""
+
+    _BOUNDS: Final = (*_LATENCY, 60, 3600, 86400)
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(self._BOUNDS) + 1)
+        self._sum = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """Notes one delivery."""
+        self._counts[bisect_left(self._BOUNDS, seconds)] += 1
+        self._sum += seconds
+
+    def collect(self) -> Iterator[Metric]:
+        """For Prometheus."""
+        total = 0
+        buckets: list[tuple[str, float]] = []
+        for bound, count in zip((*self._BOUNDS, float("inf")), self._counts, strict=True):
+            total += count
+            buckets.append((_bound(bound), total))
+        yield HistogramMetricFamily(
+            "relay_delivery_seconds",
+            "From accepting a message to its acknowledgement by a device.",
+            buckets=buckets,
+            sum_value=self._sum,
+        )
+
+
+def _bound(value: float) -> str:
+    return "+Inf" if value == float("inf") else str(float(value))
+
+
 class Metrics:
     """All metrics of one node, named as Prometheus names them (base units, ``_total`` for counters)."""
 
-    def __init__(self) -> None:
+    def __init__(self, operations: Mapping[type, str] | None = None) -> None:
         self.registry = CollectorRegistry()
         r = self.registry
         self.connections = Gauge("relay_connections", "Authenticated WebSockets open now.", registry=r)
         self.behind = Gauge("relay_connections_behind", "Connections that drain a backlog now.", registry=r)
         self.closed = Counter("relay_closes_total", "WebSockets closed, by close code.", ["code"], registry=r)
-        self.operations = Counter("relay_operations_total", "Operations taken, by name.", ["op"], registry=r)
+        counter = Counter("relay_operations_total", "Operations taken, by name.", ["op"], registry=r)
+        self.operations = {kind: counter.labels(name) for kind, name in (operations or {}).items()}
         self.errors = Counter("relay_errors_total", "Errors told to clients, by code.", ["code"], registry=r)
         self.batch = Histogram(
             "relay_commit_batch_size", "Items of one group commit.", ["queue"], buckets=_SIZES, registry=r
@@ -29,12 +68,8 @@ class Metrics:
         self.commit = Histogram(
             "relay_commit_seconds", "Duration of one group commit.", ["queue"], buckets=_LATENCY, registry=r
         )
-        self.delivery = Histogram(
-            "relay_delivery_seconds",
-            "From accepting a message to its acknowledgement by a device, live and drained.",
-            buckets=(*_LATENCY, 60, 3600, 86400),
-            registry=r,
-        )
+        self.delivery = DeliveryTimes()
+        r.register(self.delivery)
         self.retries = Counter(
             "relay_commit_retries_total",
             "Group commits tried again after an unknown outcome.",

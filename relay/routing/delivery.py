@@ -54,6 +54,31 @@ class InFlight:
 class Delivery:
     """The deliveries of one connection. ``start`` begins with the backlog; ``drained`` is told once."""
 
+    __slots__ = (
+        "_backlog",
+        "_bytes",
+        "_closed",
+        "_count_behind",
+        "_credit",
+        "_dirty",
+        "_drained",
+        "_initial",
+        "_initial_count",
+        "_key",
+        "_keys",
+        "_mark",
+        "_now",
+        "_outbox",
+        "_read_to_mark",
+        "_task",
+        "_told",
+        "_user",
+        "_window",
+        "_window_bytes",
+        "behind",
+        "in_flight",
+    )
+
     def __init__(
         self,
         user: str,

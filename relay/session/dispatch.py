@@ -43,7 +43,7 @@ async def dispatch(ctx: Context, peer: Peer, operations: Sequence[Operation | Re
         if isinstance(op, Refused):
             _fail(ctx, peer, op.error, op.about)
             continue
-        counted.labels(op.__struct_config__.tag).inc()
+        counted[type(op)].inc()
         try:
             waiting = HANDLERS[type(op)](ctx, peer, op)
             if waiting is not None:

@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import structlog
 from bson.datetime_ms import DatetimeMS
@@ -33,8 +33,7 @@ _LAST_DELAY: Final = 1.0
 log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Sole:
+class Sole(NamedTuple):
     """What a connection knows of a message that it delivered and that only its device awaits: enough to delete it
     without reading it."""
 
@@ -87,8 +86,7 @@ class Removal:
         self.done = done or _nothing
 
 
-@dataclass(frozen=True, slots=True)
-class Acknowledged:
+class Acknowledged(NamedTuple):
     """A device's acknowledgement of one message is durable. ``user`` and ``device`` are the message's sender."""
 
     doc_id: str

@@ -13,9 +13,8 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import structlog
 from bson.raw_bson import RawBSONDocument
@@ -39,8 +38,7 @@ _LAST_DELAY: Final = 1.0
 log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(NamedTuple):
     """A durable message. ``fresh`` is False when an earlier attempt had stored it."""
 
     seq: int

@@ -18,7 +18,7 @@ from relay.store.mongo import Mongo
 from relay.wire.clock import Clock
 from relay.wire.envelope import Envelope
 from relay.wire.ids import new_id
-from scripts.tools.bench.processes import usages
+from scripts.tools.bench.processes import spent, usages
 
 CYCLES_IN_FLIGHT: Final = 2
 CONVERSATIONS: Final = 100
@@ -27,14 +27,17 @@ _DAY: Final = 86_400
 
 
 class Limit(msgspec.Struct, frozen=True, kw_only=True):
-    """``rate`` in messages/s; ``cpu_us`` is CPU per message in µs, of mongod and of the process that asks."""
+    """``rate`` in messages/s; ``cpu_us`` is CPU per message in µs, ``cores`` CPU seconds a second, by process (``bench``
+    is the driver, ``others`` what does not belong to the run)."""
 
     rate: float
     messages: int
     seconds: float
     batch: int
+    cycles: int
     size: int
     cpu_us: dict[str, float]
+    cores: dict[str, float]
 
 
 class _Cycles:
@@ -83,35 +86,35 @@ class _Cycles:
 
 
 async def measure(
-    uri: str, database: str, *, seconds: float, batch: int, size: int, pids: dict[str, int]
+    uri: str, database: str, *, seconds: float, batch: int, cycles: int, size: int, pids: dict[str, int]
 ) -> Limit:
     """Runs cycles in ``database``, which is dropped afterwards. Raises MongoUnavailable and PyMongoError."""
     mongo = Mongo(uri, database)
     try:
         await mongo.prepare(30 * _DAY, 3 * _DAY)
-        cycles = _Cycles(mongo.messages, batch, size)
+        work = _Cycles(mongo.messages, batch, size)
         async with asyncio.TaskGroup() as group:
-            for number in range(CYCLES_IN_FLIGHT):
-                group.create_task(cycles.run(), name=f"cycle {number}")
+            for number in range(cycles):
+                group.create_task(work.run(), name=f"cycle {number}")
             try:
                 await asyncio.sleep(_WARMUP_SECONDS)
-                cycles.counting = True
+                work.counting = True
                 before, started = usages(pids), perf_counter()
                 await asyncio.sleep(seconds)
-                cycles.counting = False
+                work.counting = False
                 after, elapsed = usages(pids), perf_counter() - started
             finally:
-                cycles.running = False
+                work.running = False
+        cpu = spent(before, after)
         return Limit(
-            rate=cycles.done / elapsed,
-            messages=cycles.done,
+            rate=work.done / elapsed,
+            messages=work.done,
             seconds=elapsed,
             batch=batch,
+            cycles=cycles,
             size=size,
-            cpu_us={
-                name: (after[name].cpu - before[name].cpu) * 1e6 / max(1, cycles.done)
-                for name in before.keys() & after.keys()
-            },
+            cpu_us={name: used * 1e6 / max(1, work.done) for name, used in cpu.items() if name != "others"},
+            cores={name: used / elapsed for name, used in cpu.items()},
         )
     finally:
         await mongo.client.drop_database(database)

@@ -6,6 +6,7 @@ It holds its connections until standard input ends or brings another line, so th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import sys
@@ -15,9 +16,10 @@ from typing import Any, Final, TypeVar
 
 import aiohttp
 import msgspec
+import uvloop
 
 from relay.session.tokens import mint
-from scripts.tools.bench.messages import Connected, Counted, Measured, News, Order, Progress
+from scripts.tools.bench.messages import Connected, Counted, Failed, Measured, News, Order, Progress
 from scripts.tools.bench.pairs import Pacer, Pair, Tally, percentiles
 from scripts.tools.bench.processes import Usage, usages
 from scripts.tools.bench.sockets import Drained, Op, Socket, connect
@@ -124,10 +126,8 @@ class Load:
             await asyncio.sleep(order.warmup)
             before, started = usages(self._pids), perf_counter()
             tally.recording = True
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(tally.enough.wait(), order.seconds)
-            except TimeoutError:
-                pass
             tally.recording = False
             after, seconds = usages(self._pids), perf_counter() - started
             late = 0
@@ -135,13 +135,12 @@ class Load:
                 late = pacer.late
                 pacer.stop()
             tally.stop()
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(tally.settled.wait(), _GRACE_SECONDS)
-            except TimeoutError:
-                pass
             return Measured(
                 seconds=seconds,
                 delivered=tally.recorded,
+                per_frame=tally.recorded / max(1, tally.frames),
                 late=late,
                 stored_ms=percentiles(tally.stored_ms),
                 delivered_ms=percentiles(tally.delivered_ms),
@@ -245,7 +244,14 @@ async def generate(order: Order, dismissed: asyncio.Task[bytes]) -> None:
 def _counted_idle(devices: list[Idle]) -> Counted:
     reasons = [device.lost_because for device in devices if device.lost_because is not None]
     return Counted(
-        sent=0, stored=0, delivered=0, repeated=0, unknown=0, failed=0, closed=len(reasons), errors=reasons[:5]
+        sent=0,
+        stored=0,
+        delivered=0,
+        repeated=0,
+        unknown=0,
+        failed=0,
+        closed=len(reasons),
+        errors=reasons[:5],
     )
 
 
@@ -274,15 +280,16 @@ async def _main() -> int:
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     order = msgspec.json.decode(await reader.readline(), type=Order)
     dismissed = asyncio.create_task(reader.read(), name="dismissal")
+    code = 0
     try:
         await generate(order, dismissed)
     except* (OSError, GiveUp, TimeoutError, aiohttp.ClientError) as problems:
         tell(Failed(reason=_first(problems)))
-        return 1
+        code = 1
     finally:
         dismissed.cancel()
         await asyncio.gather(dismissed, return_exceptions=True)
-    return 0
+    return code
 
 
 def _first(problems: BaseExceptionGroup[Any]) -> str:

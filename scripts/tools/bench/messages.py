@@ -33,14 +33,14 @@ class News(msgspec.Struct, tag_field="event", frozen=True, kw_only=True):
     """Something the load generator tells."""
 
 
-class Connected(News, tag="connected"):
+class Connected(News, tag="connected", frozen=True):
     """Every socket is open and drained."""
 
     connections: int
     seconds: float
 
 
-class Progress(News, tag="progress"):
+class Progress(News, tag="progress", frozen=True):
     """Once a second. ``rate``: delivered a second since the last one."""
 
     warm: bool
@@ -59,12 +59,13 @@ class Percentiles(msgspec.Struct, frozen=True, kw_only=True):
     max: float
 
 
-class Measured(News, tag="measured"):
-    """The measured window. ``before`` and ``after`` are the processes at its ends, ``marked`` when ``mark`` was reached;
+class Measured(News, tag="measured", frozen=True):
+    """The measured window; ``per_frame`` messages came in one frame on average. ``before`` and ``after`` are the processes at its ends, ``marked`` when ``mark`` was reached;
     ``late`` sends were due in an open loop and had not been made when it ended."""
 
     seconds: float
     delivered: int
+    per_frame: float
     late: int
     stored_ms: Percentiles
     delivered_ms: Percentiles
@@ -73,7 +74,7 @@ class Measured(News, tag="measured"):
     after: dict[str, Usage]
 
 
-class Counted(News, tag="counted"):
+class Counted(News, tag="counted", frozen=True):
     """Everything since the first message, warm-up included. ``repeated``: delivered or stored a second time;
     ``unknown``: named a message that was never sent. ``errors`` are the first few, as people read them."""
 
@@ -87,7 +88,7 @@ class Counted(News, tag="counted"):
     errors: list[str]
 
 
-class Failed(News, tag="failed"):
+class Failed(News, tag="failed", frozen=True):
     """The load could not be generated; one line."""
 
     reason: str

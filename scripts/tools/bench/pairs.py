@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from time import perf_counter
 from typing import Final
 
-from hdrh.histogram import HdrHistogram  # type: ignore[import-untyped]
+from hdrh.histogram import HdrHistogram
 
 from scripts.tools.bench.messages import Percentiles
 from scripts.tools.bench.sockets import Error, Msg, Op, Socket, Stored
@@ -33,6 +33,7 @@ class Tally:
         "enough",
         "errors",
         "failed",
+        "frames",
         "mark",
         "marked",
         "next_stop",
@@ -53,7 +54,7 @@ class Tally:
 
     def __init__(self, prefix: str, *, mark: int | None = None, wanted: int | None = None) -> None:
         self.prefix = prefix
-        self.sent = self.stored = self.delivered = self.recorded = 0
+        self.sent = self.stored = self.delivered = self.recorded = self.frames = 0
         self.repeated = self.unknown = self.failed = self.closed = 0
         self.errors: list[str] = []
         self.unstored: dict[str, float] = {}
@@ -180,17 +181,16 @@ class Sender(End):
         now = perf_counter()
         recording = tally.recording
         for op in ops:
-            kind = type(op)
-            if kind is Stored:
-                intended = tally.unstored.pop(op.id, None)  # type: ignore[union-attr]
+            if isinstance(op, Stored):
+                intended = tally.unstored.pop(op.id, None)
                 if intended is None:
-                    tally.astray(op.id)  # type: ignore[union-attr, arg-type]
+                    tally.astray(op.id)
                     continue
                 tally.stored += 1
                 if recording:
                     tally.stored_ms.append(now - intended)
-            elif kind is Error:
-                tally.refused(op)  # type: ignore[arg-type]
+            elif isinstance(op, Error):
+                tally.refused(op)
         if not tally.running:
             tally.look_settled()
 
@@ -209,28 +209,28 @@ class Recipient(End):
         """One frame."""
         tally = self._tally
         now = perf_counter()
-        messages = []
+        messages: list[str] = []
         came = 0
         for op in ops:
-            kind = type(op)
-            if kind is Msg:
-                message = op.id  # type: ignore[union-attr]
+            if isinstance(op, Msg):
+                message = op.id
                 messages.append(message)
-                intended = tally.undelivered.pop(message, None)  # type: ignore[arg-type]
+                intended = tally.undelivered.pop(message, None)
                 if intended is None:
-                    tally.astray(message)  # type: ignore[arg-type]
+                    tally.astray(message)
                     continue
                 came += 1
                 if tally.recording:
                     tally.delivered_ms.append(now - intended)
-            elif kind is Error:
-                tally.refused(op)  # type: ignore[arg-type]
+            elif isinstance(op, Error):
+                tally.refused(op)
         if not messages:
             return
-        self._pair.acknowledge(messages)  # type: ignore[arg-type]
+        self._pair.acknowledge(messages)
         tally.delivered += came
         if tally.recording:
             tally.recorded += came
+            tally.frames += 1
             if tally.recorded >= tally.next_stop:
                 tally.look_stops()
         if not tally.running:

@@ -12,6 +12,8 @@ import msgspec
 _TICK: Final = os.sysconf("SC_CLK_TCK")
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 
+MACHINE: Final = "machine"
+
 
 class Usage(msgspec.Struct, frozen=True):
     """CPU seconds since the process began (10 ms steps, all threads) and resident bytes."""
@@ -28,11 +30,22 @@ def usage(pid: int) -> Usage:
 
 
 def usages(pids: Mapping[str, int]) -> dict[str, Usage]:
-    """Of several processes, by name; one that is gone is left out."""
-    found = {}
+    """Of several processes, by name; one that is gone is left out. ``MACHINE`` is everything that ran, the host's theft
+    included."""
+    busy = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    user, nice, system, _, _, irq, soft_irq, stolen = busy
+    found = {MACHINE: Usage((user + nice + system + irq + soft_irq + stolen) / _TICK, 0)}
     for name, pid in pids.items():
         try:
             found[name] = usage(pid)
         except OSError:
             continue
+    return found
+
+
+def spent(before: Mapping[str, Usage], after: Mapping[str, Usage]) -> dict[str, float]:
+    """CPU seconds between two readings, by process; ``others`` is what else ran on the machine."""
+    found = {name: after[name].cpu - before[name].cpu for name in sorted(after.keys() & before.keys())}
+    whole = found.pop(MACHINE, 0.0)
+    found["others"] = max(0.0, whole - sum(found.values()))
     return found

@@ -157,7 +157,7 @@ class Socket(asyncio.Protocol):
             kind = data[position]
             if kind == _TEXT:
                 ops = _decode(data[start:end])
-                self._receiver.received(ops if type(ops) is list else [ops])  # type: ignore[list-item]
+                self._receiver.received(ops if isinstance(ops, list) else [ops])
             elif not self._control(kind, data[start:end]):
                 return
             position = end

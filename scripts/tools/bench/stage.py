@@ -10,7 +10,7 @@ import secrets
 import signal
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -26,6 +26,7 @@ _START_SECONDS: Final = 60.0
 _END_SECONDS: Final = 15.0
 _LINE: Final = 1 << 20
 _KEPT_LINES: Final = 20
+_decode_news: Final = msgspec.json.Decoder(AnyNews).decode
 
 
 class BenchError(Exception):
@@ -58,7 +59,7 @@ class LoadGenerator:
         line = await self._process.stdout.readline()
         if not line:
             raise BenchError("the load generator ended unexpectedly; the lines above say why")
-        found = msgspec.json.decode(line, type=AnyNews)
+        found: AnyNews = _decode_news(line)
         if isinstance(found, Failed):
             raise BenchError(f"the load could not be generated: {found.reason}")
         return found
@@ -98,7 +99,12 @@ async def relay_node(uri: str, database: str, directory: Path) -> AsyncIterator[
         "RELAY_LOG_FORMAT": "json",
         "RELAY_LOG_LEVEL": "info",
     }
-    elsewhere = {"RELAY_REDIS_URL", "RELAY_JWT_SECRET_FILE", "RELAY_JWT_PUBLIC_KEY_FILE", "RELAY_JWT_JWKS_FILE"}
+    elsewhere = {
+        "RELAY_REDIS_URL",
+        "RELAY_JWT_SECRET_FILE",
+        "RELAY_JWT_PUBLIC_KEY_FILE",
+        "RELAY_JWT_JWKS_FILE",
+    }
     environment = {name: value for name, value in os.environ.items() if name not in elsewhere} | own
     process = await _start("relay", environment, stderr=asyncio.subprocess.PIPE)
     node = RelayNode("", process.pid, secret, database)
@@ -119,7 +125,10 @@ async def relay_node(uri: str, database: str, directory: Path) -> AsyncIterator[
 async def load_generator(order: Order) -> AsyncIterator[LoadGenerator]:
     """The load generator at work on an order."""
     process = await _start(
-        "scripts.tools.bench.load", os.environ, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+        "scripts.tools.bench.load",
+        dict(os.environ),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
     )
     try:
         assert process.stdin is not None
@@ -136,13 +145,15 @@ def raise_file_limit(wanted: int) -> None:
     if soft >= wanted:
         return
     if hard != resource.RLIM_INFINITY and hard < wanted:
-        raise BenchError(f"{wanted} open files are needed and the system allows {hard}; raise it with ulimit -Hn")
+        raise BenchError(
+            f"{wanted} open files are needed and the system allows {hard}; raise it with ulimit -Hn"
+        )
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 async def _start(
     module: str,
-    environment: Mapping[str, str],
+    environment: dict[str, str],
     *,
     stdin: int = asyncio.subprocess.DEVNULL,
     stdout: int = asyncio.subprocess.DEVNULL,
@@ -175,7 +186,9 @@ async def _end(process: asyncio.subprocess.Process, number: signal.Signals) -> N
             await process.wait()
 
 
-async def _read_log(process: asyncio.subprocess.Process, node: RelayNode, listening: asyncio.Future[str]) -> None:
+async def _read_log(
+    process: asyncio.subprocess.Process, node: RelayNode, listening: asyncio.Future[str]
+) -> None:
     assert process.stderr is not None
     last = ""
     try:

@@ -1,0 +1,197 @@
+"""``scripts/bench``: limit, live, idle, soak."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Annotated, Any, Final, TypeVar
+
+import aiohttp
+import msgspec
+import typer
+import uvloop
+
+from relay.store.embedded import EmbeddedError
+from relay.store.mongo import MongoUnavailable, PyMongoError
+from scripts.tools.bench import live as traffic
+from scripts.tools.bench import memory
+from scripts.tools.bench.limit import CYCLES_IN_FLIGHT, Limit
+from scripts.tools.bench.live import Live, Options
+from scripts.tools.bench.memory import Idle, Soak
+from scripts.tools.bench.report import Screen, write_json
+from scripts.tools.bench.stage import BenchError
+
+_INTERRUPTED: Final = 130
+_EXPECTED: Final = (BenchError, EmbeddedError, MongoUnavailable, PyMongoError, OSError, aiohttp.ClientError)
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="What the relay can do on this machine, beside what its database can do alone. Absolute figures move between "
+    "machines and hours: compare ratios of one run. mongod's files go to the directory for temporary files (TMPDIR); "
+    "memory file systems make fsync free and the figures meaningless. RELAY_* settings apply to the relay it starts.",
+)
+
+Json = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE", help="Write everything for machines; - is standard output."),
+]
+MongoUri = Annotated[
+    str | None,
+    typer.Option(help="A MongoDB to use instead of an own one; databases of its own, dropped afterwards."),
+]
+Pairs = Annotated[int, typer.Option(min=1, max=5000, help="Direct conversations, two devices each.")]
+Window = Annotated[int, typer.Option(min=1, max=256, help="Messages each sender has under way.")]
+Size = Annotated[int, typer.Option(min=1, max=60_000, help="Bytes of a message's body.")]
+Cycles = Annotated[int, typer.Option(min=1, max=32, help="Raw cycles under way at once.")]
+Batch = Annotated[int, typer.Option(min=1, max=10_000, help="Messages of one raw cycle.")]
+
+
+Found = TypeVar("Found")
+
+
+@app.command()
+def limit(
+    seconds: Annotated[float, typer.Option(min=0.5, max=600)] = 10,
+    batch: Batch = 500,
+    cycles: Cycles = CYCLES_IN_FLIGHT,
+    size: Size = 200,
+    mongo_uri: MongoUri = None,
+    json: Json = None,
+) -> None:
+    """MongoDB's raw cycle: insert and delete, with the relay's driver, documents, indexes and durability."""
+    screen = Screen(json_on_stdout=json == "-")
+    options = Options(batch=batch, cycles=cycles, size=size, mongo_uri=mongo_uri)
+
+    async def work() -> Limit:
+        with tempfile.TemporaryDirectory(prefix="relay-bench-") as directory:
+            async with traffic.database(mongo_uri, Path(directory)) as (uri, pids):
+                pids |= {"bench": os.getpid()}
+                return await traffic.measure_limit(options, uri, pids, seconds, screen)
+
+    _finish(_run(work()), screen.limit, json)
+
+
+@app.command()
+def live(
+    pairs: Pairs = 100,
+    window: Window = 4,
+    seconds: Annotated[float, typer.Option(min=0.5, max=3600, help="The measured window.")] = 20,
+    warmup: Annotated[float, typer.Option(min=0, max=600, help="Seconds before it.")] = 3,
+    size: Size = 200,
+    rate: Annotated[
+        float | None,
+        typer.Option(min=1, help="Open loop: so many messages/s in all, timed from when each was due."),
+    ] = None,
+    limit_seconds: Annotated[
+        float, typer.Option(min=0, max=600, help="The raw cycle, half before and half after; 0: without.")
+    ] = 10,
+    batch: Batch = 500,
+    cycles: Cycles = CYCLES_IN_FLIGHT,
+    mongo_uri: MongoUri = None,
+    url: Annotated[
+        str | None, typer.Option(help="A relay that runs on this machine, instead of an own one.")
+    ] = None,
+    secret: Annotated[
+        str | None, typer.Option(envvar="RELAY_JWT_SECRET", help="Its HS256 secret.", show_default=False)
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Live traffic between pairs of devices, against the raw cycle of the same run. Every message is accounted for."""
+    screen = Screen(json_on_stdout=json == "-")
+    options = Options(
+        pairs=pairs,
+        window=window,
+        seconds=seconds,
+        warmup=warmup,
+        size=size,
+        batch=batch,
+        cycles=cycles,
+        rate=rate,
+        limit_seconds=limit_seconds,
+        mongo_uri=mongo_uri,
+        url=url,
+        secret=secret,
+    )
+    found: Live = _run(traffic.run(options, screen))
+    _finish(found, screen.live, json, ok=found.ok)
+
+
+@app.command()
+def idle(
+    connections: Annotated[int, typer.Option(min=1, max=100_000)] = 10_000,
+    mongo_uri: MongoUri = None,
+    json: Json = None,
+) -> None:
+    """What an idle connection costs in memory."""
+    screen = Screen(json_on_stdout=json == "-")
+    found: Idle = _run(memory.idle(connections, mongo_uri, screen))
+    _finish(found, screen.idle, json, ok=found.ok)
+
+
+@app.command()
+def soak(
+    messages: Annotated[int, typer.Option(min=100, max=1_000_000_000)] = 1_000_000,
+    pairs: Pairs = 100,
+    window: Window = 4,
+    size: Size = 200,
+    mongo_uri: MongoUri = None,
+    json: Json = None,
+) -> None:
+    """Whether the relay's memory grows under long traffic."""
+    screen = Screen(json_on_stdout=json == "-")
+    options = Options(pairs=pairs, window=window, size=size, mongo_uri=mongo_uri)
+    found: Soak = _run(memory.soak(messages, options, screen))
+    _finish(found, screen.soak, json, ok=found.ok)
+
+
+def _run(work: Coroutine[Any, Any, Found]) -> Found:
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_interruptible(work))
+    except asyncio.CancelledError:
+        raise typer.Exit(_INTERRUPTED) from None
+    except BaseExceptionGroup as problems:
+        known, unknown = problems.split(_EXPECTED)
+        if known is None or unknown is not None:
+            raise
+        raise _failure(known) from None
+    except _EXPECTED as problem:
+        raise _failure(problem) from None
+
+
+async def _interruptible(work: Coroutine[Any, Any, Found]) -> Found:
+    task = asyncio.create_task(work, name="bench")
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, task.cancel)
+    return await task
+
+
+def _failure(problem: BaseException) -> typer.Exit:
+    while isinstance(problem, BaseExceptionGroup):
+        problem = problem.exceptions[0]
+    print(f"bench: {' '.join(str(problem).split()) or type(problem).__name__}", file=sys.stderr)
+    return typer.Exit(1)
+
+
+def _finish(found: msgspec.Struct, show: Callable[[Any], None], json: str | None, *, ok: bool = True) -> None:
+    show(found)
+    if json is not None:
+        try:
+            write_json(found, json, Path(os.environ.get("BENCH_CALLER_DIRECTORY") or "."))
+        except OSError as error:
+            print(f"bench: {json} cannot be written: {error.strerror or error}", file=sys.stderr)
+            raise typer.Exit(1) from None
+    if not ok:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app(prog_name="scripts/bench")
