@@ -187,9 +187,8 @@ class Delivery:
         return len(self.in_flight) < self._window and self._bytes + size <= self._window_bytes
 
     def _deliver(self, envelope: Envelope) -> None:
-        awaiting = envelope.awaiting
         sole = None
-        if len(awaiting) == 1:
+        if not envelope.shared:
             sole = Sole(envelope.seq, envelope.user, envelope.device, envelope.at)
         self.in_flight[envelope.doc_id] = InFlight(envelope.size, sole, envelope.at)
         self._bytes += envelope.size

@@ -34,7 +34,7 @@ log = structlog.get_logger(__name__)
 
 
 class Sole(NamedTuple):
-    """What a connection knows of a message that it delivered and that only its device awaits: enough to delete it
+    """What a connection knows of a message that only its device ever awaited: enough to delete it, and to tell its fate,
     without reading it."""
 
     seq: int

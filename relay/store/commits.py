@@ -261,6 +261,7 @@ class Commits:
                 submission.settle(_conflict())
             elif document["seq"] == envelope.seq:
                 envelope.awaiting = list(document["awaiting"])
+                envelope.shared = len(envelope.awaiting) > 1 or "deliveredTo" in document
                 fresh.append(submission)
             else:
                 submission.settle(Stored(document["seq"], int(document["createdAt"]), fresh=False))
@@ -282,6 +283,7 @@ class Commits:
             awaiting = audience.awaiting(submission.sender_key)
             if awaiting != submission.envelope.awaiting:
                 submission.envelope.awaiting = awaiting
+                submission.envelope.shared = len(awaiting) > 1
                 submission.raw = encode(submission.envelope)
 
 

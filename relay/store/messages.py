@@ -81,6 +81,8 @@ def decode(document: Mapping[str, Any]) -> Envelope:
     )
     if not isinstance(envelope.body, str | None):
         raise TypeError("body")
+    if document.get("deliveredTo"):
+        envelope.shared = True
     body = envelope.body
     envelope.size = 500 + (len(body.encode()) if body else 0) + (len(str(sealed)) if sealed else 0)
     return envelope

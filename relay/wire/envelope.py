@@ -11,7 +11,8 @@ class Envelope:
 
     ``at`` is the wall clock in milliseconds, ``expires`` likewise or None for the full time to live. ``body`` is text;
     with ``structured`` it is the JSON text of an object. ``sealed`` maps device keys to ciphertexts. ``size`` is the bytes it takes in the store, set when it is encoded for it or
-    read from it; windows and queues count it. Never changed once
+    read from it; windows and queues count it. ``shared``: somebody else awaits it too, or
+    has it already. Never changed once
     submitted, except that ``awaiting`` may be replaced before it is committed.
     """
 
@@ -30,6 +31,7 @@ class Envelope:
         "reply_to",
         "sealed",
         "seq",
+        "shared",
         "size",
         "structured",
         "user",
@@ -69,6 +71,7 @@ class Envelope:
         self.sealed = sealed
         self.expires = expires
         self.size = 0
+        self.shared = len(awaiting) > 1
         self._frame: str | None = None
 
     def frame_for(self, key: str) -> str:

@@ -127,6 +127,19 @@ async def test_status_tells_people_and_then_fates(node: Node) -> None:
     ]
 
 
+async def test_the_fate_names_everybody_also_when_the_last_one_drained_it_later(node: Node) -> None:
+    conv = await node.group("ann", ["bob", "cleo"])
+    ann, bob = await node.connect("ann"), await node.connect("bob")
+    stored = await ann.sent(conv)
+    await bob.expect("msg")
+    await bob.ack(conv, stored["id"])
+    cleo = await node.connect("cleo")
+    await cleo.expect("msg")
+    await cleo.ack(conv, stored["id"])
+    await ann.put({"t": "status", "conv": conv, "ids": [stored["id"]]})
+    assert (await ann.expect("status"))["items"][0]["delivered"] == ["bob", "cleo"]
+
+
 async def test_a_withdrawal_deletes_the_original_where_it_waits_and_is_itself_delivered(node: Node) -> None:
     conv = await node.direct("ann", "bob")
     await node.connect("bob")

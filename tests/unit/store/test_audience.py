@@ -1,0 +1,195 @@
+"""Who receives a message, and for how long that is believed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+import pytest
+
+from relay.store import audience as module
+from relay.store.audience import LEASE_SECONDS, Audience, Audiences
+from tests.support.backlog import turns
+
+Members = dict[str, dict[str, list[str]]]
+
+
+class Directory:
+    """Members by conversation, asked like the store. While ``gate`` is clear an answer is held back after it was read."""
+
+    def __init__(self, conversations: Members) -> None:
+        self.conversations = conversations
+        self.asked: list[list[str]] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.fault: Exception | None = None
+
+    async def load(self, wanted: list[str]) -> Mapping[str, Mapping[str, list[str]]]:
+        self.asked.append(wanted)
+        found = {
+            name: {user: list(keys) for user, keys in self.conversations[name].items()}
+            for name in wanted
+            if name in self.conversations
+        }
+        await asyncio.sleep(0)
+        await self.gate.wait()
+        if self.fault is not None:
+            raise self.fault
+        return found
+
+
+@pytest.fixture
+def directory() -> Directory:
+    return Directory(
+        {
+            "talk": {"ann": ["ann/phone", "ann/tablet"], "bob": ["bob/phone"], "cleo": []},
+            "pair": {"ann": ["ann/phone", "ann/tablet"], "bob": ["bob/phone"]},
+        }
+    )
+
+
+def test_everybody_awaits_a_message_but_the_device_that_sent_it(directory: Directory) -> None:
+    one = Audience("talk", directory.conversations["talk"])
+    assert one.members == {"ann", "bob", "cleo"}
+    assert one.awaiting("ann/phone") == ["ann/tablet", "bob/phone", "cleo/*"]
+    assert one.awaiting("bob/phone") == ["ann/phone", "ann/tablet", "cleo/*"]
+
+
+def test_a_sender_without_an_active_device_does_not_await_their_own_message(directory: Directory) -> None:
+    one = Audience("talk", directory.conversations["talk"])
+    assert one.awaiting("cleo/watch") == ["ann/phone", "ann/tablet", "bob/phone"]
+
+
+def test_the_revision_follows_the_devices_and_nothing_else() -> None:
+    one = Audience("talk", {"ann": ["ann/phone"], "bob": []})
+    same = Audience("other", {"bob": [], "cleo": [], "ann": ["ann/phone"]})
+    other = Audience("talk", {"ann": ["ann/phone"], "bob": ["bob/phone"]})
+    assert one.devices_rev == same.devices_rev
+    assert one.devices_rev != other.devices_rev
+    assert len(one.devices_rev) == 16
+
+
+async def test_a_known_audience_needs_no_query(directory: Directory) -> None:
+    audiences = Audiences(directory.load)
+    assert audiences.get("talk") is None
+    first = await audiences.resolve("talk")
+    assert audiences.get("talk") is first
+    assert await audiences.resolve("talk") is first
+    assert directory.asked == [["talk"]]
+
+
+async def test_the_lease_runs_out(directory: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(module, "monotonic", lambda: now)
+    audiences = Audiences(directory.load)
+    first = await audiences.resolve("talk")
+    now += LEASE_SECONDS - 0.01
+    assert audiences.get("talk") is first
+    now += 0.01
+    assert audiences.get("talk") is None
+    directory.conversations["talk"]["dan"] = ["dan/phone"]
+    second = await audiences.resolve("talk")
+    assert "dan" in second.members
+    assert not first.stale
+
+
+async def test_all_who_ask_while_a_query_runs_share_the_next_one(directory: Directory) -> None:
+    audiences = Audiences(directory.load)
+    directory.gate.clear()
+    first = asyncio.ensure_future(audiences.resolve("talk"))
+    await turns()
+    others = [asyncio.ensure_future(audiences.resolve(name)) for name in ("pair", "pair", "none", "talk")]
+    await turns()
+    directory.gate.set()
+    await first
+    found = await asyncio.gather(*others)
+    assert directory.asked == [["talk"], ["pair", "none", "talk"]]
+    assert found[0] is found[1]
+    assert found[0].members == {"ann", "bob"}
+
+
+async def test_a_conversation_that_does_not_exist_is_remembered_as_empty(directory: Directory) -> None:
+    audiences = Audiences(directory.load)
+    assert (await audiences.resolve("none")).members == frozenset()
+    assert (await audiences.resolve("none")).keys == ()
+    assert directory.asked == [["none"]]
+
+
+async def test_several_are_resolved_with_one_query(directory: Directory) -> None:
+    audiences = Audiences(directory.load)
+    found = await audiences.resolve_all(["talk", "pair", "talk"])
+    assert set(found) == {"talk", "pair"}
+    assert directory.asked == [["talk", "pair"]]
+
+
+async def test_a_change_of_members_makes_what_was_resolved_stale(directory: Directory) -> None:
+    audiences = Audiences(directory.load)
+    talk, pair = await audiences.resolve("talk"), await audiences.resolve("pair")
+    audiences.changed(conversation="talk")
+    assert talk.stale
+    assert not talk.fresh
+    assert audiences.get("talk") is None
+    assert audiences.get("pair") is pair
+
+
+async def test_a_change_of_a_users_devices_makes_all_their_conversations_stale(directory: Directory) -> None:
+    audiences = Audiences(directory.load)
+    talk, pair = await audiences.resolve("talk"), await audiences.resolve("pair")
+    audiences.changed(user="cleo")
+    assert talk.stale
+    assert not pair.stale
+    talk = await audiences.resolve("talk")
+    audiences.changed(user="ann")
+    assert talk.stale
+    assert pair.stale
+    audiences.changed(user="nobody")
+
+
+@pytest.mark.parametrize("what", ["conversation", "user"])
+async def test_a_change_during_the_query_is_not_missed(directory: Directory, what: str) -> None:
+    audiences = Audiences(directory.load)
+    directory.gate.clear()
+    asking = asyncio.ensure_future(audiences.resolve("pair"))
+    await turns()
+    directory.conversations["pair"]["bob"] = ["bob/phone", "bob/tablet"]
+    if what == "user":
+        audiences.changed(user="bob")
+    else:
+        audiences.changed(conversation="pair")
+    directory.gate.set()
+    found = await asking
+    # What was read before the change may still be handed out, but only as stale, so that it is resolved again.
+    assert "bob/tablet" in found.keys or not found.fresh
+    assert "bob/tablet" in (await audiences.resolve("pair")).keys
+
+
+async def test_a_query_that_fails_is_told_to_all_who_wait_and_the_next_one_asks_again(
+    directory: Directory,
+) -> None:
+    audiences = Audiences(directory.load)
+    directory.fault = ConnectionError("no answer")
+    waiting = [asyncio.ensure_future(audiences.resolve(name)) for name in ("talk", "talk", "pair")]
+    found = await asyncio.gather(*waiting, return_exceptions=True)
+    assert found == [directory.fault] * 3
+    directory.fault = None
+    assert (await audiences.resolve("talk")).members == {"ann", "bob", "cleo"}
+
+
+async def test_one_who_stops_waiting_does_not_disturb_the_others(directory: Directory) -> None:
+    audiences = Audiences(directory.load)
+    directory.gate.clear()
+    gone, stays = (asyncio.ensure_future(audiences.resolve("talk")) for _ in range(2))
+    await turns()
+    gone.cancel()
+    await turns()
+    directory.gate.set()
+    assert (await stays).members == {"ann", "bob", "cleo"}
+
+
+async def test_the_cache_is_bounded(directory: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MAX_CACHED", 3)
+    directory.conversations = {f"c{n}": {"ann": ["ann/phone"]} for n in range(5)}
+    audiences = Audiences(directory.load)
+    for name in directory.conversations:
+        await audiences.resolve(name)
+    assert [name for name in directory.conversations if audiences.get(name)] == ["c2", "c3", "c4"]

@@ -1,0 +1,323 @@
+"""Group commit: order, bounds, back-pressure, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from relay.metrics import Metrics
+from relay.store.batcher import Batcher, BatcherClosed
+from tests.support.backlog import turns
+
+
+class Commits:
+    """Collects groups. While ``gate`` is clear commits hang; ``fault`` makes the next ones raise."""
+
+    def __init__(self) -> None:
+        self.groups: list[list[int]] = []
+        self.started: list[list[int]] = []
+        self.abandoned: list[int] = []
+        self.faults: list[BaseException] = []
+        self.fault: Exception | None = None
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def commit(self, group: list[int]) -> None:
+        self.started.append(group)
+        await asyncio.sleep(0)
+        await self.gate.wait()
+        if self.fault is not None:
+            raise self.fault
+        self.groups.append(group)
+
+    @property
+    def done(self) -> list[int]:
+        return [item for group in self.groups for item in group]
+
+
+def batcher(commits: Commits, *, metrics: Metrics | None = None, **limits: Any) -> Batcher[int]:
+    values: dict[str, Any] = {
+        "max_items": 10,
+        "max_bytes": 1000,
+        "queue_items": 100,
+        "queue_bytes": 10_000,
+        "workers": 1,
+        **limits,
+    }
+    return Batcher[int](
+        "test",
+        commits.commit,
+        commits.abandoned.extend,
+        metrics=metrics or Metrics(),
+        dead=commits.faults.append,
+        **values,
+    )
+
+
+async def until(condition: Callable[[], bool], seconds: float = 5) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def test_one_item_alone_is_committed_at_once() -> None:
+    commits = Commits()
+    one = batcher(commits)
+    one.submit(1, 10)
+    await turns()
+    assert commits.groups == [[1]]
+    await one.close(1)
+
+
+async def test_while_one_group_is_in_flight_the_next_gathers() -> None:
+    commits = Commits()
+    one = batcher(commits)
+    commits.gate.clear()
+    one.submit(1, 10)
+    await turns()
+    for item in range(2, 8):
+        one.submit(item, 10)
+        await turns(2)
+    assert commits.started == [[1]]
+    commits.gate.set()
+    await turns()
+    assert commits.groups == [[1], [2, 3, 4, 5, 6, 7]]
+    await one.close(1)
+
+
+@settings(max_examples=60)
+@given(
+    items=st.lists(st.tuples(st.integers(1, 400), st.integers(1, 4)), max_size=60),
+    pauses=st.sets(st.integers(0, 60)),
+)
+async def test_items_are_committed_in_order_in_groups_within_the_bounds(
+    items: list[tuple[int, int]], pauses: set[int]
+) -> None:
+    commits = Commits()
+    one = batcher(commits)
+    for number, (size, weight) in enumerate(items):
+        one.submit(number, size, weight)
+        if number in pauses:
+            await turns(3)
+    await one.close(5)
+    assert commits.done == list(range(len(items)))
+    assert commits.abandoned == []
+    for group in commits.groups:
+        assert group
+        # One item may be larger than a group; nothing is added once a bound is reached.
+        assert len(group) == 1 or sum(items[item][0] for item in group) <= 1000
+        assert sum(items[item][1] for item in group[:-1]) < 10
+
+
+async def test_an_item_larger_than_a_group_goes_alone() -> None:
+    commits = Commits()
+    one = batcher(commits)
+    for item, size in enumerate((10, 5000, 10)):
+        one.submit(item, size)
+    await one.close(1)
+    assert commits.groups == [[0], [1], [2]]
+
+
+async def test_two_committers_work_at_once() -> None:
+    commits = Commits()
+    one = batcher(commits, workers=2, max_items=1)
+    commits.gate.clear()
+    for item in range(3):
+        one.submit(item, 1)
+    await turns()
+    assert commits.started == [[0], [1]]
+    commits.gate.set()
+    await one.close(1)
+    assert sorted(commits.done) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("size", "weight"), [(1, 1), (100, 1), (1, 5)])
+async def test_a_full_queue_holds_its_sources_back_until_half_is_gone(size: int, weight: int) -> None:
+    commits = Commits()
+    one = batcher(commits, max_items=10, queue_items=40, queue_bytes=4000, max_bytes=100_000)
+    commits.gate.clear()
+    one.submit(-1, 0)
+    await turns()
+    count = 0
+    while not one.full:
+        one.submit(count, size, weight)
+        count += 1
+    assert count * max(size * 0.01, weight) == 40
+    waiter = asyncio.ensure_future(one.room())
+    await turns()
+    assert not waiter.done()
+    commits.gate.set()
+    await asyncio.wait_for(waiter, 1)
+    assert not one.full
+    await one.close(1)
+    assert commits.done == [-1, *range(count)]
+
+
+async def test_room_comes_when_half_is_gone_and_not_before() -> None:
+    commits = Commits()
+    one = batcher(commits, max_items=10, queue_items=40)
+    commits.gate.clear()
+    one.submit(-1, 0)
+    await turns()
+    for item in range(40):
+        one.submit(item, 1)
+    full = []
+    for _ in range(4):
+        commits.gate.set()
+        await asyncio.sleep(0)
+        commits.gate.clear()
+        await turns()
+        full.append((sum(len(group) for group in commits.started) - 1, one.full))
+    commits.gate.set()
+    await one.close(1)
+    assert full == [(10, True), (20, False), (30, False), (40, False)]
+
+
+async def test_submitting_never_refuses_for_lack_of_room() -> None:
+    commits = Commits()
+    one = batcher(commits, queue_items=5)
+    for item in range(50):
+        one.submit(item, 1)
+    assert one.full
+    await one.close(1)
+    assert commits.done == list(range(50))
+
+
+async def test_closing_commits_what_is_queued_and_takes_nothing_more() -> None:
+    commits = Commits()
+    one = batcher(commits)
+    for item in range(35):
+        one.submit(item, 1)
+    closing = asyncio.ensure_future(one.close(5))
+    await asyncio.sleep(0)
+    with pytest.raises(BatcherClosed):
+        one.submit(99, 1)
+    await closing
+    assert commits.done == list(range(35))
+    assert commits.abandoned == []
+    assert commits.faults == []
+
+
+async def test_closing_abandons_what_cannot_be_committed_in_time() -> None:
+    commits = Commits()
+    one = batcher(commits)
+    commits.gate.clear()
+    for item in range(25):
+        one.submit(item, 1)
+    await turns()
+    await one.close(0.05)
+    assert commits.groups == []
+    assert sorted(commits.abandoned) == list(range(25))
+    assert commits.faults == []
+
+
+async def test_closing_wakes_whoever_waits_for_room() -> None:
+    commits = Commits()
+    one = batcher(commits, queue_items=2)
+    commits.gate.clear()
+    for item in range(5):
+        one.submit(item, 1)
+    waiter = asyncio.ensure_future(one.room())
+    await turns()
+    closing = asyncio.ensure_future(one.close(0.05))
+    await asyncio.wait_for(waiter, 1)
+    await closing
+
+
+async def test_an_idle_batcher_closes_at_once() -> None:
+    commits = Commits()
+    one = batcher(commits, workers=3)
+    await turns()
+    await asyncio.wait_for(one.close(5), 1)
+    assert commits.started == []
+
+
+async def test_a_commit_that_raises_ends_the_batcher_and_everything_in_it_is_abandoned() -> None:
+    commits = Commits()
+    one = batcher(commits)
+    commits.fault = RuntimeError("a fault of ours")
+    for item in range(25):
+        one.submit(item, 1)
+    await until(lambda: bool(commits.faults))
+    assert commits.faults == [commits.fault]
+    assert sorted(commits.abandoned) == list(range(25))
+    assert commits.groups == []
+    with pytest.raises(BatcherClosed):
+        one.submit(99, 1)
+    await asyncio.wait_for(one.room(), 1)
+    await one.close(1)
+    assert sorted(commits.abandoned) == list(range(25))
+
+
+async def test_the_death_of_several_committers_is_told_once() -> None:
+    commits = Commits()
+    one = batcher(commits, workers=2, max_items=1)
+    commits.gate.clear()
+    for item in range(2):
+        one.submit(item, 1)
+    await turns()
+    assert len(commits.started) == 2
+    commits.fault = RuntimeError("a fault of ours")
+    commits.gate.set()
+    await turns()
+    await one.close(1)
+    assert sorted(commits.abandoned) == [0, 1]
+    assert commits.faults == [commits.fault]
+
+
+async def test_a_barrier_waits_for_what_is_being_committed_and_for_nothing_later() -> None:
+    commits = Commits()
+    one = batcher(commits, max_items=1)
+    await asyncio.wait_for(one.barrier(), 1)
+    commits.gate.clear()
+    one.submit(1, 1)
+    one.submit(2, 1)
+    await turns()
+    barrier = asyncio.ensure_future(one.barrier())
+    await turns()
+    assert not barrier.done()
+    commits.gate.set()
+    await asyncio.sleep(0)
+    commits.gate.clear()
+    await turns()
+    assert barrier.done()
+    assert commits.groups == [[1]]
+    assert commits.started == [[1], [2]]
+    commits.gate.set()
+    await one.close(1)
+
+
+async def test_a_barrier_is_lifted_when_the_commit_fails() -> None:
+    commits = Commits()
+    one = batcher(commits)
+    commits.gate.clear()
+    one.submit(1, 1)
+    await turns()
+    barrier = asyncio.ensure_future(one.barrier())
+    commits.fault = RuntimeError("a fault of ours")
+    commits.gate.set()
+    await asyncio.wait_for(barrier, 1)
+    await one.close(1)
+
+
+async def test_the_depth_of_the_queue_is_on_the_metrics() -> None:
+    commits, metrics = Commits(), Metrics()
+    one = batcher(commits, metrics=metrics)
+    commits.gate.clear()
+    one.submit(0, 1)
+    await turns()
+    for item in range(1, 4):
+        one.submit(item, 50, 2)
+    sample = metrics.registry.get_sample_value
+    assert sample("relay_queue_items", {"queue": "test"}) == 6
+    assert sample("relay_queue_bytes", {"queue": "test"}) == 150
+    commits.gate.set()
+    await one.close(1)
+    assert sample("relay_queue_items", {"queue": "test"}) == 0
+    assert sample("relay_queue_bytes", {"queue": "test"}) == 0
+    assert sample("relay_commit_batch_size_sum", {"queue": "test"}) == 4
