@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Final, Protocol
 
 import structlog
@@ -24,6 +25,7 @@ from relay.wire.envelope import Envelope
 
 _FEW_SECONDS: Final = 0.05
 _RETRY_SECONDS: Final = 0.5
+_NOTHING: Final[AbstractSet[str]] = frozenset()
 
 log = structlog.get_logger(__name__)
 
@@ -113,7 +115,7 @@ class Delivery:
         self._mark: int | None = None
         self._told = False
         self._read_to_mark = False
-        self._initial: set[str] = set()
+        self._initial: AbstractSet[str] = set()
         self._initial_count = 0
 
     def start(self) -> None:
@@ -147,7 +149,7 @@ class Delivery:
             return
         self._bytes -= found.size
         if not self._told:
-            self._initial.discard(doc_id)
+            self._initial -= {doc_id}
             self._tell_drained()
         self.has_room()
 
@@ -157,7 +159,7 @@ class Delivery:
             found = self.in_flight.pop(doc_id, None)
             if found is not None:
                 self._bytes -= found.size
-                self._initial.discard(doc_id)
+                self._initial -= {doc_id}
         self._read_to_mark = False
         self.fall_behind()
         self.has_room()
@@ -270,7 +272,7 @@ class Delivery:
                 return False
             self._deliver(envelope)
             if not self._told and self._mark is not None and envelope.seq <= self._mark:
-                self._initial.add(envelope.doc_id)
+                self._initial |= {envelope.doc_id}
                 self._initial_count += 1
         if not self._told:
             past = bool(page.envelopes) and self._mark is not None and page.envelopes[-1].seq > self._mark
@@ -283,5 +285,6 @@ class Delivery:
         if self._told or not self._read_to_mark or self._initial:
             return
         self._told = True
+        self._initial = _NOTHING
         self._outbox.put(replies.drained(self._initial_count))
         self._drained()

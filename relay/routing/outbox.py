@@ -6,8 +6,8 @@ Everything put in during one turn of the event loop goes out as one array frame,
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Awaitable, Callable
+from itertools import islice
 
 from relay.wire.codec import join
 from relay.wire.frames import MAX_OPERATIONS
@@ -23,7 +23,8 @@ class Outbox:
     __slots__ = ("_closed", "_max_bytes", "_max_frame", "_on_room", "_queue", "_room", "_wake", "size")
 
     def __init__(self, *, max_bytes: int, max_frame: int, on_room: Callable[[], None] | None = None) -> None:
-        self._queue: deque[str] = deque()
+        # A list, not a deque: an empty one takes a tenth of the memory, and most connections are idle.
+        self._queue: list[str] = []
         self._max_bytes = max_bytes
         self._max_frame = max_frame
         self._wake: asyncio.Future[None] | None = None
@@ -80,11 +81,12 @@ class Outbox:
 
     def _take(self) -> str:
         queue = self._queue
-        first = queue.popleft()
-        if not queue:
+        first = queue[0]
+        if len(queue) == 1:
+            queue.clear()
             self.size -= len(first)
             return first
-        frames = [first]
+        taken = 1
         # Characters stand in for bytes here; a character is at most four of them, and three for all of the BMP. Real
         # bytes are counted only when the frame comes near its limit.
         size = len(first)
@@ -92,19 +94,20 @@ class Outbox:
         near = limit // 4
         exact = size > near
         total = len(first.encode()) if exact else size
-        while queue and len(frames) < MAX_OPERATIONS:
-            item = queue[0]
+        for item in islice(queue, 1, MAX_OPERATIONS):
             if not exact and size + len(item) > near:
                 exact = True
-                total = sum(len(frame.encode()) + 1 for frame in frames)
+                total = sum(len(frame.encode()) + 1 for frame in islice(queue, taken))
             added = (len(item.encode()) if exact else len(item)) + 1
             if total + added > limit:
                 break
-            frames.append(queue.popleft())
+            taken += 1
             size += len(item)
             total += added
         self.size -= size
-        return join(frames) if len(frames) > 1 else first
+        frames = queue[:taken]
+        del queue[:taken]
+        return join(frames) if taken > 1 else first
 
     def _wake_writer(self) -> None:
         wake, self._wake = self._wake, None

@@ -244,7 +244,7 @@ def test_a_group_does_what_its_endings_would_do_one_after_the_other(
 
 
 @given(mailboxes=mailboxes, batch=st.lists(acks | removals, max_size=8))
-def test_planning_a_message_twice_is_left_out_by_the_one_who_plans(
+def test_every_message_is_read_first_unless_its_only_recipient_ends_it(
     mailboxes: dict[str, list[str]], batch: list[Ending]
 ) -> None:
     documents = {doc_id: document(doc_id, list(awaiting)) for doc_id, awaiting in mailboxes.items()}
