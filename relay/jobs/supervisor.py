@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import structlog
 
+from relay.store.mongo import brief
+
 log = structlog.get_logger(__name__)
 
 
@@ -48,6 +50,4 @@ async def _repeat(job: Job) -> None:
         try:
             await job.run()
         except Exception as error:  # noqa: BLE001 - one bad round must not end the job
-            log.warning(
-                "job failed; it runs again", job=job.name, error=f"{type(error).__name__}: {str(error)[:120]}"
-            )
+            log.warning("job failed; it runs again", job=job.name, error=brief(error))

@@ -19,7 +19,7 @@ import structlog
 from relay.routing.outbox import Outbox
 from relay.store.acks import Sole
 from relay.store.messages import Page
-from relay.store.mongo import PyMongoError
+from relay.store.mongo import PyMongoError, brief
 from relay.wire import replies
 from relay.wire.envelope import Envelope
 
@@ -121,7 +121,7 @@ class Delivery:
     def start(self) -> None:
         """Begins to deliver what waits. Call after the connection is registered: subscribe first, then drain."""
         self._count_behind(1)
-        self._task = asyncio.create_task(self._drain(first=True), name=f"drain {self._key}")
+        self._task = asyncio.create_task(self._drain(first=True), name="drain")
 
     def push(self, envelope: Envelope) -> None:
         """Delivers a live message, or notes that there is one to read from the store."""
@@ -140,7 +140,7 @@ class Delivery:
             return
         self.behind = True
         self._count_behind(1)
-        self._task = asyncio.create_task(self._drain(first=False), name=f"drain {self._key}")
+        self._task = asyncio.create_task(self._drain(first=False), name="drain")
 
     def release(self, doc_id: str) -> None:
         """The message needs no credit any more: acknowledged durably, by whatever path, or gone."""
@@ -210,7 +210,7 @@ class Delivery:
         except asyncio.CancelledError:
             raise
         except Exception:
-            log.exception("drain failed", device=self._key)
+            log.exception("drain failed")
             raise
 
     async def _set_mark(self) -> None:
@@ -262,7 +262,7 @@ class Delivery:
                 exclude=list(self.in_flight),
             )
         except PyMongoError as error:
-            log.warning("backlog cannot be read", device=self._key, error=type(error).__name__)
+            log.warning("backlog cannot be read", error=brief(error))
             await asyncio.sleep(_RETRY_SECONDS)
             return False
         for envelope in page.envelopes:

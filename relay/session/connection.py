@@ -91,7 +91,7 @@ class Connection:
 
     async def run(self) -> None:
         """Serves the socket until it is closed."""
-        self._writer = asyncio.create_task(self._write(), name=f"writer {self.key}")
+        self._writer = asyncio.create_task(self._write(), name="writer")
         self.delivery.start()
         try:
             await self._read()

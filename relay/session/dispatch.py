@@ -13,7 +13,7 @@ from handlers.ws.ack import ack
 from handlers.ws.send import resolve, send
 from handlers.ws.session import auth, ping
 from handlers.ws.status import status
-from relay.store.mongo import PyMongoError
+from relay.store.mongo import PyMongoError, brief
 from relay.wire import replies
 from relay.wire.codec import Refused
 from relay.wire.errors import RelayError
@@ -51,7 +51,7 @@ async def dispatch(ctx: Context, peer: Peer, operations: Sequence[Operation | Re
         except RelayError as error:
             _fail(ctx, peer, error, _about(op))
         except PyMongoError as error:
-            log.warning("store did not answer", op=op.__struct_config__.tag, error=type(error).__name__)
+            log.warning("store did not answer", op=op.__struct_config__.tag, error=brief(error))
             _fail(
                 ctx,
                 peer,

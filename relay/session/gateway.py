@@ -15,7 +15,7 @@ from relay.session.admission import Admission, bearer
 from relay.session.connection import Connection
 from relay.session.tokens import Identity
 from relay.store.accounts import Arrival
-from relay.store.mongo import PyMongoError
+from relay.store.mongo import PyMongoError, brief
 from relay.wire import errors, replies
 from relay.wire.codec import Refused, decode
 from relay.wire.errors import Close, FrameError, RelayError
@@ -92,7 +92,7 @@ class Gateway:
             await self._refuse(ws, error.close)
             return None
         except PyMongoError as error:
-            log.warning("store did not answer a connecting device", error=type(error).__name__)
+            log.warning("store did not answer a connecting device", error=brief(error))
             await self._refuse(ws, errors.RESTARTING)
             return None
         if self._ctx.health.draining:
@@ -163,7 +163,7 @@ class Gateway:
         try:
             await self._ctx.accounts.close_gap(identity.user, identity.device)
         except PyMongoError as error:
-            log.warning("a gap stays open until the next drain", error=type(error).__name__)
+            log.warning("a gap stays open until the next drain", error=brief(error))
 
     def _note(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work, name="close gap")

@@ -11,7 +11,7 @@ from handlers.context import Context
 from handlers.http.route import Caller, Route
 from relay.session.admission import Admission, bearer
 from relay.session.gateway import Gateway
-from relay.store.mongo import PyMongoError
+from relay.store.mongo import PyMongoError, brief
 from relay.wire import codec
 from relay.wire.errors import CODES, Code, RelayError
 
@@ -66,7 +66,7 @@ async def _errors(
         log.warning(
             "store did not answer",
             path=request.match_info.get_info().get("formatter", ""),
-            error=type(error).__name__,
+            error=brief(error),
         )
         return _failure(RelayError("unavailable", "the store did not answer; try again", retry_after=1000))
     except web.HTTPException as error:

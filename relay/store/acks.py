@@ -24,7 +24,7 @@ from relay.metrics import Metrics
 from relay.store.fates import Fates
 from relay.store.ledger import Fate, Ledger
 from relay.store.messages import Messages
-from relay.store.mongo import Mongo, PyMongoError, time_limit
+from relay.store.mongo import Mongo, PyMongoError, brief, time_limit
 from relay.wire import ids
 
 _FIRST_DELAY: Final = 0.05
@@ -144,9 +144,7 @@ class Acks:
             try:
                 await self._attempt(group, attempt)
             except PyMongoError as error:
-                log.warning(
-                    "outcome of acknowledgements is unknown", attempt=attempt, error=type(error).__name__
-                )
+                log.warning("outcome of acknowledgements is unknown", attempt=attempt, error=brief(error))
                 self._retries.inc()
                 attempt += 1
                 if monotonic() >= deadline:

@@ -24,7 +24,7 @@ from relay.store.audience import Audience, Audiences
 from relay.store.fates import Fates
 from relay.store.ledger import Ledger
 from relay.store.messages import Messages, encode
-from relay.store.mongo import BulkWriteError, Mongo, PyMongoError, time_limit
+from relay.store.mongo import BulkWriteError, Mongo, PyMongoError, brief, time_limit
 from relay.wire.envelope import Envelope
 from relay.wire.errors import RelayError
 
@@ -135,7 +135,7 @@ class Commits:
                         "outcome of a commit is unknown",
                         messages=len(pending),
                         attempt=attempt,
-                        error=_brief(error),
+                        error=brief(error),
                     )
                 unknown = [submission for submission in pending if not submission.settled]
                 if unknown:
@@ -289,7 +289,3 @@ class Commits:
 
 def _conflict() -> RelayError:
     return RelayError("id_conflict", "this id is taken by another message")
-
-
-def _brief(error: PyMongoError) -> str:
-    return f"{type(error).__name__}: {str(error)[:120]}"

@@ -134,9 +134,11 @@ class EmbeddedMongo:
                 usable = await asyncio.to_thread(_is_our_primary, leftover.port, self._layout)
             if usable:
                 files.write_state(self._layout, State(node.port, node.pid, files.started_at(node.pid)))
-                _log.info("embedded_mongo_adopted", pid=node.pid, port=node.port)
+                _log.info(
+                    "took over the MongoDB that a killed relay had left running", pid=node.pid, port=node.port
+                )
                 return node
-            _log.warning("embedded_mongo_leftover_replaced", pid=node.pid)
+            _log.warning("a leftover MongoDB did not answer and was replaced", pid=node.pid)
             await node.end()
             return None
         finally:
@@ -162,7 +164,9 @@ class EmbeddedMongo:
         while True:
             since = loop.time()
             await asyncio.wait({node.gone})
-            _log.error("embedded_mongo_died", pid=node.pid, log=str(self._layout.log))
+            _log.error(
+                "the embedded MongoDB died; it is started again", pid=node.pid, log=str(self._layout.log)
+            )
             if loop.time() - since > STEADY:
                 delay = FIRST_BACKOFF
             while True:
@@ -172,9 +176,13 @@ class EmbeddedMongo:
                     node = self._node = await self._launch(self.port)
                     break
                 except (EmbeddedError, OSError) as error:
-                    _log.error("embedded_mongo_restart_failed", reason=str(error), retry_in_s=delay)
+                    _log.error(
+                        "the embedded MongoDB could not be started; trying again",
+                        reason=str(error),
+                        retry_in_s=delay,
+                    )
             self.restarts += 1
-            _log.info("embedded_mongo_restarted", pid=node.pid, port=node.port, restarts=self.restarts)
+            _log.info("the embedded MongoDB runs again", pid=node.pid, port=node.port, restarts=self.restarts)
 
     async def _launch(self, port: int) -> "_Node":
         """Start mongod on our data and return it as primary; on any failure nothing of it remains running."""

@@ -18,12 +18,9 @@ from pymongo.errors import (
     ConfigurationError,
     ConnectionFailure,
     DuplicateKeyError,
-    ExecutionTimeout,
     InvalidURI,
-    NetworkTimeout,
     OperationFailure,
     PyMongoError,
-    WTimeoutError,
 )
 from pymongo.read_concern import ReadConcern
 from pymongo.write_concern import WriteConcern
@@ -49,6 +46,7 @@ __all__ = [
     "MongoUnavailable",
     "OperationFailure",
     "PyMongoError",
+    "brief",
     "time_limit",
 ]
 
@@ -156,6 +154,7 @@ class Mongo:
         self.client.close()
 
 
-def is_outage(error: PyMongoError) -> bool:
-    """Whether an error says nothing about what was asked, only that no answer came."""
-    return isinstance(error, (ConnectionFailure, ExecutionTimeout, NetworkTimeout, WTimeoutError))
+def brief(error: BaseException) -> str:
+    """An error's kind and code, for the log. Never its message: MongoDB's quote documents."""
+    code = getattr(error, "code", None)
+    return type(error).__name__ if code is None else f"{type(error).__name__} {code}"

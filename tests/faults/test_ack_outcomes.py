@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from typing import Any
 
 import pytest
 from bson.datetime_ms import DatetimeMS
 
-from tests.support.device import WireDevice, new_id
+from tests.support.device import new_id
 from tests.support.failpoints import MAJORITY_TIMEOUT, failing
 from tests.support.node import Node, NodeFactory
 from tests.support.process import ledger_of, until
 
 
-async def settled(node: Node, accepted: int, *, redelivery: WireDevice | None = None) -> None:
+async def settled(node: Node, accepted: int) -> None:
     """Nothing waits any more, and the ledger says that ``accepted`` deliveries were accepted and acknowledged."""
 
     async def gone() -> bool:
@@ -26,10 +27,8 @@ async def settled(node: Node, accepted: int, *, redelivery: WireDevice | None = 
     async def booked() -> bool:
         return (await ledger_of(node))["waiting"] == 0
 
-    try:
+    with contextlib.suppress(AssertionError):
         await until(booked, 1, "the ledger is settled")
-    except AssertionError:
-        pass
     ledger = await ledger_of(node)
     assert (ledger["accepted"], ledger["acknowledged"], ledger["waiting"]) == (accepted, accepted, 0)
 

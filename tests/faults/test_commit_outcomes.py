@@ -66,7 +66,8 @@ async def test_a_message_of_unknown_outcome_is_retried_until_it_is_stored_once(
     async with failing(node, "insert", **how):
         await ann.send(conv, "hello", id=message)
         answers = await final_answers(ann, message)
-        assert await metric(node, RETRIES) >= 1
+        # The driver itself tries again after these: what it brings to an end is known to the relay.
+        assert await metric(node, RETRIES) >= (0 if how.get("errorCode") in (10107, 11602) else 1)
     assert [answer["t"] for answer in answers] == ["stored"]
     documents = [document async for document in node.db.messages.find({"id": message})]
     assert [document["seq"] for document in documents] == [answers[0]["seq"]]
@@ -132,42 +133,77 @@ async def test_what_stays_unknown_is_unavailable_at_the_deadline_and_a_resend_su
     await settled(node, 1)
 
 
-async def test_what_was_stored_unnoticed_and_refused_as_unavailable_is_delivered_and_accounted(
-    nodes: NodeFactory, mongods: Mongods
+async def test_what_was_written_unnoticed_and_refused_as_unavailable_is_accounted_when_it_is_sent_again(
+    nodes: NodeFactory,
 ) -> None:
+    node = await nodes.start(send_deadline_seconds=1)
+    conv = await node.direct("ann", "bob")
+    await (await node.connect("bob")).close()
+    ann = await node.connect("ann")
+    written = await _unavailable_though_written(node, ann, conv)
+    stored = await ann.sent(conv, "hello", id=written["id"], again=True)
+    assert stored["seq"] == written["seq"]
+    bob = await node.connect("bob")
+    assert (await bob.expect("msg"))["seq"] == stored["seq"]
+    await bob.ack(conv, stored["id"])
+    await settled(node, 1)
+
+
+async def test_what_was_written_unnoticed_and_never_sent_again_is_delivered_and_accounted(
+    nodes: NodeFactory,
+) -> None:
+    node = await nodes.start(send_deadline_seconds=1)
+    conv = await node.direct("ann", "bob")
+    await (await node.connect("bob")).close()
+    ann = await node.connect("ann")
+    written = await _unavailable_though_written(node, ann, conv)
+    bob = await node.connect("bob")
+    assert (await bob.expect("msg"))["seq"] == written["seq"]
+    await bob.ack(conv, written["id"])
+    await settled(node, 1)
+
+
+async def test_a_resend_of_what_was_written_unnoticed_reaches_a_connected_device_at_once(
+    nodes: NodeFactory,
+) -> None:
+    node = await nodes.start(send_deadline_seconds=1)
+    conv = await node.direct("ann", "bob")
+    ann, bob = await node.connect("ann"), await node.connect("bob")
+    await bob.expect("drained")
+    written = await _unavailable_though_written(node, ann, conv)
+    stored = await ann.sent(conv, "hello", id=written["id"], again=True)
+    assert (await bob.expect("msg", 3))["seq"] == stored["seq"]
+
+
+@pytest.mark.faults
+async def test_nothing_is_stored_before_a_majority_has_it(mongods: Mongods, nodes: NodeFactory) -> None:
     uri = await mongods.start_set(2)
-    node = await nodes.start(
-        mongo_uri=uri,
-        send_deadline_seconds=1,
-        commit_timeout_seconds=0.4,
-        heartbeat_seconds=60,
-        sweep_seconds=2,
-    )
-    async with AsyncMongoClient[dict[str, Any]](uri) as client:
+    node = await nodes.start(mongo_uri=uri, send_deadline_seconds=1.5, commit_timeout_seconds=0.4)
+    async with AsyncMongoClient[dict[str, Any]](uri, tz_aware=True) as client:
         node.db = client[node.relay.settings.mongo_database]
         conv = await node.direct("ann", "bob")
-        ann, bob = await node.connect("ann"), await node.connect("bob")
-        await bob.expect("drained")
+        await (await node.connect("bob")).close()
+        ann = await node.connect("ann")
         message = new_id()
-        # One of two members stands still: written here, but not by a majority.
+        # One of two members stands still: written by the primary, but not by a majority.
         mongods.signal(1, signal.SIGSTOP)
         try:
             await ann.send(conv, "hello", id=message)
             answers = await final_answers(ann, message)
             assert await node.db.messages.count_documents({"id": message}) == 1, "the primary has it"
-            assert await metric(node, "relay_deliveries_waiting") == 0
         finally:
             mongods.signal(1, signal.SIGCONT)
         assert [(answer["t"], answer.get("code"), answer.get("retry")) for answer in answers] == [
             ("error", "unavailable", True)
-        ], "never stored before a majority has it"
+        ]
         stored = await ann.sent(conv, "hello", id=message, again=True)
         documents = [document async for document in node.db.messages.find({"id": message})]
         assert [document["seq"] for document in documents] == [stored["seq"]]
-        received = await bob.expect("msg", 2, id=message)
-        assert received["seq"] == stored["seq"]
+        bob = await node.connect("bob")
+        assert (await bob.expect("msg"))["seq"] == stored["seq"]
         await bob.ack(conv, message)
         await settled(node, 1)
+        await nodes.stop(node)
 
 
 async def test_a_message_acknowledged_by_one_device_before_its_outcome_is_known_is_accounted_in_full(
@@ -218,3 +254,14 @@ async def _written_but_unanswered(node: Node, sender: WireDevice, conv: str, mes
         async with asyncio.timeout(3):
             while not await node.db.messages.find_one({"id": message}, {"_id": 1}):
                 await asyncio.sleep(0)
+
+
+async def _unavailable_though_written(node: Node, sender: WireDevice, conv: str) -> dict[str, Any]:
+    """A message that is in the store although its sender heard ``unavailable``; its document."""
+    message = new_id()
+    await _written_but_unanswered(node, sender, conv, message)
+    async with failing(node, "insert", errorCode=8):
+        answers = await final_answers(sender, message)
+    assert [(answer["t"], answer.get("code")) for answer in answers] == [("error", "unavailable")]
+    found: dict[str, Any] = await node.db.messages.find_one({"id": message})
+    return found

@@ -99,6 +99,8 @@ class Target:
 
 async def run(options: Options, screen: Screen) -> Live:
     """The raw cycle, then the relay on the same mongod. Raises BenchError and what mongod and the driver raise."""
+    if options.url is not None:
+        _address(options.url)
     async with contextlib.AsyncExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="relay-bench-")))
         uri: str | None = None
@@ -175,13 +177,11 @@ async def measure_limit(
 
 
 def make_order(target: Target, options: Options) -> Order:
-    """What the load generator is asked to do. Raises BenchError for a relay that is not on this machine."""
-    parts = urlsplit(target.url)
-    if parts.scheme != "http" or parts.hostname not in _LOOPBACK or parts.port is None:
-        raise BenchError(f"{target.url}: the relay must listen on this machine, as in http://127.0.0.1:8080")
+    """What the load generator is asked to do. Raises BenchError."""
+    host, port = _address(target.url)
     return Order(
-        host=parts.hostname,
-        port=parts.port,
+        host=host,
+        port=port,
         secret=target.secret,
         audience=AUDIENCE,
         run=secrets.token_hex(4),
@@ -195,6 +195,13 @@ def make_order(target: Target, options: Options) -> Order:
         rate=options.rate,
         pids=target.pids,
     )
+
+
+def _address(url: str) -> tuple[str, int]:
+    parts = urlsplit(url)
+    if parts.scheme != "http" or parts.hostname not in _LOOPBACK or parts.port is None:
+        raise BenchError(f"{url}: the relay must listen on this machine, as in http://127.0.0.1:8080")
+    return parts.hostname, parts.port
 
 
 def _given(options: Options, pids: dict[str, int]) -> Target:

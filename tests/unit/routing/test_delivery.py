@@ -103,6 +103,7 @@ async def test_drained_is_told_once(connect: Connect) -> None:
 async def test_drained_is_told_under_steady_traffic_and_counts_only_what_waited(connect: Connect) -> None:
     backlog = MemoryBacklog(*(message(number) for number in range(1, 21)))
     bob = connect(backlog, window=8)
+    await turns()
     latest = 20
     seen = 0
 
