@@ -15,7 +15,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 _CLIENT_VARIABLES = frozenset({"RELAY_URL", "RELAY_TOKEN"})
 
 Positive = Annotated[int, Field(gt=0)]
-Seconds = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
 class SettingsError(Exception):
@@ -46,7 +46,9 @@ class Settings(BaseSettings):
     mongo_database: str = Field(
         "relay", pattern=r"^[A-Za-z0-9_-]{1,38}$", description="Name of the database."
     )
-    embedded_cache_gb: float = Field(1.0, ge=0.25, description="Cache of the embedded `mongod`, in GB.")
+    embedded_cache_gb: float = Field(
+        1.0, ge=0.25, le=1024, description="Cache of the embedded `mongod`, in GB."
+    )
     redis_url: SecretStr | None = Field(
         None,
         description="Redis or Valkey between nodes. A single node needs none and does not connect to it.",

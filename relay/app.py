@@ -116,7 +116,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
     router = Router(hub, metrics)
     timeout = settings.commit_timeout_seconds
     messages = Messages(mongo, metrics, ttl_seconds=ttl_seconds, timeout=timeout)
-    fates = Fates(mongo)
+    fates = Fates(mongo, timeout=timeout)
     accounts = Accounts(inactive=timedelta(days=settings.device_inactive_days))
     conversations = Conversations(accounts, timeout=timeout)
     audiences = Audiences(conversations.audiences)
@@ -204,7 +204,12 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
                 settings.sweep_seconds,
                 0.2,
             ),
-            Job("last seen", LastSeen(hub, accounts).run, _LAST_SEEN_SECONDS, 0.2),
+            Job(
+                "last seen",
+                LastSeen(hub, accounts, seconds=min(3600, settings.device_inactive_days * 86_400 / 4)).run,
+                _LAST_SEEN_SECONDS,
+                0.2,
+            ),
             Job("time to live", TimeToLive(mongo, messages).run, _TTL_SECONDS, 0.1),
             Job("health", HealthCheck(mongo, health).run, _HEALTH_SECONDS),
         ]

@@ -7,7 +7,7 @@ from typing import Any, Final
 from aiohttp import web
 
 from handlers.context import Context
-from handlers.http.pages import message_page
+from handlers.http.pages import PAGE_QUERY, message_page
 from handlers.http.route import Caller, Route, answer, json_text, only, page_limit, parsed
 from handlers.http.schemas import (
     ConversationAnswer,
@@ -135,7 +135,7 @@ ROUTES: Final = (
         "What waits for this device in one conversation",
         "messages",
         {200: MessagePage},
-        query=_PAGING,
+        query=PAGE_QUERY,
         errors=("bad_request", "not_found"),
     ),
     Route(

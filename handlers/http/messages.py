@@ -10,7 +10,7 @@ from aiohttp import web
 
 from handlers import sending
 from handlers.context import Context
-from handlers.http.pages import message_page
+from handlers.http.pages import PAGE_QUERY, message_page
 from handlers.http.route import Caller, Route, answer, body, json_text, parsed
 from handlers.http.schemas import Acknowledge, DoneAnswer, StoredAnswer, SyncPage
 from handlers.sending import Sender
@@ -101,10 +101,7 @@ ROUTES: Final = (
         "What waits for this device",
         "messages",
         {200: SyncPage},
-        query={
-            "cursor": {"type": "string", "description": "`next` of the page before"},
-            "limit": {"type": "integer", "minimum": 1, "maximum": 256},
-        },
+        query=PAGE_QUERY,
         errors=("bad_request",),
     ),
     Route(

@@ -80,7 +80,11 @@ def _operation(route: Route) -> dict[str, Any]:
             "required": True,
             "content": {"application/json": {"schema": _reference(route.request.__name__)}},
         }
-    codes = route.errors if route.open else ("unauthorized", *route.errors, "internal")
+    codes = (
+        route.errors
+        if route.open
+        else dict.fromkeys(("unauthorized", *route.errors, "unavailable", "internal"))
+    )
     by_status: dict[int, list[str]] = {}
     for code in codes:
         by_status.setdefault(CODES[code].status, []).append(code)

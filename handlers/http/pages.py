@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import Final
+from typing import Any, Final
 
 from aiohttp import web
 
@@ -18,6 +18,10 @@ from relay.wire.ids import any_device_key, device_key
 _DEFAULT: Final = 100
 _MOST: Final = 256
 _BYTES: Final = 4_194_304
+PAGE_QUERY: Final[dict[str, dict[str, Any]]] = {
+    "cursor": {"type": "string", "description": "`next` of the page before"},
+    "limit": {"type": "integer", "minimum": 1, "maximum": _MOST},
+}
 
 
 async def message_page(
@@ -25,7 +29,7 @@ async def message_page(
 ) -> tuple[list[str], str]:
     """The encoded messages of a page, and its encoded ``next``. Raises RelayError."""
     only(request, "cursor", "limit")
-    limit = min(page_limit(request, _DEFAULT, _MOST), _MOST)
+    limit = page_limit(request, _DEFAULT, _MOST)
     cursor = request.query.get("cursor")
     key = device_key(caller.user, caller.device)
     page = await ctx.messages.waiting(

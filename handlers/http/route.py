@@ -74,6 +74,8 @@ async def parsed(request: web.Request, model: type[Model]) -> Model:
         return model.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        if first["type"] == "too_long" and isinstance(first["loc"][-1], str):
+            raise RelayError("too_large", f"{first['loc'][-1]}: {first['msg']}") from None
         place = ".".join(str(part) for part in first["loc"])[:80]
         raise RelayError("bad_request", f"{place}: {first['msg']}" if place else str(first["msg"])) from None
 

@@ -18,7 +18,13 @@ def send(ctx: Context, peer: Peer, op: Send) -> Awaitable[None] | None:
     """Queues the message; ``stored`` follows once it is durable. Waits only for what is not cached, and for
     withdrawals. Raises RelayError."""
     audience = ctx.audiences.get(op.conv)
-    if audience is None or peer.user not in audience.members or op.kind == sending.WITHDRAWN or op.sealed:
+    if (
+        audience is None
+        or peer.user not in audience.members
+        or op.kind == sending.WITHDRAWN
+        or op.sealed is not None
+        or op.devices_rev is not None
+    ):
         return _send_slowly(ctx, peer, op)
     peer.last_seq = sending.submit(ctx, _sender(peer), op, audience, partial(_answer, ctx, peer, op))
     return None

@@ -83,12 +83,12 @@ class Sweep:
 
 
 class LastSeen:
-    """Keeps ``lastSeen`` of devices: of those that left at every round, of those still here once in ``hours``."""
+    """Keeps ``lastSeen`` of devices: of those that left at every round, of those still here once in ``seconds``."""
 
-    def __init__(self, hub: Hub, accounts: Accounts, *, hours: float = 1.0) -> None:
+    def __init__(self, hub: Hub, accounts: Accounts, *, seconds: float) -> None:
         self._hub = hub
         self._accounts = accounts
-        self._seconds = hours * 3600
+        self._seconds = seconds
         self._next = monotonic() + self._seconds
 
     async def run(self) -> None:

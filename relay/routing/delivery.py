@@ -72,6 +72,7 @@ class Delivery:
         "_now",
         "_outbox",
         "_read_to_mark",
+        "_redelivered",
         "_task",
         "_told",
         "_user",
@@ -114,6 +115,7 @@ class Delivery:
         # What waited at connect, for the honest `drained`: everything up to the mark.
         self._mark: int | None = None
         self._told = False
+        self._redelivered = 0
         self._read_to_mark = False
         self._initial: AbstractSet[str] = set()
         self._initial_count = 0
@@ -159,8 +161,11 @@ class Delivery:
             found = self.in_flight.pop(doc_id, None)
             if found is not None:
                 self._bytes -= found.size
-                self._initial -= {doc_id}
+                if doc_id in self._initial:
+                    self._initial -= {doc_id}
+                    self._initial_count -= 1
         self._read_to_mark = False
+        self._redelivered += 1
         self.fall_behind()
         self.has_room()
 
@@ -252,6 +257,7 @@ class Delivery:
     async def _drain_page(self) -> bool:
         """Delivers one page. True when the connection is live now."""
         self._dirty = False
+        redelivered = self._redelivered
         limit = max(1, self._free())
         try:
             page = await self._backlog.waiting(
@@ -276,7 +282,8 @@ class Delivery:
                 self._initial_count += 1
         if not self._told:
             past = bool(page.envelopes) and self._mark is not None and page.envelopes[-1].seq > self._mark
-            if page.exhausted or past:
+            # A query that left out what must come again now has not seen all up to the mark.
+            if (page.exhausted or past) and redelivered == self._redelivered:
                 self._read_to_mark = True
             self._tell_drained()
         return page.exhausted and not self._dirty

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import struct
 from collections.abc import Callable
@@ -36,8 +37,9 @@ class Connection:
         "_close",
         "_closing",
         "_ctx",
+        "_flushed",
+        "_reader",
         "_transport",
-        "_writer",
         "_ws",
         "delivery",
         "device",
@@ -74,7 +76,8 @@ class Connection:
         self.pinged = False
         self._close: Close | None = None
         self._closing: asyncio.TimerHandle | None = None
-        self._writer: asyncio.Task[None] | None = None
+        self._flushed = False
+        self._reader: asyncio.Task[object] | None = None
         limits = ctx.limits
         self.outbox = Outbox(max_bytes=outbox_bytes, max_frame=limits.frame, on_room=self._on_room)
         self.delivery = Delivery(
@@ -90,17 +93,33 @@ class Connection:
         )
 
     async def run(self) -> None:
-        """Serves the socket until it is closed."""
-        self._writer = asyncio.create_task(self._write(), name="writer")
+        """Serves the socket until it is closed. The closing handshake is the reader's: only it may wait for the client's
+        close frame."""
+        self._reader = asyncio.current_task()
+        writer = asyncio.create_task(self._write(), name="writer")
         self.delivery.start()
+        ours = None
         try:
             await self._read()
+        except asyncio.CancelledError:
+            if not self._flushed:
+                raise
+            if self._reader is not None:
+                self._reader.uncancel()
         finally:
-            self._ctx.hub.remove(self)
+            self._reader = None
+            ours = self._close
             self.shut(errors.NORMAL)
             await self.delivery.close()
-            await asyncio.gather(self._writer, return_exceptions=True)
-            self._ctx.metrics.closed.labels(str(self._ws.close_code or 1006)).inc()
+            await asyncio.gather(writer, return_exceptions=True)
+            if ours is not None:
+                with contextlib.suppress(ConnectionError, RuntimeError):
+                    await self._ws.close(code=ours.code, message=ours.reason.encode())
+            if self._closing is not None:
+                self._closing.cancel()
+            self._ctx.hub.remove(self)
+            code = ours.code if ours is not None else self._ws.close_code or 1006
+            self._ctx.metrics.closed.labels(str(code)).inc()
 
     def shut(self, close: Close) -> None:
         """Closes the connection after what is queued has left; a socket that does not take it is cut off."""
@@ -179,14 +198,13 @@ class Connection:
     async def _write(self) -> None:
         try:
             await self.outbox.run(self._ws.send_str)
-            close = self._close or errors.NORMAL
-            await self._ws.close(code=close.code, message=close.reason.encode())
         except (ConnectionError, RuntimeError):
-            self.outbox.discard()
             self._abort()
-        finally:
-            if self._closing is not None:
-                self._closing.cancel()
+            return
+        self._flushed = True
+        if self._reader is not None:
+            # It waits for a frame; it has to say goodbye instead.
+            self._reader.cancel()
 
     def _abort(self) -> None:
         self.outbox.discard()

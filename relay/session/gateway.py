@@ -20,6 +20,7 @@ from relay.wire import errors, replies
 from relay.wire.codec import Refused, decode
 from relay.wire.errors import Close, FrameError, RelayError
 from relay.wire.frames import FEATURES, Auth
+from relay.wire.ids import device_key
 
 SUBPROTOCOL: Final = "relay.v1"
 _CLOSE_SECONDS: Final = 2.0
@@ -63,9 +64,6 @@ class Gateway:
         await ws.prepare(request)
         self._entering += 1
         try:
-            if len(self._ctx.hub) + self._entering > self._settings.max_connections:
-                await self._refuse(ws, errors.TOO_MANY)
-                return ws
             connection = await self._enter(request, ws)
         finally:
             self._entering -= 1
@@ -81,9 +79,14 @@ class Gateway:
     async def _enter(self, request: web.Request, ws: web.WebSocketResponse) -> Connection | None:
         try:
             token = bearer(request.headers.get("Authorization"))
+            if token is None and self._entering > self._settings.max_connections:
+                raise FrameError(errors.TOO_MANY)
             identity = self._admission.verify(token) if token is not None else await self._first_frame(ws)
             if identity is None:
                 return None
+            known = self._ctx.hub.get(device_key(identity.user, identity.device))
+            if known is None and len(self._ctx.hub) >= self._settings.max_connections:
+                raise FrameError(errors.TOO_MANY)
             arrival = await self._admission.arrive(identity)
         except RelayError:
             await self._refuse(ws, errors.UNAUTHORIZED)

@@ -65,7 +65,7 @@ async def _errors(
     except PyMongoError as error:
         log.warning(
             "store did not answer",
-            path=request.match_info.get_info().get("formatter", ""),
+            path=getattr(request.match_info.route.resource, "canonical", ""),
             error=brief(error),
         )
         return _failure(RelayError("unavailable", "the store did not answer; try again", retry_after=1000))

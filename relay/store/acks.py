@@ -173,8 +173,7 @@ class Acks:
                 group.plan(doc_id, document)
         entries = [*group.sole_entries, *group.final_entries]
         if entries:
-            with time_limit(self._timeout):
-                await self._fates.record(entries, self._now())
+            await self._fates.record(entries, self._now())
         updates = group.updates
         if updates:
             with time_limit(self._timeout):

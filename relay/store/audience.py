@@ -74,6 +74,8 @@ class Audiences:
         self._of_user: dict[str, set[str]] = {}
         self._wanted: dict[str, list[asyncio.Future[Audience]]] = {}
         self._loading: asyncio.Task[None] | None = None
+        self._asked: set[str] = set()
+        self._outrun: set[str] = set()
 
     def get(self, conversation: str) -> Audience | None:
         """The audience when it is known and fresh, without waiting."""
@@ -98,10 +100,13 @@ class Audiences:
         return dict(zip(wanted, found, strict=True))
 
     def changed(self, *, conversation: str | None = None, user: str | None = None) -> None:
-        """Forgets what a change of a conversation's members or of a user's devices has made untrue."""
+        """Forgets what a change of a conversation's members or of a user's devices has made untrue. What is being read
+        at this moment may have been read before the change: it is handed out as stale."""
         if conversation is not None:
+            self._outrun.update(self._asked & {conversation})
             self._drop(conversation)
         if user is not None:
+            self._outrun.update(self._asked)
             for name in list(self._of_user.get(user, ())):
                 self._drop(name)
 
@@ -109,6 +114,7 @@ class Audiences:
         try:
             while self._wanted:
                 wanted, self._wanted = self._wanted, {}
+                self._asked, self._outrun = set(wanted), set()
                 try:
                     loaded = await self._load(list(wanted))
                 except Exception as error:  # noqa: BLE001 - every waiter is told; the next one asks again
@@ -119,11 +125,13 @@ class Audiences:
                     continue
                 for name, waiters in wanted.items():
                     audience = self._remember(Audience(name, loaded.get(name, {})))
+                    audience.stale = name in self._outrun
                     for waiter in waiters:
                         if not waiter.done():
                             waiter.set_result(audience)
         finally:
             self._loading = None
+            self._asked = set()
 
     def _remember(self, audience: Audience) -> Audience:
         self._drop(audience.conversation, stale=False)

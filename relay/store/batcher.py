@@ -132,10 +132,11 @@ class Batcher(Generic[Item]):
         except asyncio.CancelledError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, the node must not go on without its committer
-            self._open = False
+            first, self._open = self._open, False
             self._room.set()
             self._give_up()
-            self._dead(error)
+            if first:
+                self._dead(error)
 
     def _take(self) -> list[Item]:
         batch: list[Item] = []

@@ -275,16 +275,31 @@ class Commits:
         if not old:
             return
         audiences = await self._audiences.resolve_all(s.envelope.conversation for s in old)
+        strangers: list[Submission] = []
         for submission in old:
             audience = submission.audience = audiences[submission.envelope.conversation]
             if not attempt and submission.envelope.user not in audience.members:
-                submission.settle(RelayError("not_member", "no such conversation"))
+                strangers.append(submission)
                 continue
             awaiting = audience.awaiting(submission.sender_key)
             if awaiting != submission.envelope.awaiting:
                 submission.envelope.awaiting = awaiting
                 submission.envelope.shared = len(awaiting) > 1
                 submission.raw = encode(submission.envelope)
+        if strangers:
+            await self._refuse_strangers(strangers)
+
+    async def _refuse_strangers(self, batch: list[Submission]) -> None:
+        """Their senders have left since; a resend of what was stored before is answered all the same."""
+        found = await self._messages.read([s.envelope.doc_id for s in batch], committed=True)
+        for submission in batch:
+            document = found.get(submission.envelope.doc_id)
+            own = {"user": submission.envelope.user, "device": submission.envelope.device}
+            if document is not None and document["sender"] == own:
+                submission.settle(Stored(document["seq"], int(document["createdAt"]), fresh=False))
+        await self._answer_from_fates([s for s in batch if not s.settled and s.again], inserted=False)
+        for submission in batch:
+            submission.settle(RelayError("not_member", "no such conversation"))
 
 
 def _conflict() -> RelayError:

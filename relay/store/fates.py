@@ -14,7 +14,7 @@ from bson.datetime_ms import DatetimeMS
 
 from models.messages import FateEntry
 from relay.store.ledger import Fate
-from relay.store.mongo import Mongo
+from relay.store.mongo import Mongo, time_limit
 
 # Entries of one shard's deletions stay on that shard. A replica set is one lane.
 LANE: Final = "0"
@@ -35,12 +35,14 @@ class Gone:
 class Fates:
     """The ``fates`` collection."""
 
-    def __init__(self, mongo: Mongo) -> None:
+    def __init__(self, mongo: Mongo, *, timeout: float) -> None:
         self._collection = mongo.fates
+        self._timeout = timeout
 
     async def record(self, entries: Sequence[FateEntry], now: int) -> None:
         """Writes the fates of one group of deletions, durably. ``now`` in milliseconds."""
-        await self._collection.insert_one({"lane": LANE, "at": DatetimeMS(now), "entries": list(entries)})
+        with time_limit(self._timeout):
+            await self._collection.insert_one({"lane": LANE, "at": DatetimeMS(now), "entries": list(entries)})
 
     async def find(self, doc_ids: Sequence[str]) -> dict[str, Gone]:
         """The fates of these messages, as far as they are on record."""
@@ -58,7 +60,9 @@ class Fates:
             },
         ]
         found: dict[str, Gone] = {}
-        async for document in self._collection.aggregate(pipeline):
+        with time_limit(self._timeout):
+            documents = [document async for document in self._collection.aggregate(pipeline)]
+        for document in documents:
             for entry in document["entries"]:
                 sender = entry["sender"]
                 found.setdefault(

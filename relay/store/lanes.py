@@ -61,7 +61,10 @@ class EndingLanes:
     @property
     def full(self) -> bool:
         """Whether sources should be held back now."""
-        return any(lane.full for lane in self._lanes)
+        for lane in self._lanes:
+            if lane.full:
+                return True
+        return False
 
     async def room(self) -> None:
         """Waits until every lane has room."""

@@ -19,6 +19,7 @@ from relay.wire.envelope import Envelope
 
 _PAGE: Final = 128
 _READERS: Final = 16
+_MAX_UNREADABLE: Final = 10_000
 _LEAD_MS: Final = 5000
 
 log = structlog.get_logger(__name__)
@@ -106,6 +107,8 @@ class Messages:
         self._timeout = timeout
         self._readers = asyncio.Semaphore(_READERS)
         self.ttl_ms = ttl_seconds * 1000
+        # Ids of documents that are no messages. Left out of later queries, or a window full of them would hide all else.
+        self._unreadable: dict[str, None] = {}
 
     def _cutoff(self, now: int) -> int:
         """Messages accepted up to here are past the full time to live. A moment early, so that the expiry job counts
@@ -130,33 +133,37 @@ class Messages:
             "createdAt": {"$gt": DatetimeMS(self._cutoff(now))},
             "$or": [{"expiresAt": None}, {"expiresAt": {"$gt": DatetimeMS(now)}}],
         }
-        if exclude:
-            query["_id"] = {"$nin": list(exclude)}
         if conversation is not None:
             query["conversationId"] = conversation
         if after is not None:
             query["seq"] = {"$gte": after[0]}
             query["$and"] = [{"$or": [{"seq": {"$gt": after[0]}}, {"_id": {"$gt": after[1]}}]}]
-        found: list[Envelope] = []
-        size = 0
         self._metrics.drains.inc()
         async with self._readers:
-            with time_limit(self._timeout):
-                cursor = self._collection.find(
-                    query, sort=[("seq", 1), ("_id", 1)], batch_size=min(limit, _PAGE)
-                )
-                unreadable = 0
-                async for document in cursor.limit(limit):
-                    envelope = self._read(document)
-                    if envelope is None:
-                        unreadable += 1
-                        continue
-                    if found and size + envelope.size > max_bytes:
-                        await cursor.close()
-                        return Page(found, exhausted=False)
-                    found.append(envelope)
-                    size += envelope.size
-        return Page(found, exhausted=len(found) + unreadable < limit)
+            while True:
+                known = len(self._unreadable)
+                left_out = [*exclude, *self._unreadable]
+                if left_out:
+                    query["_id"] = {"$nin": left_out}
+                page = await self._page(query, limit, max_bytes)
+                if len(self._unreadable) == known:
+                    return page
+
+    async def _page(self, query: Mapping[str, Any], limit: int, max_bytes: int) -> Page:
+        found: list[Envelope] = []
+        size = 0
+        with time_limit(self._timeout):
+            cursor = self._collection.find(query, sort=[("seq", 1), ("_id", 1)], batch_size=min(limit, _PAGE))
+            async for document in cursor.limit(limit):
+                envelope = self._read(document)
+                if envelope is None:
+                    continue
+                if found and size + envelope.size > max_bytes:
+                    await cursor.close()
+                    return Page(found, exhausted=False)
+                found.append(envelope)
+                size += envelope.size
+        return Page(found, exhausted=len(found) < limit)
 
     async def last_waiting(self, keys: Sequence[str]) -> int | None:
         """The highest ``seq`` that waits for these device keys."""
@@ -233,6 +240,8 @@ class Messages:
             return decode(document)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             self._metrics.poison.inc()
+            if len(self._unreadable) < _MAX_UNREADABLE:
+                self._unreadable[document["_id"]] = None
             log.error(
                 "unreadable document skipped", id=str(document.get("_id"))[:120], problem=type(error).__name__
             )

@@ -6,7 +6,6 @@ refuses them before anything else sees them. Of duplicate keys the last one wins
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isfinite
@@ -23,8 +22,7 @@ MAX_DEPTH: Final = 32
 SAFE_INTEGER: Final = (1 << 53) - 1
 _MESSAGE_LENGTH: Final = 200
 
-# ujson takes raw control characters in strings, which JSON forbids; escaped on the way out they would be six times as long.
-_CONTROL: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
+_STRICT: Final = msgspec.json.Decoder(msgspec.Raw)
 
 # msgspec reads a union anew at every call; one look-up by tag is six times faster.
 _TYPES: Final[dict[str, type[Operation]]] = {
@@ -45,14 +43,13 @@ def decode(text: str) -> list[Operation | Refused]:
 
     Raises FrameError when the frame as a whole is not JSON objects.
     """
-    if _CONTROL.search(text) is not None:
-        raise FrameError(errors.NOT_JSON)
+    strict = _is_json(text)
     try:
         value = ujson.loads(text)
     except (ValueError, RecursionError):  # ujson.JSONDecodeError is a ValueError
         raise FrameError(errors.NOT_JSON) from None
     if type(value) is dict:
-        return [_operation(value, text)]
+        value = [value]
     if type(value) is not list:
         raise FrameError(errors.NOT_JSON)
     if len(value) > MAX_OPERATIONS:
@@ -63,14 +60,18 @@ def decode(text: str) -> list[Operation | Refused]:
     for item in value:
         if type(item) is not dict:
             raise FrameError(errors.NOT_JSON)
-    return [_operation(item, text) for item in value]
+    operations = [_operation(item, strict) for item in value]
+    if not strict and not any(isinstance(operation, Refused) for operation in operations):
+        # Not JSON, for another reason than a value that an operation is refused for.
+        raise FrameError(errors.NOT_JSON)
+    return operations
 
 
 def decode_send(value: object) -> Send:
     """A ``send`` that came over HTTP, as parsed JSON without ``t``. Raises RelayError."""
     if type(value) is not dict or "t" in value:
         raise RelayError("bad_request", "the request body must be a send operation without t")
-    _check_value(value, 1)
+    _check_value(value, 0)
     try:
         return msgspec.convert(value | {"t": "send"}, Send)
     except msgspec.ValidationError as error:
@@ -79,11 +80,14 @@ def decode_send(value: object) -> Send:
 
 def loads(text: str) -> Any:
     """Parsed JSON, with everything refused that BSON or JavaScript cannot hold. Raises RelayError."""
+    strict = _is_json(text)
     try:
         value = ujson.loads(text)
     except (ValueError, RecursionError):
         raise RelayError("bad_request", "the request body is not JSON") from None
     _check_value(value, 0)
+    if not strict:
+        raise RelayError("bad_request", "the request body is not JSON")
     return value
 
 
@@ -97,11 +101,20 @@ def join(frames: Iterable[str]) -> str:
     return f"[{','.join(frames)}]"
 
 
-def _operation(value: dict[str, Any], text: str) -> Operation | Refused:
+def _is_json(text: str) -> bool:
+    """ujson also takes ``01``, ``1.``, ``-``, NaN, lone surrogates and raw control characters in strings."""
     try:
-        # Escapes are the only way a lone surrogate gets into valid UTF-8; the other two only hide in an object body or
-        # in a field whose type refuses them, so plain text messages need no walk at all.
-        if "\\u" in text or type(value.get("body")) is dict:
+        _STRICT.decode(text)
+    except (ValueError, RecursionError):  # msgspec.DecodeError is a ValueError
+        return False
+    return True
+
+
+def _operation(value: dict[str, Any], strict: bool) -> Operation | Refused:
+    try:
+        # In JSON proper, what BSON or JavaScript cannot hold hides only in an object body or in a field whose type
+        # refuses it, so plain text messages need no walk.
+        if not strict or type(value.get("body")) is dict:
             _check_value(value, 0)
         return msgspec.convert(value, _TYPES[value["t"]])
     except (KeyError, TypeError):
@@ -131,8 +144,8 @@ def _invalid(error: msgspec.ValidationError) -> RelayError:
         return RelayError("too_large", text[:_MESSAGE_LENGTH])
     if "matching regex" in text:
         text = "a value has the wrong form" + text.partition("'")[2].rpartition("'")[2]
-    if not _encodable(text):
-        text = "a value cannot be written as UTF-8"
+    if not text.isprintable() or not _encodable(text):
+        text = "a field is unknown, or a value cannot be written as text"
     return RelayError("bad_request", text[:_MESSAGE_LENGTH])
 
 

@@ -11,10 +11,10 @@ import pytest
 from tests.faults.conftest import Processes
 from tests.support.load import Load
 from tests.support.node import NodeFactory
-from tests.support.process import ledger_of, running, until
+from tests.support.process import ledger_of, running
+from tests.support.waiting import until
 
 
-@pytest.mark.faults
 async def test_after_kill_9_of_the_relay_under_load_everything_stored_arrives_once_settled(
     processes: Processes,
 ) -> None:

@@ -117,10 +117,45 @@ async def test_text_that_is_not_json_objects_closes_with_4400(node: Node) -> Non
             await s.closed(text, 4400)
 
 
+async def test_numbers_and_strings_that_json_forbids_are_refused_too(node: Node) -> None:
+    async with scene(node) as s:
+        head = json.dumps(s.send(body=..., id=...))[:-1]
+        taken = []
+        for value in (
+            "01",
+            "-01",
+            "1.",
+            "1.e5",
+            "-",
+            ".5",
+            "+5",
+            "1e",
+            "0x10",
+            '"raw \t tab"',
+            '"raw \n line"',
+            '"\\x41"',
+        ):
+            device = await node.connect("ann", "strict")
+            id_ = new_id()
+            await device.socket.send_str(f'{head},"id":"{id_}","body":{{"a":{value}}}}}')
+            try:
+                while (found := await device.next())["t"] not in ("stored", "error"):
+                    pass
+            except Closed:
+                assert device.socket.close_code == 4400, value
+                continue
+            if found["t"] == "stored":
+                taken.append(value)
+                await node.db.messages.delete_one({"id": id_})
+        assert taken == []
+
+
 async def test_nesting_is_refused_beyond_32_levels_and_harmless_at_any_depth(node: Node) -> None:
     async with scene(node) as s:
-        for depth in (33, 40, 500, 900):
+        for depth in (31, 40, 300, 900):
             for left, right, inner in (('{"a":', "}", "1"), ("[", "]", ""), ('[{"a":', "}]", "1")):
+                if depth * len(left) > 5000:
+                    continue
                 body = f'{{"x":{left * depth}{inner}{right * depth}}}'
                 await s.refused(json.dumps(s.send(body=...))[:-1] + f',"body":{body}}}')
         for depth in (5001, 50_000):
@@ -157,7 +192,7 @@ async def test_operator_objects_are_refused_wherever_an_id_belongs(node: Node) -
 
 async def test_wrong_types_and_unknown_fields_and_operations_are_refused(node: Node) -> None:
     async with scene(node) as s:
-        for name, bads in {
+        wrong: dict[str, list[Any]] = {
             "body": [1, 1.5, True, [], ["x"]],
             "media": ["m", {"a": 1}, [1], ["a b"], [None], ["m"] * 33],
             "sealed": ["x", [], {"bob/phone": 1}, {"bob/phone": None}, {"bob": "YQ=="}, {"/": "YQ=="}],
@@ -167,7 +202,8 @@ async def test_wrong_types_and_unknown_fields_and_operations_are_refused(node: N
             "after": ["1", 1.5, True, {}, -1, 2**53, 2**64, 2**200],
             "again": [1, "true", {}, None],
             "ref": [1, True, {}, [], "r" * 65],
-        }.items():
+        }
+        for name, bads in wrong.items():
             for bad in bads:
                 code = "too_large" if name == "media" and len(bad) == 33 else "bad_request"
                 await s.refused(json.dumps(s.send(**{name: bad})), code)
@@ -380,7 +416,7 @@ async def test_a_document_that_cannot_be_stored_fails_alone_in_a_batch_of_500(no
         await ann.put(*ops[:200], nul)
         await ann.put(*ops[200:400])
         await ann.put(*ops[400:])
-        answers = {}
+        answers: dict[str, dict[str, Any]] = {}
         while len(answers) < 501:
             found = await ann.next()
             if found["t"] in ("stored", "error"):
@@ -395,7 +431,7 @@ async def test_a_document_that_cannot_be_stored_fails_alone_in_a_batch_of_500(no
     assert stored == {op["id"] for op in ops} - {poison["id"]}
     assert len(stored) == 499
     bob = await node.connect("bob")
-    arrived = []
+    arrived: list[str] = []
     while len(arrived) < 499:
         message = await bob.expect("msg")
         arrived.append(message["id"])
@@ -403,29 +439,62 @@ async def test_a_document_that_cannot_be_stored_fails_alone_in_a_batch_of_500(no
     assert arrived == [op["id"] for op in ops if op is not poison]
 
 
-async def test_a_stored_document_that_cannot_be_read_holds_nobody_up(node: Node) -> None:
+@pytest.mark.parametrize("window", [256, 3])
+async def test_stored_documents_that_cannot_be_read_hold_nobody_up(nodes: NodeFactory, window: int) -> None:
+    node = await nodes.start(window=window)
     conv = await node.direct("ann", "bob")
     ann = await node.connect("ann")
     await (await node.connect("bob")).close()
     first = await ann.sent(conv, "before")
     document = await node.db.messages.find_one({"id": first["id"]})
-    for number, change in enumerate(
-        ({"body": 5}, {"sender": "nobody"}, {"sealed": [1]}, {"kind": None, "sender": None})
-    ):
+    broken: tuple[dict[str, Any], ...] = (
+        {"body": 5},
+        {"sender": "nobody"},
+        {"sealed": [1]},
+        {"sender": None},
+    )
+    for number, change in enumerate(broken):
         id_ = new_id()
         await node.db.messages.insert_one(
             {**document, "_id": f"{conv} {id_}", "id": id_, "seq": document["seq"] + number + 1, **change}
         )
     last = await ann.sent(conv, "behind")
+    page = await node.request("GET", f"/v1/sync?limit={window}", "bob", "phone")
+    synced = [message["id"] for message in page[1]["messages"]]
+    while page[1]["next"] is not None:
+        cursor = page[1]["next"]
+        page = await node.request("GET", f"/v1/sync?limit={window}&cursor={cursor}", "bob", "phone")
+        synced += [message["id"] for message in page[1]["messages"]]
+    assert synced == [first["id"], last["id"]]
     bob = await node.connect("bob")
-    assert [(await bob.expect("msg"))["id"] for _ in range(2)] == [first["id"], last["id"]]
-    await bob.ack(conv, first["id"], last["id"])
+    for stored in (first, last):
+        assert (await bob.expect("msg", 2))["id"] == stored["id"]
+        await bob.ack(conv, stored["id"])
     assert (await bob.expect("drained"))["count"] == 2
     live = await ann.sent(conv, "live")
     assert (await bob.expect("msg"))["id"] == live["id"]
 
 
-def mutated(rng: random.Random, seeds: list[str]) -> str | bytes:
+async def test_a_window_full_of_unreadable_documents_does_not_hold_up_the_socket(nodes: NodeFactory) -> None:
+    node = await nodes.start(window=3)
+    conv = await node.direct("ann", "bob")
+    ann = await node.connect("ann")
+    await (await node.connect("bob")).close()
+    document = await node.db.messages.find_one({"id": (await ann.sent(conv, "template"))["id"]})
+    await node.db.messages.delete_many({})
+    for number in range(3):
+        id_ = new_id()
+        broken = {"_id": f"{conv} {id_}", "id": id_, "seq": document["seq"] + number, "sender": None}
+        await node.db.messages.insert_one({**document, **broken})
+    behind = await ann.sent(conv, "behind")
+    async with chatting(node):
+        bob = await node.connect("bob")
+        assert (await bob.expect("msg", 2))["id"] == behind["id"]
+    pages = node.relay.context.metrics.drains._value.get()
+    assert pages < 50
+
+
+def mutated(rng: random.Random, seeds: list[str]) -> str:
     """A good frame with something done to it."""
     text = rng.choice(seeds)
     for _ in range(rng.choice((1, 1, 1, 2, 5))):

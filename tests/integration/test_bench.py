@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -13,8 +14,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from relay.wire.ids import MESSAGE_ID
 from scripts.tools.bench.messages import Order
-from scripts.tools.bench.pairs import percentiles
+from scripts.tools.bench.pairs import Tally, message_id, percentiles
 from scripts.tools.bench.relay_metrics import Scrape
 from scripts.tools.bench.stage import BenchError, LoadGenerator, load_generator
 
@@ -196,3 +198,19 @@ def test_commits_are_counted_since_the_reading_before() -> None:
     assert found["send"].groups == 20
     assert found["send"].items == pytest.approx(20)
     assert found["send"].ms == pytest.approx(100)
+
+
+def test_message_ids_are_distinct_uuids_in_no_order() -> None:
+    ids = [message_id(number) for number in range(1, 2001)]
+    assert len(set(ids)) == 2000
+    assert all(MESSAGE_ID.fullmatch(one) for one in ids)
+    rising = sum(first < second for first, second in itertools.pairwise(ids))
+    assert 500 < rising < 1500
+
+
+def test_a_message_that_comes_again_is_told_from_one_that_was_never_sent() -> None:
+    tally = Tally()
+    tally.sent = 7
+    for message in (message_id(7), message_id(8), message_id(0), "no uuid"):
+        tally.astray(message)
+    assert (tally.repeated, tally.unknown) == (1, 3)

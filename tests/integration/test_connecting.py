@@ -25,7 +25,9 @@ HS256 = {"alg": "HS256", "typ": "JWT"}
 
 async def bare(node: Node, path: str = "/v1/ws", **options: Any) -> WireDevice:
     """An upgraded socket without a token in a header."""
-    return WireDevice(await node.http.ws_connect(node.url + path, **options), "", "")
+    device = WireDevice(await node.http.ws_connect(node.url + path, **options), "", "")
+    node._devices.append(device)
+    return device
 
 
 async def with_header(node: Node, value: str) -> WireDevice:
@@ -283,6 +285,50 @@ async def test_a_second_connection_of_a_device_replaces_the_first_with_4409(node
     assert (await second.expect("msg"))["id"] == live["id"]
 
 
+async def test_of_many_connections_of_a_device_at_once_one_remains(node: Node) -> None:
+    conv = await node.direct("ann", "bob")
+    ann = await node.connect("ann")
+    await node.connect("bob", "other")
+
+    async def end(rival: WireDevice) -> int | None:
+        try:
+            return await rival.closed(1)
+        except TimeoutError:
+            return None
+
+    rivals = await asyncio.gather(*(node.connect("bob", welcome=False) for _ in range(8)))
+    ends = await asyncio.gather(*(end(rival) for rival in rivals))
+    assert sorted(map(str, ends)) == ["4409"] * 7 + ["None"]
+    survivor = rivals[ends.index(None)]
+    stored = await ann.sent(conv)
+    assert (await survivor.expect("msg"))["id"] == stored["id"]
+
+
+async def test_the_relay_keeps_a_closing_socket_until_the_client_has_answered(node: Node) -> None:
+    raw = await RawSocket.open(node, node.headers("bob", "phone"))
+    await raw.until(TEXT)
+    await node.connect("bob")
+    assert (await raw.until(CLOSE)).code == 4409
+    # Cut off with bytes of the client under way, the close code may never reach it (RFC 6455 7.1.1).
+    with pytest.raises(TimeoutError):
+        await raw.receive(0.4)
+    await raw.send(CLOSE, (4409).to_bytes(2, "big"))
+    with pytest.raises(asyncio.IncompleteReadError):
+        await raw.receive(1)
+    raw.cut()
+
+
+async def test_closes_are_counted_under_the_code_that_the_client_was_told(node: Node) -> None:
+    replaced = await node.connect("bob")
+    await node.connect("bob")
+    assert await replaced.closed() == 4409
+    async with asyncio.timeout(4):
+        while "relay_closes_total{" not in (text := node.relay.context.metrics.render().decode()):
+            await asyncio.sleep(0.02)
+    counted = [line for line in text.splitlines() if line.startswith("relay_closes_total")]
+    assert counted == ['relay_closes_total{code="4409"} 1.0']
+
+
 async def test_more_connections_than_the_node_takes_are_closed_with_4429(nodes: NodeFactory) -> None:
     node = await nodes.start(max_connections=2)
     ann, bob = await node.connect("ann"), await node.connect("bob")
@@ -383,7 +429,7 @@ async def test_a_client_that_answers_nothing_is_pinged_and_closed_with_4408_afte
     elapsed = time.monotonic() - started
     assert found.code == 4408
     assert seen.count(PING) == 1
-    assert 0.9 < elapsed < 1.8
+    assert 0.9 < elapsed < 3
     raw.cut()
     async with asyncio.timeout(4):
         while len(node.relay.context.hub):

@@ -278,12 +278,38 @@ async def test_a_device_that_never_reads_is_closed_when_it_gives_no_sign_of_life
     ann = await node.connect("ann")
     alive = asyncio.create_task(ann.expect("receipt", 10), name="alive")
     stuck = await RawSocket.open(node, node.headers("bob", "phone"), receive_buffer=4096)
+    async with asyncio.timeout(3):
+        while node.relay.context.hub.get("bob/phone") is None:
+            await asyncio.sleep(0.01)
     for _ in range(25):
         await ann.send(conv, "b" * 40_000)
-    async with asyncio.timeout(6):
+    async with asyncio.timeout(8):
         while node.relay.context.hub.get("bob/phone") is not None:
+            await asyncio.sleep(0.05)
+        while await node.db.messages.count_documents({}) < 25:
             await asyncio.sleep(0.05)
     alive.cancel()
     await asyncio.gather(alive, return_exceptions=True)
     assert await node.db.messages.count_documents({}) == 25
     stuck.cut()
+
+
+async def test_drained_counts_a_message_once_even_when_its_first_acknowledgement_could_not_be_stored(
+    nodes: NodeFactory,
+) -> None:
+    node = await nodes.start(send_deadline_seconds=0.4, commit_timeout_seconds=0.3)
+    conv, ids = await backlog(node, 3)
+    bob = await node.connect("bob")
+    assert await take(bob, 3) == ids
+    failing = {"failCommands": ["insert", "update", "delete"], "errorCode": 50, "appName": "relay"}
+    admin = node.db.client.admin
+    await admin.command({"configureFailPoint": "failCommand", "mode": "alwaysOn", "data": failing})
+    try:
+        await bob.put({"t": "ack", "conv": conv, "ids": ids, "ref": "a"})
+        error = await bob.expect("error", ref="a")
+    finally:
+        await admin.command({"configureFailPoint": "failCommand", "mode": "off"})
+    assert (error["code"], error["retry"]) == ("unavailable", True)
+    assert await take(bob, 3) == ids
+    await bob.ack(conv, *ids)
+    assert (await bob.expect("drained"))["count"] == 3

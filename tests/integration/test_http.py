@@ -211,7 +211,7 @@ async def test_sync_pages_through_what_waits_without_taking_it(node: Node) -> No
     ids = await stored(node, one, 4) + await stored(node, two, 3)
     for _ in range(2):
         seen: list[dict[str, Any]] = []
-        cursor = ""
+        cursor: str | None = ""
         while cursor is not None:
             status, page = await get(node, "bob", f"/v1/sync?limit=3{cursor and f'&cursor={cursor}'}")
             assert (status, set(page)) == (200, {"messages", "next"})
@@ -247,7 +247,7 @@ async def test_a_conversations_messages_are_those_that_wait_for_this_device_in_i
 async def test_a_message_over_http_is_like_one_over_the_socket(node: Node) -> None:
     conv = await node.direct("ann", "bob")
     bob = await node.connect("bob")
-    message = {
+    message: dict[str, Any] = {
         "id": new_id(),
         "conv": conv,
         "kind": "text",

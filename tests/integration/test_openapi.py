@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from openapi_spec_validator import validate
 
 from handlers.http.routes import ROUTES
@@ -122,9 +122,10 @@ async def test_every_error_answers_as_described(node: Node) -> None:
     )
     await ask("POST", "/v1/acks", body={})
     await ask("POST", "/v1/acks", body={"acks": [], "x": "n" * 300_000})
-    for route in ROUTES:
-        if not route.open:
-            await ask(route.method, route.path, route.path.replace("{id}", "x"), body={}, user="")
+    for protected in ROUTES:
+        if not protected.open:
+            path = protected.path.replace("{id}", "x")
+            await ask(protected.method, protected.path, path, body={}, user="")
     assert {status for _, _, status in checked.seen} == {201, 400, 401, 403, 404, 409, 413}
 
 
@@ -162,3 +163,19 @@ async def test_a_store_that_does_not_answer_is_an_error_that_every_route_describ
         await admin.command({"configureFailPoint": "failCommand", "mode": "off"})
     assert {status for _, _, status in checked.seen} == {503}
     assert undescribed == []
+
+
+async def test_the_limit_of_a_page_is_the_one_described(node: Node) -> None:
+    conv = await node.direct("ann", "bob")
+    found = {}
+    for path, operations in (await description(node))["paths"].items():
+        for parameter in operations.get("get", {}).get("parameters", ()):
+            if parameter["name"] == "limit":
+                most = parameter["schema"]["maximum"]
+                url = path.replace("{id}", conv)
+                found[path] = [
+                    (await node.request("GET", f"{url}?limit={limit}", "ann", "phone"))[0]
+                    for limit in (most, most + 1)
+                ]
+    assert len(found) == 3
+    assert found == {path: [200, 400] for path in found}

@@ -354,13 +354,14 @@ async def test_a_sealed_message_for_other_devices_than_there_are_is_a_device_mis
     assert error["devicesRev"] == devices["devicesRev"]
     stale = await refused(ann, conv=conv, devicesRev="0" * 16)
     assert (stale["code"], stale["devicesRev"]) == ("device_mismatch", devices["devicesRev"])
-    for wrong in (
+    malformed: list[Any] = [
         {"bob/phone": ""},
         {"bob/phone": "not base64!"},
         {"bob": "YQ=="},
         {"bob/phone": {"$ne": 1}},
         [],
-    ):
+    ]
+    for wrong in malformed:
         assert (await refused(ann, conv=conv, sealed=wrong))["code"] == "bad_request", wrong
     assert await node.db.messages.count_documents({}) == 0
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from relay.routing.delivery import Delivery
+from relay.routing.delivery import Backlog, Delivery
 from relay.routing.outbox import Outbox
 from relay.store.messages import Page
 from relay.store.mongo import PyMongoError
@@ -100,7 +100,7 @@ class LocalConnection:
 
     def __init__(
         self,
-        backlog: MemoryBacklog,
+        backlog: Backlog,
         user: str = "bob",
         device: str = "phone",
         *,

@@ -20,7 +20,8 @@ import aiohttp
 
 from tests.support.device import new_id
 from tests.support.node import Node
-from tests.support.process import ledger_of, until
+from tests.support.process import ledger_of
+from tests.support.waiting import until
 
 BURST = 5
 WINDOW = 40
@@ -110,26 +111,35 @@ class Load:
     async def settle(self, seconds: float = 20) -> None:
         """Stops sending and waits until all is answered, received and gone; AssertionError tells what is not."""
         try:
-            self._stopping.set()
-            _, late = await asyncio.wait(self._senders, timeout=seconds)
-            unanswered = [m for m in self.messages.values() if not m.answers]
-            assert not late, f"{len(unanswered)} of {len(self.messages)} messages were never answered"
-            for task in self._senders:
-                task.result()
-
-            async def all_received() -> bool:
-                return not self.missing()
+            self.finish()
+            await self.all_received(seconds)
 
             async def all_gone() -> bool:
                 return not await self._node.db.messages.count_documents({})
 
-            with contextlib.suppress(AssertionError):
-                await until(all_received, seconds, "everything is received")
-            missing = self.missing()
-            assert not missing, f"{len(missing)} deliveries are missing, such as {missing[:3]}"
             await until(all_gone, seconds, "nothing is left in messages")
         finally:
             await self.close()
+
+    def finish(self) -> None:
+        """Makes no more messages."""
+        self._stopping.set()
+
+    async def all_received(self, seconds: float) -> None:
+        """Waits until every message that was made is stored and received; AssertionError tells what is not."""
+        _, late = await asyncio.wait(self._senders, timeout=seconds)
+        unanswered = [m for m in self.messages.values() if not m.answers]
+        assert not late, f"{len(unanswered)} of {len(self.messages)} messages were never answered"
+        for task in self._senders:
+            task.result()
+
+        async def complete() -> bool:
+            return not self.missing()
+
+        with contextlib.suppress(AssertionError):
+            await until(complete, seconds, "everything is received")
+        missing = self.missing()
+        assert not missing, f"{len(missing)} deliveries are missing, such as {missing[:3]}"
 
     async def close(self) -> None:
         """Ends every connection."""
@@ -153,7 +163,7 @@ class Load:
         assert not self.bodies_differ, f"messages arrived changed: {self.bodies_differ[:3]}"
         repeated = 0
         for message in self.messages.values():
-            first = {answer for answer in message.answers}
+            first = set(message.answers)
             assert len(first) == 1, f"{message.id} has the answers {first}"
             (seq, _), *_ = first
             for key in self._recipients[message.conv]:

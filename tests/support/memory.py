@@ -29,5 +29,18 @@ async def start_in_memory(name: str) -> None:
         found = getattr(BulkOperationBuilder, method)
         if not hasattr(found, "knows_sort"):
             setattr(BulkOperationBuilder, method, _without_sort(found))
-    client = AsyncMongoMockClient(tz_aware=True)
+    client: Any = AsyncMongoMockClient(tz_aware=True)
     await init_beanie(database=client.get_database(name), document_models=list(CONTROL))
+    for document in CONTROL:
+        collection = document.get_motor_collection()
+        for index in getattr(document.Settings, "indexes", ()):
+            if "partialFilterExpression" not in index.document:
+                continue
+            # mongomock's create_indexes forgets what makes an index partial; its create_index does not.
+            await collection.drop_index(index.document["name"])
+            await collection.create_index(
+                list(index.document["key"].items()),
+                name=index.document["name"],
+                unique=index.document.get("unique", False),
+                partialFilterExpression=index.document["partialFilterExpression"],
+            )

@@ -11,8 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from pymongo import AsyncMongoClient
 
 from relay.store.embedded_files import Layout, find_mongod
 from tests.support.node import SECRET, Node
+from tests.support.waiting import until
 
 ROOT = Path(__file__).parents[2]
 LEDGER_LINE = re.compile(r'^relay_deliveries_(?:total\{outcome="(\w+)"\}|(waiting)) (\S+)$', re.MULTILINE)
@@ -31,14 +31,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-async def until(holds: Callable[[], Awaitable[bool]], seconds: float, what: str) -> None:
-    """Waits until ``holds`` answers True. AssertionError naming ``what`` after ``seconds``."""
-    deadline = time.monotonic() + seconds
-    while not await holds():
-        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
-        await asyncio.sleep(0.05)
 
 
 async def ledger_of(node: Node) -> dict[str, int]:

@@ -39,7 +39,7 @@ class Store:
         self.ledger = Ledger()
         self.clock = Clock()
         self.messages = Messages(self.mongo, self.metrics, ttl_seconds=TTL_SECONDS, timeout=2)
-        self.fates = Fates(self.mongo)
+        self.fates = Fates(self.mongo, timeout=2)
         self.accounts = Accounts(inactive=timedelta(days=30))
         self.conversations = Conversations(self.accounts)
         self.audiences = Audiences(self.conversations.audiences)

@@ -94,8 +94,7 @@ class Load:
         self._order = order
         self._door = door
         self._pids = {**order.pids, "load": os.getpid()}
-        # Version 4 UUIDs by form; counted, so that templates and one look-up suffice.
-        self.tally = Tally(f"{order.run[:8]}-0000-4000-8000-", mark=order.mark, wanted=order.messages)
+        self.tally = Tally(mark=order.mark, wanted=order.messages)
         self._pairs: list[Pair] = []
 
     async def prepare(self) -> None:

@@ -11,14 +11,22 @@ from typing import Final
 
 from hdrh.histogram import HdrHistogram
 
+from relay.wire.ids import MESSAGE_ID
 from scripts.tools.bench.messages import Percentiles
 from scripts.tools.bench.sockets import Error, Msg, Op, Socket, Stored
 
 MOST_OUTSTANDING: Final = 50_000
+_SCATTER: Final = 0x9E3779B1  # odd, near 2^32 divided by the golden ratio (Knuth, TAOCP 6.4)
 _LONGEST_US: Final = 3_600_000_000
 _SHOWN_ERRORS: Final = 5
 _FRAME_OPERATIONS: Final = 256
 _FRAME_BYTES: Final = 200_000
+
+
+def message_id(number: int) -> str:
+    """The id of the message with this number: a UUID by form. They are counted, so that one look-up suffices, but scattered
+    like the random ones of real devices: ids in order would find MongoDB's indexes in a state that they never have."""
+    return f"{number * _SCATTER & 0xFFFFFFFF:08x}-0000-4000-8000-{number:012x}"
 
 
 class Tally:
@@ -37,7 +45,6 @@ class Tally:
         "mark",
         "marked",
         "next_stop",
-        "prefix",
         "recorded",
         "recording",
         "repeated",
@@ -52,8 +59,7 @@ class Tally:
         "wanted",
     )
 
-    def __init__(self, prefix: str, *, mark: int | None = None, wanted: int | None = None) -> None:
-        self.prefix = prefix
+    def __init__(self, *, mark: int | None = None, wanted: int | None = None) -> None:
         self.sent = self.stored = self.delivered = self.recorded = self.frames = 0
         self.repeated = self.unknown = self.failed = self.closed = 0
         self.errors: list[str] = []
@@ -91,8 +97,8 @@ class Tally:
 
     def astray(self, message: str) -> None:
         """A message that nobody waits for came, or came again."""
-        number = message.removeprefix(self.prefix)
-        if len(number) == 12 and int(number, 16) <= self.sent:
+        number = int(message[24:], 16) if MESSAGE_ID.fullmatch(message) else 0
+        if 0 < number <= self.sent and message == message_id(number):
             self.repeated += 1
         else:
             self.unknown += 1
@@ -119,7 +125,7 @@ class Pair:
 
     def __init__(self, tally: Tally, conversation: str, size: int, *, closed_loop: bool) -> None:
         self._tally = tally
-        self._head = f'{{"t":"send","id":"{tally.prefix}'
+        self._head = '{"t":"send","id":"'
         self._tail = f'","conv":"{conversation}","kind":"text","body":"{"x" * size}"}}'
         self._ack = f'{{"t":"ack","conv":"{conversation}","ids":["'
         self._chunk = max(1, min(_FRAME_OPERATIONS, _FRAME_BYTES // (size + 256)))
@@ -134,14 +140,13 @@ class Pair:
     def _send_frame(self, times: Iterable[float]) -> None:
         tally = self._tally
         number = tally.sent
-        prefix, head, tail = tally.prefix, self._head, self._tail
+        head, tail = self._head, self._tail
         unstored, undelivered = tally.unstored, tally.undelivered
         frames = []
         for intended in times:
             number += 1
-            digits = f"{number:012x}"
-            frames.append(head + digits + tail)
-            message = prefix + digits
+            message = message_id(number)
+            frames.append(head + message + tail)
             unstored[message] = undelivered[message] = intended
         tally.sent = number
         self.sender.write(frames[0] if len(frames) == 1 else "[" + ",".join(frames) + "]")

@@ -124,7 +124,7 @@ async def test_a_slow_socket_fills_the_outbox_and_room_comes_when_it_flows() -> 
     assert told == []
     socket.flowing.set()
     await asyncio.wait_for(waiter, 1)
-    assert not outbox.full
+    assert [outbox.full] == [False]
     assert told
     outbox.close()
     await socket.writer
