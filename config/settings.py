@@ -124,7 +124,7 @@ class Settings(BaseSettings):
     )
     expiry_seconds: Seconds = Field(1, description="Interval of the job that expires due messages.")
     drain_seconds: float = Field(
-        8, ge=0, le=60, description="Time for connections to leave when the node stops."
+        5, ge=0, le=60, description="Time for connections to leave when the node stops."
     )
 
     @field_validator("jwt_secret")

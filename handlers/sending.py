@@ -11,6 +11,7 @@ from handlers.context import Context
 from relay.store.audience import Audience
 from relay.store.batcher import BatcherClosed
 from relay.store.commits import Done, Stored, Submission
+from relay.store.messages import owner
 from relay.wire.codec import dumps
 from relay.wire.envelope import Envelope
 from relay.wire.errors import RelayError
@@ -108,17 +109,17 @@ async def known(ctx: Context, sender: Sender, op: Send) -> Stored | None:
     doc_id = document_id(op.conv, op.id)
     found = (await ctx.messages.read([doc_id], committed=True)).get(doc_id)
     if found is not None:
-        owner = (found["sender"]["user"], found["sender"]["device"])
+        first = owner(found)
         stored = Stored(found["seq"], int(found["createdAt"]), fresh=False)
     elif op.again:
         gone = (await ctx.fates.find([doc_id])).get(doc_id)
         if gone is None:
             return None
-        owner = (gone.user, gone.device)
+        first = (gone.user, gone.device)
         stored = Stored(gone.seq, gone.at, fresh=False)
     else:
         return None
-    return stored if owner == (sender.user, sender.device) else None
+    return stored if first == (sender.user, sender.device) else None
 
 
 async def check_withdrawal(ctx: Context, sender: Sender, op: Send) -> None:
@@ -129,11 +130,11 @@ async def check_withdrawal(ctx: Context, sender: Sender, op: Send) -> None:
     doc_id = document_id(op.conv, op.reply_to)
     found = (await ctx.messages.read([doc_id])).get(doc_id)
     if found is not None:
-        owner = found["sender"]["user"]
+        whose = (owner(found) or ("",))[0]
     else:
         gone = (await ctx.fates.find([doc_id])).get(doc_id)
-        owner = sender.user if gone is None else gone.user
-    if owner != sender.user:
+        whose = sender.user if gone is None else gone.user
+    if whose != sender.user:
         raise RelayError("forbidden", "only its sender can withdraw a message")
 
 

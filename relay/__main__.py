@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import resource
 import signal
 import sys
@@ -28,7 +29,12 @@ def main() -> int:
     for name in configuration.unknown_variables():
         log.warning("this environment variable is no setting of the relay; see docs/settings.md", name=name)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(settings))
+        code = runner.run(_serve(settings))
+        # Nothing is left to do, but threads of the driver may wait on a store that does not answer; the interpreter
+        # would wait for them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 async def _serve(settings: configuration.Settings) -> int:

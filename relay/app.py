@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import random
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -18,6 +19,7 @@ from aiohttp import web
 from config.settings import Settings
 from handlers.context import Context, Health, Limits
 from handlers.http.routes import ROUTES
+from relay.jobs.doubts import Doubts
 from relay.jobs.expiry import Expiry
 from relay.jobs.health import HealthCheck
 from relay.jobs.heartbeat import Heartbeat
@@ -31,12 +33,13 @@ from relay.session.gateway import Gateway, GatewaySettings
 from relay.session.tokens import KeyConfigurationError, Verifier, generate_secret, load_keys
 from relay.session.web import application
 from relay.store.accounts import Accounts
-from relay.store.acks import Acks, Ending
+from relay.store.acks import Acks
 from relay.store.audience import Audiences
 from relay.store.batcher import Batcher, BatcherClosed
 from relay.store.commits import Commits, Submission
 from relay.store.conversations import Conversations
 from relay.store.embedded import EmbeddedError, EmbeddedMongo
+from relay.store.endings import Ending
 from relay.store.fates import Fates
 from relay.store.lanes import EndingLanes
 from relay.store.ledger import Ledger
@@ -51,7 +54,9 @@ from relay.wire.frames import MAX_OPERATIONS, AnyOperation
 _GC: Final = (50_000, 20, 50)
 SECRET_FILE: Final = "jwt-secret"
 _BYE_SPREAD_MS: Final = (500, 5000)
+_CLOSE_SECONDS: Final = 1.0
 _HEALTH_SECONDS: Final = 2.0
+_DOUBTS_SECONDS: Final = 1.0
 _LAST_SEEN_SECONDS: Final = 10.0
 _TTL_SECONDS: Final = 60.0
 
@@ -104,7 +109,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
     ttl_seconds = max(1, round(settings.message_ttl_days * 86_400))
     try:
         mongo = Mongo(uri, settings.mongo_database)
-        stack.callback(mongo.close)
+        stack.push_async_callback(_close_quickly, mongo)
         await mongo.prepare(ttl_seconds, max(1, round(settings.fate_hours * 3600)))
     except MongoUnavailable as error:
         raise StartError(str(error)) from None
@@ -160,7 +165,15 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
                     )
 
     commits = Commits(
-        mongo, messages, fates, audiences, ledger, metrics, timeout=timeout, committed=committed
+        mongo,
+        messages,
+        fates,
+        audiences,
+        ledger,
+        metrics,
+        timeout=timeout,
+        committed=committed,
+        found=router.found,
     )
     sends = Batcher[Submission](
         "send",
@@ -211,6 +224,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
                 0.2,
             ),
             Job("time to live", TimeToLive(mongo, messages).run, _TTL_SECONDS, 0.1),
+            Job("doubts", Doubts(commits, acks).run, _DOUBTS_SECONDS, 0.1),
             Job("health", HealthCheck(mongo, health).run, _HEALTH_SECONDS),
         ]
     )
@@ -258,11 +272,20 @@ async def _drain(
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(context.hub.empty(), max(0.1, deadline - loop.time()))
     await jobs.stop()
-    await gateway.close()
+    await gateway.close(1)
     await runner.cleanup()
     left, context.hub.left = context.hub.left, set()
     with contextlib.suppress(Exception):
         await asyncio.wait_for(accounts.seen(left), 1)
+
+
+async def _close_quickly(mongo: Mongo) -> None:
+    """The driver says goodbye to its server, and would wait for one that does not answer."""
+    closing = threading.Thread(target=mongo.close, name="close MongoDB", daemon=True)
+    closing.start()
+    deadline = asyncio.get_running_loop().time() + _CLOSE_SECONDS
+    while closing.is_alive() and asyncio.get_running_loop().time() < deadline:
+        await asyncio.sleep(0.005)
 
 
 async def _listen(runner: web.AppRunner, settings: Settings) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from time import monotonic
 
 from handlers.context import Context, Peer
-from relay.store.acks import Sole
 from relay.store.batcher import BatcherClosed
+from relay.store.endings import Sole
 from relay.wire import replies
 from relay.wire.codec import check_ids
 from relay.wire.errors import RelayError
@@ -23,7 +23,10 @@ def ack(ctx: Context, peer: Peer, op: Ack) -> None:
     for message in op.ids:
         doc_id = document_id(op.conv, message)
         found = in_flight.get(doc_id)
-        messages[doc_id] = None if found is None else found.sole
+        messages[doc_id] = None
+        if found is not None:
+            # Only once: a second acknowledgement must look whether the first was enough.
+            messages[doc_id], found.sole = found.sole, None
     now = ctx.clock.now()
 
     def done(durable: bool) -> None:

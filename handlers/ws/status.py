@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from handlers.context import Context, Peer
+from relay.store.messages import owner
 from relay.wire import replies
 from relay.wire.codec import check_ids
 from relay.wire.frames import Status
@@ -28,7 +29,7 @@ async def _items(ctx: Context, user: str, conversation: str, messages: list[str]
     for message, doc_id in zip(messages, doc_ids, strict=True):
         document = waiting.get(doc_id)
         fate = gone.get(doc_id)
-        if document is not None and document["sender"]["user"] == user:
+        if document is not None and (owner(document) or ("",))[0] == user:
             told = _waiting(document, user)
             if ctx.messages.is_due(document, now):
                 told = {"gone": True, "fate": "expired", "delivered": told["delivered"]}

@@ -44,6 +44,7 @@ class Sweep:
         self._conversations = conversations
         self._metrics = metrics
         self._now = now
+        self._stuck: set[str] = set()
 
     async def run(self) -> None:
         """One round."""
@@ -53,11 +54,22 @@ class Sweep:
 
     async def remove_leftovers(self) -> None:
         """Deletes messages that nobody awaits: a node died between its update and its deletion."""
-        while left := await self._messages.leftovers(_PAGE):
+        left = await self._leftovers()
+        while left:
             if not await self._endings.remove(left, "delivered", deadline=monotonic() + _GIVE_UP_SECONDS):
                 return
-            self._metrics.healed.inc(len(left))
-            log.info("leftovers removed", messages=len(left))
+            rest = await self._leftovers()
+            # What stays is no message and cannot be ended; it is passed over until a restart.
+            stuck = set(left).intersection(rest)
+            self._stuck.update(stuck)
+            removed = len(left) - len(stuck)
+            if removed:
+                self._metrics.healed.inc(removed)
+                log.info("leftovers removed", messages=removed)
+            left = [doc_id for doc_id in rest if doc_id not in stuck]
+
+    async def _leftovers(self) -> list[str]:
+        return [doc_id for doc_id in await self._messages.leftovers(_PAGE) if doc_id not in self._stuck]
 
     async def find_missed(self) -> None:
         """Marks connections behind when something waits for them that is not in flight. One bounded query for many

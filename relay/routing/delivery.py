@@ -17,7 +17,7 @@ from typing import Final, Protocol
 import structlog
 
 from relay.routing.outbox import Outbox
-from relay.store.acks import Sole
+from relay.store.endings import Sole
 from relay.store.messages import Page
 from relay.store.mongo import PyMongoError, brief
 from relay.wire import replies
@@ -42,6 +42,10 @@ class Backlog(Protocol):
         """The highest ``seq`` that waits for these keys."""
 
 
+def _nothing() -> None:
+    return None
+
+
 class InFlight:
     """One delivered message that is not durably acknowledged. ``sole`` when only this device awaited it."""
 
@@ -54,10 +58,12 @@ class InFlight:
 
 
 class Delivery:
-    """The deliveries of one connection. ``start`` begins with the backlog; ``drained`` is told once."""
+    """The deliveries of one connection. ``start`` begins with the backlog; ``drained`` is told once, ``broken``
+    when a fault of ours has ended the drain."""
 
     __slots__ = (
         "_backlog",
+        "_broken",
         "_bytes",
         "_closed",
         "_count_behind",
@@ -69,6 +75,7 @@ class Delivery:
         "_key",
         "_keys",
         "_mark",
+        "_needs",
         "_now",
         "_outbox",
         "_read_to_mark",
@@ -94,6 +101,7 @@ class Delivery:
         now: Callable[[], int],
         behind: Callable[[int], None],
         drained: Callable[[], None],
+        broken: Callable[[], None] = _nothing,
     ) -> None:
         self.in_flight: dict[str, InFlight] = {}
         self.behind = True
@@ -108,6 +116,7 @@ class Delivery:
         self._now = now
         self._count_behind = behind
         self._drained = drained
+        self._broken = broken
         self._dirty = True
         self._credit: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
@@ -116,6 +125,7 @@ class Delivery:
         self._mark: int | None = None
         self._told = False
         self._redelivered = 0
+        self._needs = 1
         self._read_to_mark = False
         self._initial: AbstractSet[str] = set()
         self._initial_count = 0
@@ -215,8 +225,9 @@ class Delivery:
         except asyncio.CancelledError:
             raise
         except Exception:
+            # A connection that will never be live again is worse than none: the device comes back and drains anew.
             log.exception("drain failed")
-            raise
+            self._broken()
 
     async def _set_mark(self) -> None:
         while True:
@@ -232,7 +243,7 @@ class Delivery:
 
     async def _wait_for_room(self) -> None:
         """Waits for a fair part of the window, so that pages are worth a query; a little credit is used soon too."""
-        while self._outbox.full or not self._has_credit(1):
+        while self._outbox.full or not self._has_credit(self._needs):
             await self._woken()
         soon = asyncio.get_running_loop().time() + _FEW_SECONDS
         while self.in_flight and self._free() < self._window // 4:
@@ -275,7 +286,9 @@ class Delivery:
             if envelope.doc_id in self.in_flight:
                 continue
             if not self._has_credit(envelope.size):
+                self._needs = envelope.size
                 return False
+            self._needs = 1
             self._deliver(envelope)
             if not self._told and self._mark is not None and envelope.seq <= self._mark:
                 self._initial |= {envelope.doc_id}

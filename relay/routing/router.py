@@ -5,14 +5,14 @@ Runs once for each committed group, without waiting: everything it puts into one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from relay.metrics import Metrics
 from relay.routing.hub import Hub
-from relay.store.acks import Settlement
+from relay.store.endings import Settlement
 from relay.wire import replies
 from relay.wire.envelope import Envelope
-from relay.wire.ids import split_document_id
+from relay.wire.ids import split_document_id, user_of
 
 
 class Router:
@@ -33,6 +33,13 @@ class Router:
                 elif key.endswith("/*"):
                     for own in self._hub.of_user(key[:-2]):
                         own.delivery.push(envelope)
+
+    def found(self, keys: Iterable[str]) -> None:
+        """Something waits for these that was not pushed."""
+        for key in keys:
+            one = self._hub.get(key)
+            for connection in self._hub.of_user(user_of(key)) if one is None else [one]:
+                connection.delivery.fall_behind()
 
     def settled(self, settlement: Settlement) -> None:
         """Gives credit back and tells senders that their messages arrived."""

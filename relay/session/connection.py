@@ -90,6 +90,7 @@ class Connection:
             now=ctx.clock.now,
             behind=ctx.metrics.behind.inc,
             drained=drained,
+            broken=self._broken,
         )
 
     async def run(self) -> None:
@@ -210,6 +211,9 @@ class Connection:
         self.outbox.discard()
         if self._transport is not None:
             self._transport.abort()
+
+    def _broken(self) -> None:
+        self.shut(errors.RESTARTING)
 
     def _on_room(self) -> None:
         if self.delivery.behind:

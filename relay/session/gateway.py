@@ -72,9 +72,12 @@ class Gateway:
                 await connection.run()
         return ws
 
-    async def close(self) -> None:
-        """Ends what is still being noted."""
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+    async def close(self, timeout: float) -> None:
+        """Ends what is still being noted, after at most ``timeout`` seconds."""
+        if self._tasks:
+            _, late = await asyncio.wait(set(self._tasks), timeout=timeout)
+            for task in late:
+                task.cancel()
 
     async def _enter(self, request: web.Request, ws: web.WebSocketResponse) -> Connection | None:
         try:

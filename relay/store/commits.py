@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import monotonic
 from typing import Any, Final, NamedTuple
 
@@ -23,7 +23,7 @@ from relay.metrics import Metrics
 from relay.store.audience import Audience, Audiences
 from relay.store.fates import Fates
 from relay.store.ledger import Ledger
-from relay.store.messages import Messages, encode
+from relay.store.messages import Messages, encode, owner
 from relay.store.mongo import BulkWriteError, Mongo, PyMongoError, brief, time_limit
 from relay.wire.envelope import Envelope
 from relay.wire.errors import RelayError
@@ -34,6 +34,8 @@ DUPLICATE: Final = 11000
 DEFINITE: Final = frozenset({2, 9, 14, 22, 52, 121, 10334, 17280})
 _FIRST_DELAY: Final = 0.05
 _LAST_DELAY: Final = 1.0
+_MAX_GIVEN_UP: Final = 100_000
+_GIVEN_UP_PAGE: Final = 500
 
 log = structlog.get_logger(__name__)
 
@@ -44,6 +46,14 @@ class Stored(NamedTuple):
     seq: int
     at: int
     fresh: bool
+
+
+class GivenUp(NamedTuple):
+    """A message whose outcome was still unknown at its deadline; ``since`` is monotonic."""
+
+    seq: int
+    deliveries: int
+    since: float
 
 
 Done = Callable[[Stored | RelayError], None]
@@ -81,7 +91,8 @@ class Submission:
 
 
 class Commits:
-    """Commits groups of submissions. ``committed`` gets the fresh messages of a group, ready to deliver."""
+    """Commits groups of submissions. ``committed`` gets the fresh messages of a group, ready to deliver; ``found`` the device
+    keys for whom something turned up in the store that was not delivered so."""
 
     def __init__(
         self,
@@ -94,6 +105,7 @@ class Commits:
         *,
         timeout: float,
         committed: Callable[[Sequence[Envelope]], None],
+        found: Callable[[Iterable[str]], None],
     ) -> None:
         self._collection = mongo.messages
         self._messages = messages
@@ -103,7 +115,10 @@ class Commits:
         self._retries = metrics.retries.labels("send")
         self._timeout = timeout
         self._committed = committed
+        self._found = found
         self._tasks: set[asyncio.Task[None]] = set()
+        # By document id: what its sender was told `unavailable` of, though it may have been stored.
+        self._given_up: dict[str, GivenUp] = {}
 
     async def commit(self, batch: list[Submission]) -> None:
         """Brings every submission of the group to its outcome. Never raises for what MongoDB does."""
@@ -115,6 +130,32 @@ class Commits:
             submission.settle(
                 RelayError("unavailable", "the relay is stopping; send again", retry_after=1000)
             )
+
+    async def settle_given_up(self) -> None:
+        """Books and delivers what was stored after all, though its sender was told `unavailable`. Call now and then; one
+        page each time."""
+        ripe = monotonic() - self._timeout
+        wanted = [doc_id for doc_id, one in self._given_up.items() if one.since <= ripe][:_GIVEN_UP_PAGE]
+        if not wanted:
+            return
+        documents = await self._messages.read(wanted, committed=True)
+        gone = await self._fates.find([doc_id for doc_id in wanted if doc_id not in documents])
+        for doc_id in wanted:
+            document, fate = documents.get(doc_id), gone.get(doc_id)
+            given_up = self._given_up.get(doc_id)
+            if document is not None:
+                self._settle_given_up(doc_id, document)
+            elif fate is not None and given_up is not None and fate.seq == given_up.seq:
+                self._ledger.add("accepted", given_up.deliveries)
+            self._given_up.pop(doc_id, None)
+
+    def _settle_given_up(self, doc_id: str, document: Mapping[str, Any]) -> None:
+        given_up = self._given_up.get(doc_id)
+        if given_up is None or document.get("seq") != given_up.seq:
+            return
+        del self._given_up[doc_id]
+        self._ledger.add("accepted", len(document["awaiting"]) + len(document.get("deliveredTo", ())))
+        self._found(document["awaiting"])
 
     async def close(self) -> None:
         """Ends the retries that are under way."""
@@ -160,6 +201,9 @@ class Commits:
         now = monotonic()
         late = [submission for submission in pending if now >= submission.deadline]
         for submission in late:
+            envelope = submission.envelope
+            if len(self._given_up) < _MAX_GIVEN_UP:
+                self._given_up[envelope.doc_id] = GivenUp(envelope.seq, len(envelope.awaiting), now)
             submission.settle(
                 RelayError(
                     "unavailable", "the message could not be stored in time; send it again", retry_after=1000
@@ -254,16 +298,16 @@ class Commits:
             document = found.get(envelope.doc_id)
             if document is None:
                 missing.append(submission)
-            elif (document["sender"]["user"], document["sender"]["device"]) != (
-                envelope.user,
-                envelope.device,
-            ):
+            elif owner(document) != (envelope.user, envelope.device):
                 submission.settle(_conflict())
             elif document["seq"] == envelope.seq:
                 envelope.awaiting = list(document["awaiting"])
                 envelope.shared = len(envelope.awaiting) > 1 or "deliveredTo" in document
+                # Whoever found it in the store before this answer may have acknowledged it already.
+                self._ledger.add("accepted", len(document.get("deliveredTo", ())))
                 fresh.append(submission)
             else:
+                self._settle_given_up(envelope.doc_id, document)
                 submission.settle(Stored(document["seq"], int(document["createdAt"]), fresh=False))
         self._succeed(fresh)
         if missing:
@@ -294,8 +338,8 @@ class Commits:
         found = await self._messages.read([s.envelope.doc_id for s in batch], committed=True)
         for submission in batch:
             document = found.get(submission.envelope.doc_id)
-            own = {"user": submission.envelope.user, "device": submission.envelope.device}
-            if document is not None and document["sender"] == own:
+            own = (submission.envelope.user, submission.envelope.device)
+            if document is not None and owner(document) == own:
                 submission.settle(Stored(document["seq"], int(document["createdAt"]), fresh=False))
         await self._answer_from_fates([s for s in batch if not s.settled and s.again], inserted=False)
         for submission in batch:

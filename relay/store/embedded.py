@@ -26,7 +26,7 @@ from relay.store.embedded_files import EmbeddedError, Layout, Leftover, PortTake
 __all__ = ["EmbeddedError", "EmbeddedMongo"]
 
 ADOPT_PATIENCE = 2.0
-END_PATIENCE = 8.0
+END_PATIENCE = 3.5
 KILL_PATIENCE = 5.0
 START_DEADLINE = 180.0
 FIRST_BACKOFF = 0.1
@@ -103,7 +103,7 @@ class EmbeddedMongo:
             return self.uri
 
     async def stop(self) -> None:
-        """Shut mongod down with a checkpoint; killed when that takes over 8 s (nothing acknowledged is lost). Idempotent."""
+        """Shut mongod down with a checkpoint; killed when that takes over 3.5 s (nothing acknowledged is lost). Idempotent."""
         async with self._turn:
             if self._supervisor is None:
                 return

@@ -18,6 +18,9 @@ from relay.store.mongo import Mongo, time_limit
 
 # Entries of one shard's deletions stay on that shard. A replica set is one lane.
 LANE: Final = "0"
+_ENTRY_BYTES: Final = 700
+_NAME_BYTES: Final = 12
+_PART_BYTES: Final = 4_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,20 @@ class Gone:
     delivered: list[str]
 
 
+def _parts(entries: Sequence[FateEntry]) -> list[list[FateEntry]]:
+    """Splits what would not fit into one document: an entry names everybody who got its message."""
+    parts: list[list[FateEntry]] = [[]]
+    size = 0
+    for entry in entries:
+        own = _ENTRY_BYTES + sum(map(len, entry["delivered"])) + _NAME_BYTES * len(entry["delivered"])
+        if size + own > _PART_BYTES and parts[-1]:
+            parts.append([])
+            size = 0
+        parts[-1].append(entry)
+        size += own
+    return parts
+
+
 class Fates:
     """The ``fates`` collection."""
 
@@ -41,8 +58,12 @@ class Fates:
 
     async def record(self, entries: Sequence[FateEntry], now: int) -> None:
         """Writes the fates of one group of deletions, durably. ``now`` in milliseconds."""
+        documents = [{"lane": LANE, "at": DatetimeMS(now), "entries": part} for part in _parts(entries)]
         with time_limit(self._timeout):
-            await self._collection.insert_one({"lane": LANE, "at": DatetimeMS(now), "entries": list(entries)})
+            if len(documents) == 1:
+                await self._collection.insert_one(documents[0])
+            else:
+                await self._collection.insert_many(documents)
 
     async def find(self, doc_ids: Sequence[str]) -> dict[str, Gone]:
         """The fates of these messages, as far as they are on record."""

@@ -9,8 +9,8 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from zlib import crc32
 
-from relay.store.acks import Ack, Ending, Removal, Sole
 from relay.store.batcher import Batcher
+from relay.store.endings import Ack, Ending, Removal, Sole
 from relay.store.ledger import Fate
 from relay.wire.ids import split_document_id
 

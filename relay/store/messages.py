@@ -25,6 +25,18 @@ _LEAD_MS: Final = 5000
 log = structlog.get_logger(__name__)
 
 
+def _is_id(value: object) -> bool:
+    return isinstance(value, str) and " " in value
+
+
+def owner(document: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The user and device that sent a stored message; None when the document is no message."""
+    sender = document.get("sender")
+    if not isinstance(sender, Mapping) or "user" not in sender or "device" not in sender:
+        return None
+    return sender["user"], sender["device"]
+
+
 def encode(envelope: Envelope) -> RawBSONDocument:
     """The stored form of a message, and ``envelope.size`` set to its bytes.
 
@@ -208,13 +220,13 @@ class Messages:
             ):
                 async for document in self._collection.find(query, {"_id": 1}).limit(limit):
                     found.append(document["_id"])
-        return list(dict.fromkeys(found))
+        return [doc_id for doc_id in dict.fromkeys(found) if _is_id(doc_id)]
 
     async def leftovers(self, limit: int) -> list[str]:
         """Ids of messages that nobody awaits any more."""
         with time_limit(self._timeout):
             cursor = self._collection.find({"awaiting": []}, {"_id": 1}).limit(limit)
-            return [document["_id"] async for document in cursor]
+            return [document["_id"] async for document in cursor if _is_id(document["_id"])]
 
     async def keys_with_waiting(self, keys: Sequence[str], before: int, limit: int) -> dict[str, set[str]]:
         """Which of these device keys have messages accepted before ``before`` (ms) waiting: document ids by key."""

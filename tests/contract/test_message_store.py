@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from relay.store.acks import Ack, Ending, Removal, Sole
 from relay.store.commits import Stored
 from relay.store.embedded import EmbeddedMongo
+from relay.store.endings import Ack, Ending, Removal, Sole
 from relay.store.ledger import Fate
 from relay.store.messages import decode, encode
 from relay.wire.envelope import Envelope

@@ -29,7 +29,7 @@ async def settled(node: Node, accepted: int) -> None:
         return (await ledger_of(node))["waiting"] == 0
 
     with contextlib.suppress(AssertionError):
-        await until(booked, 1, "the ledger is settled")
+        await until(booked, 6, "the ledger is settled")
     ledger = await ledger_of(node)
     assert (ledger["accepted"], ledger["acknowledged"], ledger["waiting"]) == (accepted, accepted, 0)
 
@@ -136,8 +136,9 @@ async def test_an_acknowledgement_that_took_effect_unnoticed_is_counted_when_it_
     if cleo is not None:
         await cleo.ack(conv, stored["id"])
     async with failing(node, "delete", writeConcernError=MAJORITY_TIMEOUT):
+        # The second attempt looks, and finds that the first had done it.
         await bob.put({"t": "ack", "conv": conv, "ids": [stored["id"]], "ref": "mine"})
-        assert (await bob.expect("error", ref="mine"))["code"] == "unavailable"
+        await bob.expect("acked", ref="mine")
     await bob.ack(conv, stored["id"])
     await settled(node, devices)
     assert set(await fates(node, conv, stored["id"])) == {"delivered"}
@@ -153,7 +154,7 @@ async def test_an_acknowledgement_whose_update_took_effect_unnoticed_is_counted_
     await bob.expect("msg")
     async with failing(node, "update", writeConcernError=MAJORITY_TIMEOUT):
         await bob.put({"t": "ack", "conv": conv, "ids": [stored["id"]], "ref": "mine"})
-        assert (await bob.expect("error", ref="mine"))["code"] == "unavailable"
+        await bob.expect("acked", ref="mine")
     await bob.ack(conv, stored["id"])
     await cleo.ack(conv, stored["id"])
     await settled(node, 2)

@@ -40,6 +40,11 @@ async def settled(node: Node, accepted: int) -> None:
         return not await node.db.messages.count_documents({})
 
     await until(gone, 5, "nothing is left in messages")
+
+    async def booked() -> bool:
+        return (await ledger_of(node))["waiting"] == 0
+
+    await until(booked, 6, "the ledger is settled")
     ledger = await ledger_of(node)
     assert (ledger["accepted"], ledger["acknowledged"], ledger["waiting"]) == (accepted, accepted, 0)
 

@@ -12,11 +12,12 @@ from typing import Any
 
 from relay.metrics import Metrics
 from relay.store.accounts import Accounts
-from relay.store.acks import Acks, Ending, Settlement, Sole
+from relay.store.acks import Acks
 from relay.store.audience import Audience, Audiences
 from relay.store.batcher import Batcher
 from relay.store.commits import Commits, Stored, Submission
 from relay.store.conversations import Conversations
+from relay.store.endings import Ending, Settlement, Sole
 from relay.store.fates import Fates
 from relay.store.lanes import EndingLanes
 from relay.store.ledger import OUTCOMES, Ledger
@@ -64,6 +65,7 @@ class Store:
             self.ledger,
             self.metrics,
             timeout=2,
+            found=lambda _: None,
             committed=self.committed.extend,
         )
         self.endings = EndingLanes([self._lane(f"ack-{number}") for number in range(2)])

@@ -9,7 +9,7 @@ import pytest
 from relay.metrics import Metrics
 from relay.routing.hub import Hub
 from relay.routing.router import Router
-from relay.store.acks import Acknowledged, Settlement
+from relay.store.endings import Acknowledged, Settlement
 from tests.support.backlog import LocalConnection, MemoryBacklog, message, turns
 
 PEOPLE = [("ann", "phone"), ("ann", "tablet"), ("bob", "phone"), ("bob", "laptop"), ("cleo", "watch")]

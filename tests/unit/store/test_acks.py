@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.store.acks import Ack, Ending, Removal, Sole, _Group, entry_of
+from relay.store.ending_plan import EndingGroup, entry_of
+from relay.store.endings import Ack, Ending, Removal, Sole
 from relay.store.ledger import Fate
 
 KEYS = ["ann/tablet", "bob/phone", "bob/laptop", "cleo/*", "dan/phone"]
@@ -42,8 +43,8 @@ def removal(fate: Fate, *doc_ids: str) -> Removal:
     return Removal(doc_ids, fate, deadline=0)
 
 
-def planned(batch: list[Ending], *documents: dict[str, Any]) -> _Group:
-    group = _Group(batch)
+def planned(batch: list[Ending], *documents: dict[str, Any]) -> EndingGroup:
+    group = EndingGroup(batch)
     stored = {one["_id"]: one for one in documents}
     for doc_id in group.read:
         if doc_id in stored:
@@ -249,5 +250,8 @@ def test_every_message_is_read_first_unless_its_only_recipient_ends_it(
 ) -> None:
     documents = {doc_id: document(doc_id, list(awaiting)) for doc_id, awaiting in mailboxes.items()}
     group = planned(batch, *documents.values())
-    assert group.planned == set(group.read) & set(documents)
+    assert set(group.final) | set(group.shrunk) <= set(group.read)
     assert not set(group.sole) & set(group.read)
+    looked = EndingGroup(batch, lambda _: True)
+    assert not looked.sole
+    assert set(looked.read) == set(group.read) | set(group.sole)

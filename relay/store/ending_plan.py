@@ -1,0 +1,185 @@
+"""The plan of one group of endings, as pure code: from what is asked and what is stored to what is written and told.
+
+Because ``awaiting`` only ever shrinks, a message whose remaining recipients are all settled now can be deleted outright,
+whatever happens meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from bson.datetime_ms import DatetimeMS
+from pymongo import UpdateOne
+
+from models.messages import FateEntry
+from relay.store.endings import Ack, Acknowledged, Ending, Removal, Settlement, Sole
+from relay.store.ledger import OUTCOMES, Fate, Outcome
+from relay.wire import ids
+
+
+class Expectation(NamedTuple):
+    """What becomes of one delivery; ``told`` is for the router, where a device acknowledged."""
+
+    outcome: Outcome
+    told: Acknowledged | None
+
+
+def _never(_: str) -> bool:
+    return False
+
+
+class EndingGroup:
+    """The plan for one group: what to read, update and delete, and what to tell afterwards.
+
+    ``look`` says of which messages nothing is taken for granted: they are read before they are deleted.
+    """
+
+    def __init__(self, batch: Sequence[Ending], look: Callable[[str], bool] = _never) -> None:
+        self.sole: dict[str, tuple[Sole, Ack]] = {}
+        self.read: dict[str, None] = {}
+        self.final: dict[str, int] = {}
+        self.final_entries: list[FateEntry] = []
+        self.updates: list[UpdateOne] = []
+        self.shrunk: list[str] = []
+        self.sole_deleted = 0
+        self.expected: dict[str, dict[str, Expectation]] = {}
+        """For each message that was read and is changed: what becomes of its deliveries, by device key."""
+        self.counts: dict[Outcome, int] = dict.fromkeys(OUTCOMES[1:], 0)
+        self.settlement = Settlement([], [])
+        self._acks: dict[str, list[Ack]] = {}
+        self._removals: dict[str, Fate] = {}
+        for ending in batch:
+            if isinstance(ending, Removal):
+                for doc_id in ending.doc_ids:
+                    self._removals.setdefault(doc_id, ending.fate)
+                    self.read[doc_id] = None
+                continue
+            released = self.settlement.released
+            for doc_id, sole in ending.messages.items():
+                released.append((doc_id, ending.key))
+                if sole is not None and not look(doc_id):
+                    self.sole.setdefault(doc_id, (sole, ending))
+                else:
+                    self._acks.setdefault(doc_id, []).append(ending)
+                    self.read[doc_id] = None
+        for doc_id in self.sole.keys() & self.read.keys():
+            # Acknowledged twice, or also removed: look before deleting.
+            _, ack = self.sole.pop(doc_id)
+            self._acks.setdefault(doc_id, []).insert(0, ack)
+        self.sole_entries = [self._sole_entry(doc_id, sole, ack) for doc_id, (sole, ack) in self.sole.items()]
+
+    def plan(self, doc_id: str, document: Mapping[str, Any]) -> None:
+        """Decides what becomes of one stored message. Raises KeyError, TypeError or ValueError, and decides nothing, when
+        the document is no message."""
+        sender, accepted_at, seq = document["sender"], int(document["createdAt"]), int(document["seq"])
+        user, device = sender["user"], sender["device"]
+        awaiting: list[str] = document["awaiting"]
+        remaining = set(awaiting)
+        expected: dict[str, Expectation] = {}
+        counted: dict[str, Ack] = {}
+        for ack in self._acks.get(doc_id, ()):
+            for key in (ack.key, ids.any_device_key(ack.user)):
+                if key in remaining:
+                    remaining.discard(key)
+                    told = None
+                    if ack.key not in counted:
+                        counted[ack.key] = ack
+                        told = Acknowledged(doc_id, user, device, ack.user, ack.device, ack.at, accepted_at)
+                    expected[key] = Expectation("acknowledged", told)
+        fate = self._removals.get(doc_id)
+        entry = None
+        if not remaining or fate is not None:
+            entry = entry_of(document, fate or "delivered", [ack.user for ack in counted.values()])
+        elif counted:
+            self.updates.append(_shrink(document, list(counted.values())))
+            self.shrunk.append(doc_id)
+        if fate is not None:
+            if fate != "delivered":
+                expected.update({key: Expectation(fate, None) for key in remaining})
+            self.settlement.released.extend((doc_id, key) for key in remaining)
+        if entry is not None:
+            self.final[doc_id] = seq
+            self.final_entries.append(entry)
+        if expected:
+            self.expected[doc_id] = expected
+        for expectation in expected.values():
+            self.counts[expectation.outcome] += 1
+            if expectation.told is not None:
+                self.settlement.acknowledged.append(expectation.told)
+
+    def doubts(self) -> dict[str, dict[str, Expectation]]:
+        """What this group may have brought about, when nobody knows whether it did."""
+        found = dict(self.expected)
+        told = {item.doc_id: item for item in self.settlement.acknowledged if item.doc_id in self.sole}
+        for doc_id, (_, ack) in self.sole.items():
+            found[doc_id] = {ack.key: Expectation("acknowledged", told[doc_id])}
+        return found
+
+    def _sole_entry(self, doc_id: str, sole: Sole, ack: Ack) -> FateEntry:
+        self.settlement.acknowledged.append(
+            Acknowledged(doc_id, sole.user, sole.device, ack.user, ack.device, ack.at, sole.at)
+        )
+        return {
+            "id": doc_id,
+            "sender": {"user": sole.user, "device": sole.device},
+            "seq": sole.seq,
+            "at": sole.at,
+            "fate": "delivered",
+            "delivered": [ack.user] if ack.user != sole.user else [],
+        }
+
+
+def entry_of(document: Mapping[str, Any], fate: Fate, also: Sequence[str]) -> FateEntry:
+    """The fate of a stored message that is about to be deleted; ``also`` have just acknowledged it."""
+    sender = document["sender"]
+    people = {entry["user"] for entry in document.get("deliveredTo", ())} | set(also)
+    people.discard(sender["user"])
+    return {
+        "id": document["_id"],
+        "sender": {"user": sender["user"], "device": sender["device"]},
+        "seq": document["seq"],
+        "at": int(document["createdAt"]),
+        "fate": fate,
+        "delivered": sorted(people),
+    }
+
+
+def _shrink(document: Mapping[str, Any], acks: Sequence[Ack]) -> UpdateOne:
+    """Takes devices out of ``awaiting`` and notes them in ``deliveredTo``. Idempotent: a device that is no longer awaited
+    changes nothing, so a retry does not double an entry."""
+    gone = [key for ack in acks for key in (ack.key, ids.any_device_key(ack.user))]
+    new = [
+        {
+            "keys": [ack.key, ids.any_device_key(ack.user)],
+            "entry": {"user": ack.user, "device": ack.device, "at": DatetimeMS(ack.at)},
+        }
+        for ack in acks
+    ]
+    still_awaited = {"$gt": [{"$size": {"$setIntersection": ["$$this.keys", "$awaiting"]}}, 0]}
+    return UpdateOne(
+        {
+            "_id": document["_id"],
+            "conversationId": document["conversationId"],
+            "seq": document["seq"],
+            "awaiting": {"$in": gone},
+        },
+        [
+            {
+                "$set": {
+                    "deliveredTo": {
+                        "$concatArrays": [
+                            {"$ifNull": ["$deliveredTo", []]},
+                            {
+                                "$map": {
+                                    "input": {"$filter": {"input": {"$literal": new}, "cond": still_awaited}},
+                                    "in": "$$this.entry",
+                                }
+                            },
+                        ]
+                    },
+                    "awaiting": {"$setDifference": ["$awaiting", {"$literal": gone}]},
+                }
+            }
+        ],
+    )

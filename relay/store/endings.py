@@ -1,0 +1,91 @@
+"""What ends a message, as values: acknowledgements and removals, and what came of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from relay.store.ledger import Fate
+from relay.wire import ids
+
+
+class Sole(NamedTuple):
+    """What a connection knows of a message that only its device ever awaited: enough to delete it, and to tell its fate,
+    without reading it."""
+
+    seq: int
+    user: str
+    device: str
+    at: int
+
+
+class Ack:
+    """One device has these messages on disk, since ``at`` (ms). ``messages`` maps document ids to what is known."""
+
+    __slots__ = ("at", "deadline", "device", "done", "key", "messages", "user")
+
+    def __init__(
+        self,
+        user: str,
+        device: str,
+        messages: Mapping[str, Sole | None],
+        *,
+        at: int,
+        deadline: float,
+        done: Callable[[bool], None],
+    ) -> None:
+        self.user = user
+        self.device = device
+        self.key = ids.device_key(user, device)
+        self.messages = messages
+        self.at = at
+        self.deadline = deadline
+        self.done = done
+
+
+class Removal:
+    """These messages end now, for everybody who still awaits them."""
+
+    __slots__ = ("deadline", "doc_ids", "done", "fate")
+
+    def __init__(
+        self,
+        doc_ids: Sequence[str],
+        fate: Fate,
+        *,
+        deadline: float,
+        done: Callable[[bool], None] | None = None,
+    ) -> None:
+        self.doc_ids = doc_ids
+        self.fate = fate
+        self.deadline = deadline
+        self.done = done or _nothing
+
+
+class Acknowledged(NamedTuple):
+    """A device's acknowledgement of one message is durable. ``user`` and ``device`` are the message's sender."""
+
+    doc_id: str
+    user: str
+    device: str
+    by_user: str
+    by_device: str
+    at: int
+    accepted_at: int
+
+
+@dataclass(slots=True)
+class Settlement:
+    """What one group brought about, for the router."""
+
+    acknowledged: list[Acknowledged]
+    released: list[tuple[str, str]]
+    """(document id, device key) pairs that no connection needs to hold credit for any more."""
+
+
+Ending = Ack | Removal
+
+
+def _nothing(_: bool) -> None:
+    return None
