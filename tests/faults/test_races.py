@@ -160,5 +160,10 @@ async def test_a_device_that_changes_its_connection_while_it_acknowledges_loses_
         await bob.ack(conv, message["id"], durable=False)
     assert held == sent
     await gone(node)
+
+    async def booked() -> bool:
+        return (await ledger_of(node))["waiting"] == 0
+
+    await until(booked, 2, "the last group is booked")
     ledger = await ledger_of(node)
     assert (ledger["accepted"], ledger["acknowledged"], ledger["waiting"]) == (ROUNDS, ROUNDS, 0)

@@ -61,6 +61,11 @@ async def held(uri: str) -> list[int]:
         return [found["_id"] async for found in client.check.things.find().sort("_id")]
 
 
+def running_pid(mongo: EmbeddedMongo) -> int | None:
+    """Its pid now; a call, because it changes behind the type checker's back."""
+    return mongo.pid
+
+
 async def restarted(mongo: EmbeddedMongo, times: int) -> None:
     async with asyncio.timeout(10):
         while mongo.restarts < times:
@@ -108,7 +113,8 @@ async def test_a_cold_start_gives_a_private_writable_primary_and_a_clean_stop_ke
     await mongo.stop()
     assert time.monotonic() - began < 5
     await mongo.stop()
-    assert mongo.pid is None and not alive(pid)
+    assert running_pid(mongo) is None
+    assert not alive(pid)
 
     began = time.monotonic()
     assert await mongo.start() == uri and mongo.port == port

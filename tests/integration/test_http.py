@@ -102,7 +102,6 @@ async def test_malformed_conversations_are_refused_and_nothing_is_made(node: Nod
         {"members": [""]},
         {"members": ["b" * 129]},
         {"members": [1]},
-        {"members": [f"u{n}" for n in range(1001)]},
         {"type": "direct", "members": []},
         {"type": "direct", "members": ["ann"]},
         {"type": "direct", "members": ["bob", "cleo"]},
@@ -119,6 +118,8 @@ async def test_malformed_conversations_are_refused_and_nothing_is_made(node: Nod
             400,
             "bad_request",
         ), change
+    many = {**good, "members": [f"u{n}" for n in range(1001)]}
+    assert problem(await post(node, "ann", "/v1/conversations", many)) == (413, "too_large")
     for body in ([], None, "x", 1, [good]):
         assert problem(await post(node, "ann", "/v1/conversations", body)) == (400, "bad_request"), body
     assert await node.db.conversations.count_documents({}) == 0
