@@ -144,7 +144,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
             acks.commit,
             acks.abandon,
             metrics=metrics,
-            max_items=settings.commit_messages,
+            max_items=4 * settings.commit_messages,
             max_bytes=settings.commit_bytes,
             queue_items=settings.queue_messages,
             queue_bytes=settings.queue_bytes,
