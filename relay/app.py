@@ -54,6 +54,9 @@ from relay.wire.frames import MAX_OPERATIONS, AnyOperation
 _GC: Final = (50_000, 20, 50)
 SECRET_FILE: Final = "jwt-secret"
 _BYE_SPREAD_MS: Final = (500, 5000)
+# One lane on a replica set; measured, two share the same groups out into twice as many calls.
+_ACK_LANES: Final = 1
+_ACK_SPACING: Final = 0.015
 _CLOSE_SECONDS: Final = 1.0
 _HEALTH_SECONDS: Final = 2.0
 _DOUBTS_SECONDS: Final = 1.0
@@ -150,8 +153,9 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
             queue_bytes=settings.queue_bytes,
             workers=1,
             dead=dead,
+            spacing=_ACK_SPACING,
         )
-        for number in range(settings.commits_in_flight)
+        for number in range(_ACK_LANES)
     ]
     endings = EndingLanes(lanes)
 

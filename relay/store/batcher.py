@@ -10,11 +10,12 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
 from time import perf_counter
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from relay.metrics import Metrics
 
 Item = TypeVar("Item")
+_EAGER_PART: Final = 8
 
 
 class BatcherClosed(Exception):
@@ -26,7 +27,8 @@ class Batcher(Generic[Item]):
 
     ``commit`` gets one group, resolves every item of it by itself, and never raises: an exception from it is a fault of
     ours and ends this batcher (``dead`` is called once, the node stops; a supervisor restarts it). ``abandon`` is called
-    with the items that will not be committed.
+    with the items that will not be committed. With ``spacing`` (seconds) groups that are not worth a call of their own start
+    at least so far apart: for work that nobody waits for, where a call costs more than a moment's wait.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Batcher(Generic[Item]):
         queue_bytes: int,
         workers: int,
         dead: Callable[[BaseException], None],
+        spacing: float = 0,
     ) -> None:
         self._commit = commit
         self._abandon = abandon
@@ -50,12 +53,16 @@ class Batcher(Generic[Item]):
         self._queue_items = queue_items
         self._queue_bytes = queue_bytes
         self._dead = dead
+        self._spacing = spacing
         self._queue: deque[tuple[Item, int, int]] = deque()
         self._count = 0
         self._bytes = 0
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
+        # While one group is under way, another starts only when it is worth a call of its own: many small calls cost more
+        # than the wait.
+        self._eager = max(1, max_items // _EAGER_PART)
         self._open = True
         self._flying: set[asyncio.Future[None]] = set()
         self._sizes = metrics.batch.labels(name)
@@ -76,7 +83,8 @@ class Batcher(Generic[Item]):
         self._bytes += size
         if self._count >= self._queue_items or self._bytes >= self._queue_bytes:
             self._room.clear()
-        self._wake.set()
+        if not self._flying or self._count >= self._eager:
+            self._wake.set()
 
     @property
     def full(self) -> bool:
@@ -107,7 +115,7 @@ class Batcher(Generic[Item]):
         loop = asyncio.get_running_loop()
         try:
             while True:
-                while not self._queue:
+                while not self._queue or (self._open and self._flying and self._count < self._eager):
                     if not self._open:
                         return
                     self._wake.clear()
@@ -128,7 +136,10 @@ class Batcher(Generic[Item]):
                     self._flying.discard(done)
                     done.set_result(None)
                 self._sizes.observe(len(batch))
-                self._times.observe(perf_counter() - started)
+                taken = perf_counter() - started
+                self._times.observe(taken)
+                if taken < self._spacing and self._count < self._eager:
+                    await asyncio.sleep(self._spacing - taken)
         except asyncio.CancelledError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, the node must not go on without its committer

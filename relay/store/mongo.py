@@ -81,6 +81,8 @@ class Mongo:
                 # shorter limits of its own.
                 timeoutMS=_CALL_MS,
                 maxPoolSize=64,
+                # The message path finds unknown outcomes out by itself; the server would write a record for each call.
+                retryWrites=False,
             )
         except (ConfigurationError, InvalidURI, ValueError) as error:
             raise MongoUnavailable(f"RELAY_MONGO_URI cannot be used: {error}") from None
