@@ -287,9 +287,7 @@ async def _close_quickly(mongo: Mongo) -> None:
     """The driver says goodbye to its server, and would wait for one that does not answer."""
     closing = threading.Thread(target=mongo.close, name="close MongoDB", daemon=True)
     closing.start()
-    deadline = asyncio.get_running_loop().time() + _CLOSE_SECONDS
-    while closing.is_alive() and asyncio.get_running_loop().time() < deadline:
-        await asyncio.sleep(0.005)
+    await asyncio.to_thread(closing.join, _CLOSE_SECONDS)
 
 
 async def _listen(runner: web.AppRunner, settings: Settings) -> str:

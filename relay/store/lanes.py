@@ -61,10 +61,7 @@ class EndingLanes:
     @property
     def full(self) -> bool:
         """Whether sources should be held back now."""
-        for lane in self._lanes:
-            if lane.full:
-                return True
-        return False
+        return any(lane.full for lane in self._lanes)
 
     async def room(self) -> None:
         """Waits until every lane has room."""
