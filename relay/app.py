@@ -56,6 +56,9 @@ SECRET_FILE: Final = "jwt-secret"
 _BYE_SPREAD_MS: Final = (500, 5000)
 # One lane on a replica set; measured, two share the same groups out into twice as many calls.
 _ACK_LANES: Final = 1
+# A group of acknowledgements holds so many times as many as one of messages. Two groups may wait; then sockets are not
+# read, so that messages do not come faster than they can be ended.
+_ACK_GROUP: Final = 4
 _ACK_SPACING: Final = 0.015
 _CLOSE_SECONDS: Final = 1.0
 _HEALTH_SECONDS: Final = 2.0
@@ -147,9 +150,9 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
             acks.commit,
             acks.abandon,
             metrics=metrics,
-            max_items=4 * settings.commit_messages,
+            max_items=_ACK_GROUP * settings.commit_messages,
             max_bytes=settings.commit_bytes,
-            queue_items=settings.queue_messages,
+            queue_items=min(settings.queue_messages, 2 * _ACK_GROUP * settings.commit_messages),
             queue_bytes=settings.queue_bytes,
             workers=1,
             dead=dead,
