@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from relay.store.embedded import EmbeddedMongo
 from tests.support.node import Node, NodeFactory
 
 TEST_COMMANDS = {"enableTestCommands": "1", "ttlMonitorSleepSecs": "1"}
+
+
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """The event loop that the relay runs on: its transports differ from the default one's."""
+    return {"uvloop": uvloop.new_event_loop}
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ async def send(ctx: Context, caller: Caller, request: web.Request) -> web.Respon
     op = decode_send(await body(request))
     sender = Sender(caller.user, caller.device, device_key(caller.user, caller.device))
     sending.check(ctx, op)
-    if ctx.sends.full:
+    if ctx.sends.full or ctx.endings.full:
         raise RelayError("unavailable", "the relay is busy; send again", retry_after=1000)
     audience = await ctx.audiences.resolve(op.conv)
     outcome: asyncio.Future[Stored | RelayError] = asyncio.get_running_loop().create_future()

@@ -15,7 +15,7 @@ from relay.store.accounts import Accounts
 from relay.store.conversations import Conversations
 from relay.store.lanes import EndingLanes
 from relay.store.messages import Messages
-from relay.store.mongo import Mongo
+from relay.store.mongo import Mongo, PyMongoError
 from relay.wire.ids import any_device_key, user_of
 
 _PAGE: Final = 1000
@@ -110,7 +110,11 @@ class LastSeen:
             self._next = monotonic() + self._seconds
             left.update(connection.key for connection in self._hub)
         if left:
-            await self._accounts.seen(left)
+            try:
+                await self._accounts.seen(left)
+            except PyMongoError:
+                self._hub.left |= left
+                raise
 
 
 class TimeToLive:

@@ -8,6 +8,7 @@ from typing import Final
 from handlers.context import Context
 from relay.session.tokens import Identity, TokenError, Verifier
 from relay.store.accounts import Arrival
+from relay.store.mongo import PyMongoError
 from relay.wire.errors import RelayError
 from relay.wire.ids import device_key
 
@@ -34,7 +35,12 @@ class Admission:
         """Notes that a device connects. When it is new, or back from inactivity, it counts as a recipient from here on:
         nothing resolved without it is still on its way. Raises RelayError ``unauthorized``."""
         ctx = self._ctx
-        arrival = await ctx.accounts.arrive(identity.user, identity.device, provision=ctx.provision)
+        try:
+            arrival = await ctx.accounts.arrive(identity.user, identity.device, provision=ctx.provision)
+        except PyMongoError:
+            # It may have arrived all the same: nobody knows.
+            ctx.audiences.changed(user=identity.user)
+            raise
         if arrival is None:
             raise RelayError("unauthorized", "this user or device is not known here")
         if arrival.changed:

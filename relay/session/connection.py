@@ -24,6 +24,7 @@ from relay.wire.errors import Close, FrameError, RelayError
 from relay.wire.ids import device_key
 
 _CLOSE_SECONDS: Final = 3.0
+_FROM_THE_CLIENT: Final = (WSMsgType.TEXT, WSMsgType.PING, WSMsgType.PONG, WSMsgType.CLOSE)
 _LAST_DATA_RECEIVED: Final = 52  # offset of tcpi_last_data_recv in struct tcp_info (linux/tcp.h)
 
 log = structlog.get_logger(__name__)
@@ -39,7 +40,9 @@ class Connection:
         "_ctx",
         "_flushed",
         "_reader",
+        "_spoke",
         "_transport",
+        "_waits",
         "_ws",
         "delivery",
         "device",
@@ -77,6 +80,8 @@ class Connection:
         self._close: Close | None = None
         self._closing: asyncio.TimerHandle | None = None
         self._flushed = False
+        self._spoke = False
+        self._waits: Callable[[], None] | None = None
         self._reader: asyncio.Task[object] | None = None
         limits = ctx.limits
         self.outbox = Outbox(max_bytes=outbox_bytes, max_frame=limits.frame, on_room=self._on_room)
@@ -135,6 +140,14 @@ class Connection:
         """Whether the connection is not being closed."""
         return self._close is None
 
+    def when_it_speaks(self, then: Callable[[], None]) -> None:
+        """Calls ``then`` once the device has sent anything on this connection, at once when it has: it is there, and has
+        read its ``welcome``."""
+        if self._spoke:
+            then()
+        else:
+            self._waits = then
+
     def renew(self, token: str) -> int:
         """Takes a new token of the same user and device; returns its expiry (s). Raises RelayError."""
         identity = self._admission.verify(token)
@@ -174,6 +187,11 @@ class Connection:
             self.heard = loop.time()
             self.pinged = False
             kind = message.type
+            if (not self._spoke or self._waits is not None) and kind in _FROM_THE_CLIENT:
+                self._spoke = True
+                waits, self._waits = self._waits, None
+                if waits is not None:
+                    waits()
             if kind is WSMsgType.TEXT:
                 try:
                     operations = decode(message.data)
@@ -182,9 +200,8 @@ class Connection:
                     return
                 await dispatch(ctx, self, operations)
                 # What is not read stays in the socket: the sender feels it, not the relay's memory.
-                if ctx.sends.full:
+                while ctx.sends.full or ctx.endings.full:
                     await ctx.sends.room()
-                if ctx.endings.full:
                     await ctx.endings.room()
                 if self.outbox.full:
                     await self.outbox.room()

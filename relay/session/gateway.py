@@ -131,17 +131,15 @@ class Gateway:
     def _welcome(
         self, request: web.Request, ws: web.WebSocketResponse, identity: Identity, arrival: Arrival
     ) -> Connection:
-        transport = request.transport
-
         def drained() -> None:
             if arrival.gap_since is not None:
-                self._note(self._close_gap(identity))
+                connection.when_it_speaks(lambda: self._note(self._close_gap(identity)))
 
         connection = Connection(
             self._ctx,
             self._admission,
             ws,
-            transport if isinstance(transport, asyncio.Transport) else None,
+            request.transport,
             identity,
             outbox_bytes=self._settings.outbox_bytes,
             drained=drained,

@@ -58,9 +58,16 @@ class Accounts:
         key = device_key(user, device)
         now = datetime.now(UTC)
         devices = Device.get_motor_collection()
+        cutoff = now - self._inactive
+        here = {"$set": {"lastSeen": now}}
         before = await devices.find_one_and_update(
-            {"_id": key}, {"$set": {"lastSeen": now}}, return_document=ReturnDocument.BEFORE
+            {"_id": key, "$or": [{"lastSeen": None}, {"lastSeen": {"$gte": cutoff}}]},
+            here,
+            return_document=ReturnDocument.BEFORE,
         )
+        if before is not None:
+            return _arrival(before.get("gap"), changed=False)
+        before = await devices.find_one({"_id": key})
         if before is None:
             if not provision:
                 return None
@@ -69,18 +76,14 @@ class Accounts:
                 await devices.insert_one({"_id": key, "user": user, "createdAt": now, "lastSeen": now})
             except DuplicateKeyError:
                 return await self.arrive(user, device, provision=provision)
-            return Arrival(changed=True, gap_since=None, gap_why=None)
-        last_seen = before.get("lastSeen")
+            return _arrival(None, changed=True)
+        # The gap first: should this die in between, the device still counts as away, and the next arrival finds both.
         gap = before.get("gap")
-        away = last_seen is not None and last_seen < now - self._inactive
-        if away and gap is None:
-            gap = {"since": last_seen + self._inactive, "why": "inactive"}
+        if gap is None:
+            gap = {"since": before["lastSeen"] + self._inactive, "why": "inactive"}
             await devices.update_one({"_id": key, "gap": None}, {"$set": {"gap": gap}})
-        return Arrival(
-            changed=away,
-            gap_since=None if gap is None else _ms(gap["since"]),
-            gap_why=None if gap is None else str(gap["why"]),
-        )
+        await devices.update_one({"_id": key}, here)
+        return _arrival(gap, changed=True)
 
     async def close_gap(self, user: str, device: str) -> None:
         """The device has drained: it knows that it missed something."""
@@ -108,6 +111,12 @@ class Accounts:
         async for document in Device.get_motor_collection().find(query, {"user": 1}):
             found.setdefault(document["user"], []).append(document["_id"])
         return found
+
+
+def _arrival(gap: Mapping[str, Any] | None, *, changed: bool) -> Arrival:
+    if gap is None:
+        return Arrival(changed, None, None)
+    return Arrival(changed, _ms(gap["since"]), str(gap["why"]))
 
 
 def _ms(moment: datetime) -> int:

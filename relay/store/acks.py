@@ -141,6 +141,8 @@ class Acks:
 
     def _doubt(self, group: EndingGroup) -> None:
         since = monotonic()
+        for doc_id in self._doubts.keys() & group.read.keys():
+            self._doubts[doc_id] = (self._doubts[doc_id][0], since)
         for doc_id, expected in group.doubts().items():
             if len(self._doubts) < _MAX_DOUBTS:
                 self._doubts[doc_id] = (expected, since)

@@ -134,19 +134,20 @@ class Audiences:
             self._asked = set()
 
     def _remember(self, audience: Audience) -> Audience:
-        self._drop(audience.conversation, stale=False)
+        self._drop(audience.conversation)
         self._cached[audience.conversation] = audience
         for user in audience.members:
             self._of_user.setdefault(user, set()).add(audience.conversation)
         if len(self._cached) > _MAX_CACHED:
-            self._drop(next(iter(self._cached)), stale=False)
+            self._drop(next(iter(self._cached)))
         return audience
 
-    def _drop(self, conversation: str, *, stale: bool = True) -> None:
+    def _drop(self, conversation: str) -> None:
+        """What leaves the cache hears of no further change, so what was resolved with it is resolved again."""
         found = self._cached.pop(conversation, None)
         if found is None:
             return
-        found.stale = found.stale or stale
+        found.stale = True
         for user in found.members:
             names = self._of_user.get(user)
             if names is not None:

@@ -74,7 +74,9 @@ class EndingGroup:
         the document is no message."""
         sender, accepted_at, seq = document["sender"], int(document["createdAt"]), int(document["seq"])
         user, device = sender["user"], sender["device"]
-        awaiting: list[str] = document["awaiting"]
+        awaiting = document["awaiting"]
+        if not isinstance(awaiting, list) or not isinstance(document.get("deliveredTo", []), list):
+            raise TypeError("awaiting and deliveredTo are lists")
         remaining = set(awaiting)
         expected: dict[str, Expectation] = {}
         counted: dict[str, Ack] = {}

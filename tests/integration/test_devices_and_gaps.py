@@ -6,7 +6,9 @@ import asyncio
 from datetime import UTC, datetime, timedelta
 
 from tests.support.device import new_id
+from tests.support.failpoints import failing
 from tests.support.node import Node, NodeFactory
+from tests.support.raw import RawSocket
 
 
 async def sleep_long(node: Node, key: str, days: float = 40) -> int:
@@ -65,6 +67,37 @@ async def test_an_inactive_device_gets_no_new_messages_and_is_told_of_the_gap_un
     assert "gap" not in (await node.connect("bob", "laptop")).welcome
     later = await ann.sent(conv, "active again")
     assert await awaited(node, later["id"]) == ["bob/laptop", "bob/phone"]
+
+
+async def test_a_gap_stays_open_until_the_device_has_surely_read_of_it(node: Node) -> None:
+    await node.direct("ann", "bob")
+    await leave(node, "bob")
+    since = await sleep_long(node, "bob/phone")
+    unread = await RawSocket.open(node, node.headers("bob", "phone"))
+    await asyncio.sleep(0.3)
+    unread.cut()
+    assert (await node.connect("bob")).welcome["gap"] == {"since": since, "why": "inactive"}
+
+
+async def test_a_gap_outlives_an_arrival_that_failed_half_way(node: Node) -> None:
+    await node.direct("ann", "bob")
+    await leave(node, "bob")
+    since = await sleep_long(node, "bob/phone")
+    async with failing(node, "update", "devices", errorCode=8):
+        refused = await node.connect("bob", welcome=False)
+        assert await refused.closed() == 1012
+    assert (await node.connect("bob")).welcome["gap"] == {"since": since, "why": "inactive"}
+
+
+async def test_a_message_queued_with_recipients_of_an_ended_lease_reaches_a_new_device(node: Node) -> None:
+    conv = await node.direct("ann", "bob")
+    audiences = node.relay.context.audiences
+    old = await audiences.resolve(conv)
+    old.resolved -= 10
+    await audiences.resolve(conv)
+    assert old.stale, (
+        "a change is noted on what is cached, so what is not cached any more must be resolved again"
+    )
 
 
 async def test_a_device_counts_as_inactive_after_the_configured_time(nodes: NodeFactory) -> None:
