@@ -3,8 +3,6 @@ depth."""
 
 from __future__ import annotations
 
-import base64
-import binascii
 from typing import Any, Final
 
 from aiohttp import web
@@ -12,7 +10,7 @@ from aiohttp import web
 from handlers.context import Context
 from handlers.http.route import Caller, only, page_limit
 from relay.wire import codec
-from relay.wire.errors import RelayError
+from relay.wire.cursor import cursor_at, place_of
 from relay.wire.ids import any_device_key, device_key
 
 _DEFAULT: Final = 100
@@ -38,24 +36,10 @@ async def message_page(
         limit=limit,
         max_bytes=_BYTES,
         conversation=conversation,
-        after=None if cursor is None else _open(cursor),
+        after=None if cursor is None else place_of(cursor),
     )
     frames = [envelope.frame_for(key) for envelope in page.envelopes]
     if page.exhausted or not page.envelopes:
         return frames, "null"
     last = page.envelopes[-1]
-    return frames, codec.dumps(_close(last.seq, last.doc_id))
-
-
-def _close(seq: int, doc_id: str) -> str:
-    return base64.urlsafe_b64encode(codec.dumps([seq, doc_id]).encode()).decode()
-
-
-def _open(cursor: str) -> tuple[int, str]:
-    try:
-        seq, doc_id = codec.loads(base64.urlsafe_b64decode(cursor.encode()).decode())
-        if type(seq) is not int or type(doc_id) is not str:
-            raise ValueError
-    except (ValueError, TypeError, binascii.Error, RelayError):
-        raise RelayError("bad_request", "cursor is not one of ours") from None
-    return seq, doc_id
+    return frames, codec.dumps(cursor_at(last.seq, last.doc_id))

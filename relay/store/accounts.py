@@ -116,8 +116,9 @@ class Accounts:
 def _arrival(gap: Mapping[str, Any] | None, *, changed: bool) -> Arrival:
     if gap is None:
         return Arrival(changed, None, None)
-    return Arrival(changed, _ms(gap["since"]), str(gap["why"]))
+    return Arrival(changed, milliseconds(gap["since"]), str(gap["why"]))
 
 
-def _ms(moment: datetime) -> int:
+def milliseconds(moment: datetime) -> int:
+    """Since the epoch. A stored time without a zone is UTC."""
     return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)

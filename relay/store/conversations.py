@@ -6,8 +6,6 @@ There are no transactions (a sharded cluster's control collections need none): a
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,9 +14,10 @@ from typing import Any, Final, Literal
 from pymongo import UpdateOne
 
 from models.conversations import Conversation, Membership
-from relay.store.accounts import Accounts
+from relay.store.accounts import Accounts, milliseconds
 from relay.store.mongo import DuplicateKeyError, time_limit
-from relay.wire import codec, ids
+from relay.wire import ids
+from relay.wire.cursor import cursor_at, place_of
 from relay.wire.errors import RelayError
 
 ConversationType = Literal["direct", "group"]
@@ -131,7 +130,7 @@ class Conversations:
             async for document in Conversation.get_motor_collection().find({"_id": {"$in": wanted}})
         }
         views = await self._views([documents[name] for name in wanted if name in documents])
-        return views, _cursor(found[-1]["updatedAt"], found[-1]["_id"]) if more else None
+        return views, cursor_at(milliseconds(found[-1]["updatedAt"]), found[-1]["_id"]) if more else None
 
     async def audiences(self, conversations: list[str]) -> Mapping[str, Mapping[str, list[str]]]:
         """Members and their active device keys, by conversation; two queries for each five hundred."""
@@ -199,26 +198,15 @@ class Conversations:
                 type=document["type"],
                 name=document.get("name"),
                 members=members.get(document["_id"], []),
-                created_at=_ms(document["createdAt"]),
+                created_at=milliseconds(document["createdAt"]),
             )
             for document in documents
         ]
 
 
-def _ms(moment: datetime) -> int:
-    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
-
-
-def _cursor(moment: datetime, membership: str) -> str:
-    return base64.urlsafe_b64encode(codec.dumps([_ms(moment), membership]).encode()).decode()
-
-
 def _open_cursor(cursor: str) -> tuple[datetime, str]:
+    changed, membership = place_of(cursor)
     try:
-        value = codec.loads(base64.urlsafe_b64decode(cursor.encode()).decode())
-        changed, membership = value
-        if type(changed) is not int or type(membership) is not str:
-            raise ValueError
         return datetime.fromtimestamp(changed / 1000, UTC), membership
-    except (ValueError, TypeError, OverflowError, OSError, binascii.Error, RelayError):
+    except (ValueError, OverflowError, OSError):
         raise RelayError("bad_request", "cursor is not one of ours") from None
