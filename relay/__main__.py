@@ -75,7 +75,7 @@ def _allow_many_sockets() -> None:
 def _greet(relay: app.Relay) -> None:
     settings = relay.settings
     log.info("listening", url=relay.url, waiting=relay.context.ledger.waiting)
-    if not sys.stdout.isatty():
+    if relay.embedded is None and not sys.stdout.isatty():
         return
     kept = f"in {settings.data_dir}/ (own MongoDB)" if relay.embedded is not None else "in your MongoDB"
     print(
