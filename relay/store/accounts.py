@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
@@ -75,8 +75,10 @@ class Accounts:
             try:
                 await devices.insert_one({"_id": key, "user": user, "createdAt": now, "lastSeen": now})
             except DuplicateKeyError:
-                return await self.arrive(user, device, provision=provision)
+                return await self._arrive_beside(user, device, provision=provision)
             return _arrival(None, changed=True)
+        if before.get("lastSeen") is None or before["lastSeen"] >= cutoff:
+            return await self._arrive_beside(user, device, provision=provision)
         # The gap first: should this die in between, the device still counts as away, and the next arrival finds both.
         gap = before.get("gap")
         if gap is None:
@@ -84,6 +86,11 @@ class Accounts:
             await devices.update_one({"_id": key, "gap": None}, {"$set": {"gap": gap}})
         await devices.update_one({"_id": key}, here)
         return _arrival(gap, changed=True)
+
+    async def _arrive_beside(self, user: str, device: str, *, provision: bool) -> Arrival | None:
+        """Another connection of this device arrives at the same moment, and may not have told anybody yet."""
+        arrival = await self.arrive(user, device, provision=provision)
+        return None if arrival is None else replace(arrival, changed=True)
 
     async def close_gap(self, user: str, device: str) -> None:
         """The device has drained: it knows that it missed something."""
