@@ -16,7 +16,7 @@ from relay.store.conversations import Conversations
 from relay.store.lanes import EndingLanes
 from relay.store.messages import Messages
 from relay.store.mongo import Mongo, PyMongoError
-from relay.wire.ids import any_device_key, user_of
+from relay.wire.ids import any_device_key
 
 _PAGE: Final = 1000
 _KEYS: Final = 500
@@ -87,8 +87,7 @@ class Sweep:
         for start in range(0, len(keys), _KEYS):
             found = await self._messages.keys_with_waiting(keys[start : start + _KEYS], before, _PAGE)
             for key, doc_ids in found.items():
-                one = self._hub.get(key)
-                for missed in self._hub.of_user(user_of(key)) if one is None else [one]:
+                for missed in self._hub.serving(key):
                     if not doc_ids <= missed.delivery.in_flight.keys():
                         self._metrics.missed.inc(len(doc_ids))
                         missed.delivery.fall_behind()

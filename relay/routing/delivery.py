@@ -22,6 +22,7 @@ from relay.store.messages import Page
 from relay.store.mongo import PyMongoError, brief
 from relay.wire import replies
 from relay.wire.envelope import Envelope
+from relay.wire.ids import any_device_key
 
 _FEW_SECONDS: Final = 0.05
 _RETRY_SECONDS: Final = 0.5
@@ -82,7 +83,6 @@ class Delivery:
         "_redelivered",
         "_task",
         "_told",
-        "_user",
         "_window",
         "_window_bytes",
         "behind",
@@ -105,9 +105,8 @@ class Delivery:
     ) -> None:
         self.in_flight: dict[str, InFlight] = {}
         self.behind = True
-        self._user = user
         self._key = key
-        self._keys = (key, f"{user}/*")
+        self._keys = (key, any_device_key(user))
         self._outbox = outbox
         self._backlog = backlog
         self._window = window

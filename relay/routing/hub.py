@@ -9,6 +9,7 @@ from typing import Protocol
 from relay.routing.delivery import Delivery
 from relay.routing.outbox import Outbox
 from relay.wire.errors import Close
+from relay.wire.ids import user_of
 
 
 class Connected(Protocol):
@@ -95,6 +96,13 @@ class Hub:
     def get(self, key: str) -> Connected | None:
         """The connection of a device."""
         return self._connections.get(key)
+
+    def serving(self, key: str) -> list[Connected]:
+        """The connections that drain a mailbox: its device's, or for the placeholder of a user all of theirs."""
+        one = self._connections.get(key)
+        if one is not None:
+            return [one]
+        return self.of_user(user_of(key)) if key.endswith("/*") else []
 
     def of_user(self, user: str) -> list[Connected]:
         """All connections of a user's devices."""

@@ -12,7 +12,7 @@ from relay.routing.hub import Hub
 from relay.store.endings import Settlement
 from relay.wire import replies
 from relay.wire.envelope import Envelope
-from relay.wire.ids import split_document_id, user_of
+from relay.wire.ids import split_document_id
 
 
 class Router:
@@ -24,33 +24,24 @@ class Router:
 
     def committed(self, envelopes: Sequence[Envelope]) -> None:
         """Delivers fresh messages to connected devices; the others find them when they connect."""
-        get = self._hub.get
+        serving = self._hub.serving
         for envelope in envelopes:
             for key in envelope.awaiting:
-                connection = get(key)
-                if connection is not None:
+                for connection in serving(key):
                     connection.delivery.push(envelope)
-                elif key.endswith("/*"):
-                    for own in self._hub.of_user(key[:-2]):
-                        own.delivery.push(envelope)
 
     def found(self, keys: Iterable[str]) -> None:
         """Something waits for these that was not pushed."""
         for key in keys:
-            one = self._hub.get(key)
-            for connection in self._hub.of_user(user_of(key)) if one is None else [one]:
+            for connection in self._hub.serving(key):
                 connection.delivery.fall_behind()
 
     def settled(self, settlement: Settlement) -> None:
         """Gives credit back and tells senders that their messages arrived."""
-        get = self._hub.get
+        serving = self._hub.serving
         for doc_id, key in settlement.released:
-            connection = get(key)
-            if connection is not None:
+            for connection in serving(key):
                 connection.delivery.release(doc_id)
-            elif key.endswith("/*"):
-                for own in self._hub.of_user(key[:-2]):
-                    own.delivery.release(doc_id)
         receipts: dict[tuple[str, str, str, str, int], list[str]] = {}
         observe = self._latency.observe
         for item in settlement.acknowledged:

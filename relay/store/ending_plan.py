@@ -42,7 +42,6 @@ class EndingGroup:
         self.final_entries: list[FateEntry] = []
         self.updates: list[UpdateOne] = []
         self.shrunk: list[str] = []
-        self.sole_deleted = 0
         self.expected: dict[str, dict[str, Expectation]] = {}
         """For each message that was read and is changed: what becomes of its deliveries, by device key."""
         self.counts: dict[Outcome, int] = dict.fromkeys(OUTCOMES[1:], 0)

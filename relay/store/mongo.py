@@ -35,7 +35,6 @@ os.environ.setdefault("MOTOR_MAX_WORKERS", "64")
 
 from motor.motor_asyncio import (
     AsyncIOMotorClient,
-    AsyncIOMotorCollection,
     AsyncIOMotorDatabase,
 )
 
@@ -58,8 +57,6 @@ MESSAGE_CODEC: Final[CodecOptions[dict[str, Any]]] = CodecOptions(
 _INDEX_OPTIONS_CONFLICT: Final = 85
 _CALL_MS: Final = 10_000
 CONTROL: Final = (User, Device, Conversation, Membership)
-
-Collection = AsyncIOMotorCollection
 
 
 class MongoUnavailable(Exception):
