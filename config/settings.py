@@ -6,16 +6,40 @@
 from __future__ import annotations
 
 import os
+import re
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 _CLIENT_VARIABLES = frozenset({"RELAY_URL", "RELAY_TOKEN"})
 
+_RATE = re.compile(r"[1-9][0-9]{0,6}/([1-9][0-9]{0,3} )?(second|minute|hour|day)s?")
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+
+def _is_rate(value: str) -> str:
+    if value != "off" and not _RATE.fullmatch(value):
+        raise ValueError("must be like 20/minute or 1000/10 seconds, or off")
+    return value
+
+
+Rate = Annotated[str, AfterValidator(_is_rate)]
+
+
+def _are_networks(value: str) -> str:
+    for part in filter(None, map(str.strip, value.split(","))):
+        try:
+            ip_network(part, strict=False)
+        except ValueError:
+            raise ValueError("must be addresses or networks like 10.0.0.0/8, between commas") from None
+    return value
+
+
+Networks = Annotated[str, AfterValidator(_are_networks)]
 
 
 class SettingsError(Exception):
@@ -51,7 +75,7 @@ class Settings(BaseSettings):
     )
     redis_url: SecretStr | None = Field(
         None,
-        description="Redis or Valkey between nodes. A single node needs none and does not connect to it.",
+        description="Redis or Valkey, where nodes share their rate limits. A single node needs none.",
     )
 
     jwt_secret: SecretStr | None = Field(
@@ -72,6 +96,58 @@ class Settings(BaseSettings):
     auto_provision: bool = Field(
         True,
         description="A valid token's unknown user and device are created on first use; so are unknown members.",
+    )
+
+    registration: bool = Field(
+        True, description="Whether `POST /v1/auth/register` makes accounts. Needs an HS256 secret."
+    )
+    access_token_seconds: int = Field(
+        900, ge=10, le=86_400, description="How long an access token that the relay issues is good for."
+    )
+    refresh_token_days: float = Field(
+        90, gt=0, le=3650, description="A session that is not renewed for so long has ended."
+    )
+    refresh_repeat_hours: float = Field(
+        24,
+        gt=0,
+        le=24,
+        description="How long a refresh token gives its unused successor again, for an answer that got lost.",
+    )
+    pseudonym_key: SecretStr | None = Field(
+        None,
+        description="Keys the pseudonyms in audit and tombstones, 32 bytes or more; the same on all nodes, for ever. "
+        "Unset: one is generated in the data directory.",
+    )
+    password_threads: int = Field(
+        1, ge=1, le=64, description="Passwords hashed at once; each takes 19 MiB and a core."
+    )
+    password_queue: Positive = Field(
+        200, description="Passwords waiting to be hashed before log-ins are told to come back."
+    )
+
+    trusted_proxies: Networks = Field(
+        "",
+        description="Addresses or networks (comma-separated) of the proxies in front, whose `X-Forwarded-For` is believed.",
+    )
+    rate_login_address: Rate = Field("20/minute", description="Log-ins from one address.")
+    rate_login_account: Rate = Field("10/minute", description="Log-ins to one account.")
+    rate_register: Rate = Field("20/minute", description="Registrations from one address.")
+    rate_refresh: Rate = Field("60/minute", description="Renewals of sessions from one address.")
+    rate_connect: Rate = Field("1000/10 seconds", description="New WebSockets from one address.")
+    rate_search: Rate = Field("60/minute", description="Searches for people by one user.")
+    rate_search_phone: Rate = Field("30/hour", description="Searches by phone number by one user.")
+    rate_key_claim: Rate = Field("300/minute", description="One-time prekeys claimed of one device.")
+    rate_conversation: Rate = Field("60/minute", description="Conversations made by one user.")
+    rate_report: Rate = Field("20/hour", description="Reports by one user.")
+    message_rate: float = Field(
+        500, ge=0, le=1_000_000, description="Messages a second of one device; 0: no limit."
+    )
+    message_burst: int = Field(2000, ge=1, le=10_000_000, description="Messages of one device at once.")
+
+    max_members: int = Field(1000, ge=2, le=100_000, description="Most members of a group.")
+    max_contacts: int = Field(10_000, ge=1, le=1_000_000, description="Most contacts of one user.")
+    max_devices: int = Field(
+        16, ge=1, le=1000, description="Most devices of one user that the relay issued a session for."
     )
 
     message_ttl_days: float = Field(30, gt=0, le=365, description="How long an unfetched message is kept.")
@@ -127,7 +203,7 @@ class Settings(BaseSettings):
         5, ge=0, le=60, description="Time for connections to leave when the node stops."
     )
 
-    @field_validator("jwt_secret")
+    @field_validator("jwt_secret", "pseudonym_key")
     @classmethod
     def _long_secret(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None and len(value.get_secret_value().encode()) < 32:
@@ -164,7 +240,7 @@ def load() -> Settings:
         if not first["loc"]:
             raise SettingsError(text) from None
         name = f"RELAY_{first['loc'][0]}".upper()
-        secret = name in {"RELAY_JWT_SECRET", "RELAY_MONGO_URI", "RELAY_REDIS_URL"}
+        secret = name in {"RELAY_JWT_SECRET", "RELAY_MONGO_URI", "RELAY_REDIS_URL", "RELAY_PSEUDONYM_KEY"}
         shown = "" if secret else f" (it is {os.environ.get(name, '')!r})"
         raise SettingsError(f"{name}: {text[:1].lower()}{text[1:]}{shown}") from None
 

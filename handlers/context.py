@@ -9,15 +9,29 @@ from relay.metrics import Metrics
 from relay.routing.delivery import Delivery
 from relay.routing.hub import Hub
 from relay.routing.outbox import Outbox
+from relay.routing.invalidation import Invalidation
+from relay.security.issuer import Issuer
+from relay.security.passwords import Passwords
+from relay.security.pseudonyms import Pseudonyms
+from relay.security.rates import MessageRates, Rates
 from relay.store.accounts import Accounts
 from relay.store.audience import Audiences
+from relay.store.audit import Audit
 from relay.store.batcher import Batcher
+from relay.store.changes import Changes
 from relay.store.commits import Submission
+from relay.store.contacts import Contacts
 from relay.store.conversations import Conversations
 from relay.store.fates import Fates
+from relay.store.keys import Keys
 from relay.store.lanes import EndingLanes
 from relay.store.ledger import Ledger
 from relay.store.messages import Messages
+from relay.store.people import People
+from relay.store.releases import Releases
+from relay.store.revisions import Revisions
+from relay.store.rosters import Rosters
+from relay.store.sessions import Sessions
 from relay.wire.clock import Clock
 
 
@@ -35,6 +49,8 @@ class Limits:
     ttl_seconds: int
     send_deadline: float
     """Seconds after which a message or acknowledgement that could not be committed is given up."""
+    members: int
+    """Most members of a group."""
 
 
 @dataclass(slots=True)
@@ -62,6 +78,24 @@ class Context:
     ledger: Ledger
     metrics: Metrics
     health: Health
+    rosters: Rosters
+    revisions: Revisions
+    changes: Changes
+    sessions: Sessions
+    people: People
+    contacts: Contacts
+    keys: Keys
+    audit: Audit
+    releases: Releases
+    invalidation: Invalidation
+    passwords: Passwords
+    pseudonyms: Pseudonyms
+    rates: Rates
+    message_rates: MessageRates
+    issuer: Issuer | None
+    """Signs access tokens; None when the relay has no secret of its own: then accounts live elsewhere."""
+    registration: bool
+    """Whether anybody may register."""
     provision: bool
     """Whether unknown users named as members are created."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil
 from time import monotonic
 from typing import Final, NamedTuple
 
@@ -16,9 +17,11 @@ from relay.wire.codec import dumps
 from relay.wire.envelope import Envelope
 from relay.wire.errors import RelayError
 from relay.wire.frames import Send
-from relay.wire.ids import document_id
+from relay.wire.ids import document_id, is_placeholder
 
 WITHDRAWN: Final = "withdrawn"
+# What a message may be refused for though it was taken before: members, devices or permissions have changed since.
+_AFTER_CHANGES: Final = frozenset({"not_member", "device_mismatch", "blocked", "forbidden"})
 
 
 class Sender(NamedTuple):
@@ -35,9 +38,17 @@ def submit(ctx: Context, sender: Sender, op: Send, audience: Audience, done: Don
 
     ``done`` is called once, when it is durable or has failed. Raises RelayError when it is refused here.
     """
+    wait = ctx.message_rates.take(sender.key, monotonic())
+    if wait:
+        raise RelayError(
+            "rate_limited", f"too many messages; try again in {wait:.1f} s", retry_after=ceil(wait * 1000)
+        )
     body, structured = check(ctx, op)
     if sender.user not in audience.members:
         raise RelayError("not_member", "no such conversation")
+    refusal = audience.refusals.get(sender.user)
+    if refusal is not None:
+        raise RelayError(*refusal)
     awaiting = audience.awaiting(sender.key)
     if len(awaiting) > ctx.limits.recipients:
         raise RelayError(
@@ -45,7 +56,7 @@ def submit(ctx: Context, sender: Sender, op: Send, audience: Audience, done: Don
             f"this conversation has {len(awaiting)} recipient devices, the limit is {ctx.limits.recipients}",
         )
     if op.sealed is not None or op.devices_rev is not None:
-        _check_devices(op, audience, awaiting)
+        _check_devices(op, sender, audience)
     now = ctx.clock.now()
     after = -1 if op.after is None else op.after
     seq = ctx.clock.next(max(after, sender.floor) + 1)
@@ -102,6 +113,14 @@ def check(ctx: Context, op: Send) -> tuple[str | None, bool]:
     return text, structured
 
 
+async def first_answer(ctx: Context, sender: Sender, op: Send, refusal: RelayError) -> Stored:
+    """The answer to a message that is refused now, but was stored when it came first. Raises the refusal otherwise."""
+    found = await known(ctx, sender, op) if refusal.code in _AFTER_CHANGES else None
+    if found is None:
+        raise refusal
+    return found
+
+
 async def known(ctx: Context, sender: Sender, op: Send) -> Stored | None:
     """The first answer to a message that this device has sent before: while it waits, and with ``again`` also when it is
     gone. For messages that would be refused now (the sender has left, devices have changed). Raises RelayError
@@ -151,14 +170,24 @@ def withdraw(ctx: Context, op: Send) -> None:
         return
 
 
-def _check_devices(op: Send, audience: Audience, awaiting: list[str]) -> None:
-    expected = {key for key in awaiting if not key.endswith("/*")}
+def _check_devices(op: Send, sender: Sender, audience: Audience) -> None:
+    """A ``sealed`` message has a ciphertext for each recipient device and no other; one that names ``devicesRev`` was
+    made for these very devices in their present installations."""
+    expected = {key for key in audience.others(sender.key) if not is_placeholder(key)}
     sealed = set(op.sealed) if op.sealed is not None else expected
     missing, extra = sorted(expected - sealed), sorted(sealed - expected)
+    stale: list[str] = []
     outdated = op.devices_rev is not None and op.devices_rev != audience.devices_rev
+    if op.devices_rev is not None and outdated:
+        stale = [key for key in audience.relinked_since(op.devices_rev) if key in expected & sealed]
     if missing or extra or outdated:
         raise RelayError(
             "device_mismatch",
             "the recipient devices have changed; fetch them and seal again",
-            details={"missing": missing, "extra": extra, "stale": [], "devicesRev": audience.devices_rev},
+            details={
+                "missing": missing,
+                "extra": extra,
+                "stale": stale,
+                "devicesRev": audience.devices_rev,
+            },
         )

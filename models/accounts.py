@@ -3,21 +3,75 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from beanie import Document
 from pydantic import BaseModel, Field
 from pymongo import ASCENDING, IndexModel
 
+Circle = Literal["anyone", "contacts"]
+
+
+class Search(BaseModel):
+    """One of the last searches of a user."""
+
+    q: str
+    at: datetime
+
 
 class User(Document):
-    """A person. ``id`` is the user id."""
+    """A person. ``id`` is the user id; a user that a token brought has no ``username`` and no ``password``.
+
+    ``usernameKey``, ``nameKey`` and ``phoneKey`` are what others find the user by, folded for comparison; each is absent
+    when the user does not want to be found by it, is suspended or is being erased.
+    """
 
     id: str  # type: ignore[assignment]
     createdAt: datetime
+    updatedAt: datetime | None = Field(default=None)
+    username: str | None = Field(default=None)
+    password: str | None = Field(default=None)
+    name: str | None = Field(default=None)
+    phone: str | None = Field(default=None)
+    picture: str | None = Field(default=None)
+    about: str | None = Field(default=None)
+    findableByName: bool | None = Field(default=None)
+    findableByPhone: bool | None = Field(default=None)
+    usernameKey: str | None = Field(default=None)
+    nameKey: str | None = Field(default=None)
+    phoneKey: str | None = Field(default=None)
+    whoMayMessage: Circle | None = Field(default=None)
+    whoMayAdd: Circle | None = Field(default=None)
+    suspendedAt: datetime | None = Field(default=None)
+    erasingAt: datetime | None = Field(default=None)
+    searches: list[Search] | None = Field(default=None)
 
     class Settings:
         name = "users"
+        keep_nulls = False
+        indexes: ClassVar[list[IndexModel]] = [
+            IndexModel(
+                [("username", ASCENDING)],
+                name="username",
+                unique=True,
+                partialFilterExpression={"username": {"$type": "string"}},
+            ),
+            IndexModel(
+                [("usernameKey", ASCENDING), ("_id", ASCENDING)],
+                name="usernameKey",
+                partialFilterExpression={"usernameKey": {"$exists": True}},
+            ),
+            IndexModel(
+                [("nameKey", ASCENDING), ("_id", ASCENDING)],
+                name="nameKey",
+                partialFilterExpression={"nameKey": {"$exists": True}},
+            ),
+            IndexModel(
+                [("phoneKey", ASCENDING), ("_id", ASCENDING)],
+                name="phoneKey",
+                partialFilterExpression={"phoneKey": {"$exists": True}},
+            ),
+        ]
 
 
 class Gap(BaseModel):
@@ -27,17 +81,63 @@ class Gap(BaseModel):
     why: str
 
 
+class Push(BaseModel):
+    """Where a device is told that something waits."""
+
+    provider: str
+    token: str
+
+
+class Session(BaseModel):
+    """The refresh-token family of a device. ``current`` and ``previous`` are hashes; ``successor`` is the current token
+    encrypted under the previous one, so that a lost answer can be repeated."""
+
+    id: str
+    current: str
+    previous: str | None = Field(default=None)
+    successor: str | None = Field(default=None)
+    createdAt: datetime
+    rotatedAt: datetime
+
+
 class Device(Document):
-    """One installation of the app. ``id`` is ``user/device``; ``lastSeen`` is absent until its first connection."""
+    """One installation of the app. ``id`` is ``user/device``; ``lastSeen`` is absent until its first connection.
+
+    ``since`` is when this incarnation began to receive (absent: ``createdAt``). ``endedAt``: tokens issued up to then are
+    refused, and so are tokens of another session. ``removedAt``: it is no recipient any more.
+    ``relinkedAt``: its keys are another installation's since then.
+    """
 
     id: str  # type: ignore[assignment]
     user: str
     createdAt: datetime
+    updatedAt: datetime | None = Field(default=None)
+    since: datetime | None = Field(default=None)
     lastSeen: datetime | None = Field(default=None)
     gap: Gap | None = Field(default=None)
+    name: str | None = Field(default=None)
+    platform: str | None = Field(default=None)
+    push: Push | None = Field(default=None)
+    session: Session | None = Field(default=None)
+    endedAt: datetime | None = Field(default=None)
+    removedAt: datetime | None = Field(default=None)
+    registrationId: int | None = Field(default=None)
+    relinkedAt: datetime | None = Field(default=None)
 
     class Settings:
         name = "devices"
+        keep_nulls = False
         indexes: ClassVar[list[IndexModel]] = [
-            IndexModel([("user", ASCENDING), ("lastSeen", ASCENDING)], name="user_lastSeen")
+            IndexModel([("user", ASCENDING), ("lastSeen", ASCENDING)], name="user_lastSeen"),
+            IndexModel(
+                [("session.id", ASCENDING)],
+                name="session",
+                unique=True,
+                partialFilterExpression={"session.id": {"$type": "string"}},
+            ),
+            IndexModel(
+                [("endedAt", ASCENDING)],
+                name="endedAt",
+                partialFilterExpression={"endedAt": {"$exists": True}},
+            ),
         ]

@@ -23,28 +23,45 @@ from relay.jobs.doubts import Doubts
 from relay.jobs.expiry import Expiry
 from relay.jobs.health import HealthCheck
 from relay.jobs.heartbeat import Heartbeat
+from relay.jobs.repair import Repair
+from relay.jobs.revocations import Revocations
 from relay.jobs.supervisor import Job, Supervisor
 from relay.jobs.sweep import LastSeen, Sweep, TimeToLive
 from relay.metrics import Metrics
 from relay.routing.hub import Hub
+from relay.routing.invalidation import Invalidation
 from relay.routing.router import Router
+from relay.security.issuer import Issuer
+from relay.security.passwords import Passwords
+from relay.security.pseudonyms import Pseudonyms
+from relay.security.rates import MessageRates, Rates
+from relay.security.tokens import KeyConfigurationError, Verifier, first_secret, generate_secret, load_keys
+from relay.session.addresses import Addresses
 from relay.session.admission import Admission
 from relay.session.gateway import Gateway, GatewaySettings
-from relay.session.tokens import KeyConfigurationError, Verifier, generate_secret, load_keys
 from relay.session.web import application
 from relay.store.accounts import Accounts
 from relay.store.acks import Acks
 from relay.store.audience import Audiences
+from relay.store.audit import Audit
 from relay.store.batcher import Batcher, BatcherClosed
+from relay.store.changes import Changes
 from relay.store.commits import Commits, Submission
+from relay.store.contacts import Contacts
 from relay.store.conversations import Conversations
 from relay.store.embedded import EmbeddedError, EmbeddedMongo
 from relay.store.endings import Ending
 from relay.store.fates import Fates
+from relay.store.keys import Keys
 from relay.store.lanes import EndingLanes
 from relay.store.ledger import Ledger
 from relay.store.messages import Messages
 from relay.store.mongo import Mongo, MongoUnavailable
+from relay.store.people import People
+from relay.store.releases import Releases
+from relay.store.revisions import Revisions
+from relay.store.rosters import Rosters
+from relay.store.sessions import Sessions
 from relay.wire import errors, replies
 from relay.wire.clock import Clock
 from relay.wire.envelope import Envelope
@@ -53,6 +70,7 @@ from relay.wire.frames import MAX_OPERATIONS, AnyOperation
 # Messages are freed by reference counts; the collector only looks for cycles, and need not look 20 times a millisecond.
 _GC: Final = (50_000, 20, 50)
 SECRET_FILE: Final = "jwt-secret"
+PSEUDONYM_FILE: Final = "pseudonym-key"
 _BYE_SPREAD_MS: Final = (500, 5000)
 # One lane on a replica set; measured, two share the same groups out into twice as many calls.
 _ACK_LANES: Final = 1
@@ -60,9 +78,14 @@ _ACK_LANES: Final = 1
 # read, so that messages do not come faster than they can be ended.
 _ACK_GROUP: Final = 4
 _ACK_SPACING: Final = 0.015
+# Lease of resolved recipients, deadline of a send and one database call, with room to spare: after this nothing that was
+# resolved before a change can still be committed.
+_SETTLE_SECONDS: Final = 20.0
 _CLOSE_SECONDS: Final = 1.0
 _HEALTH_SECONDS: Final = 2.0
 _DOUBTS_SECONDS: Final = 1.0
+_REVOCATIONS_SECONDS: Final = 2.0
+_REPAIR_SECONDS: Final = 2.0
 _LAST_SEEN_SECONDS: Final = 10.0
 _TTL_SECONDS: Final = 60.0
 
@@ -110,7 +133,8 @@ async def start(settings: Settings) -> Relay:
 
 
 async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
-    verifier = _verifier(settings)
+    verifier, issuer = _keys(settings)
+    pseudonyms = _pseudonyms(settings)
     embedded, uri = await _database(settings, stack)
     ttl_seconds = max(1, round(settings.message_ttl_days * 86_400))
     try:
@@ -128,9 +152,10 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
     timeout = settings.commit_timeout_seconds
     messages = Messages(mongo, metrics, ttl_seconds=ttl_seconds, timeout=timeout)
     fates = Fates(mongo, timeout=timeout)
-    accounts = Accounts(inactive=timedelta(days=settings.device_inactive_days))
-    conversations = Conversations(accounts, timeout=timeout)
-    audiences = Audiences(conversations.audiences)
+    accounts = Accounts(inactive=timedelta(days=settings.device_inactive_days), pseudonyms=pseudonyms)
+    conversations = Conversations()
+    rosters = Rosters(inactive=timedelta(days=settings.device_inactive_days), timeout=timeout)
+    audiences = Audiences(rosters.load)
     ledger.open(await messages.count_waiting())
 
     health = Health()
@@ -171,6 +196,10 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
                         envelope.doc_id, "delivered", deadline=asyncio.get_running_loop().time() + timeout
                     )
 
+    def strayed(doc_id: str, keys: list[str]) -> None:
+        with contextlib.suppress(BatcherClosed):
+            endings.drop(doc_id, keys, deadline=asyncio.get_running_loop().time() + timeout)
+
     commits = Commits(
         mongo,
         messages,
@@ -181,6 +210,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
         timeout=timeout,
         committed=committed,
         found=router.found,
+        strayed=strayed,
     )
     sends = Batcher[Submission](
         "send",
@@ -194,6 +224,15 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
         workers=settings.commits_in_flight,
         dead=dead,
     )
+    audit = Audit(pseudonyms)
+    stack.push_async_callback(audit.close)
+    passwords = Passwords(threads=settings.password_threads, queue=settings.password_queue)
+    stack.callback(passwords.close)
+    rates = Rates(
+        _rules(settings),
+        redis_url=None if settings.redis_url is None else settings.redis_url.get_secret_value(),
+    )
+    stack.push_async_callback(rates.close)
     context = Context(
         clock=clock,
         limits=_limits(settings, ttl_seconds),
@@ -208,6 +247,26 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
         ledger=ledger,
         metrics=metrics,
         health=health,
+        rosters=rosters,
+        revisions=Revisions(),
+        changes=Changes(conversations),
+        sessions=Sessions(
+            refresh_days=settings.refresh_token_days,
+            repeat_hours=settings.refresh_repeat_hours,
+            max_devices=settings.max_devices,
+        ),
+        people=People(),
+        contacts=Contacts(most=settings.max_contacts),
+        keys=Keys(),
+        audit=audit,
+        releases=Releases(messages, endings, settle_seconds=_SETTLE_SECONDS, now=clock.now),
+        invalidation=Invalidation(audiences, commits),
+        passwords=passwords,
+        pseudonyms=pseudonyms,
+        rates=rates,
+        message_rates=MessageRates(settings.message_rate, settings.message_burst),
+        issuer=issuer,
+        registration=settings.registration,
         provision=settings.auto_provision,
     )
     jobs = Supervisor(
@@ -220,7 +279,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
             Job("expiry", Expiry(messages, endings, clock.now).run, settings.expiry_seconds, 0.1),
             Job(
                 "sweep",
-                Sweep(hub, messages, endings, conversations, metrics, clock.now).run,
+                Sweep(hub, messages, endings, metrics, clock.now).run,
                 settings.sweep_seconds,
                 0.2,
             ),
@@ -231,17 +290,23 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
                 0.2,
             ),
             Job("time to live", TimeToLive(mongo, messages).run, _TTL_SECONDS, 0.1),
+            Job("revocations", Revocations(hub, accounts).run, _REVOCATIONS_SECONDS, 0.1),
             Job("doubts", Doubts(commits, acks).run, _DOUBTS_SECONDS, 0.1),
+            Job("repair", Repair(context).run, _REPAIR_SECONDS, 0.2),
             Job("health", HealthCheck(mongo, health).run, _HEALTH_SECONDS),
         ]
     )
     admission = Admission(context, verifier)
+    addresses = Addresses(settings.trusted_proxies)
     gateway = Gateway(
         context,
         admission,
         GatewaySettings(settings.max_connections, settings.auth_seconds, settings.outbox_bytes),
+        addresses,
     )
-    app = application(context, admission, gateway, ROUTES, max_body=settings.max_frame_bytes)
+    app = application(
+        context, admission, gateway, ROUTES, max_body=settings.max_frame_bytes, addresses=addresses
+    )
     runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
     await runner.setup()
     stack.push_async_callback(
@@ -327,7 +392,32 @@ def _make_data_dir(path: Path) -> None:
         raise StartError(f"RELAY_DATA_DIR: {path} cannot be made: {error.strerror}") from None
 
 
-def _verifier(settings: Settings) -> Verifier:
+def _rules(settings: Settings) -> dict[str, str]:
+    return {
+        "login_address": settings.rate_login_address,
+        "login_account": settings.rate_login_account,
+        "register": settings.rate_register,
+        "refresh": settings.rate_refresh,
+        "connect": settings.rate_connect,
+        "search": settings.rate_search,
+        "search_phone": settings.rate_search_phone,
+        "key_claim": settings.rate_key_claim,
+        "conversation": settings.rate_conversation,
+        "report": settings.rate_report,
+    }
+
+
+def _pseudonyms(settings: Settings) -> Pseudonyms:
+    if settings.pseudonym_key is not None:
+        return Pseudonyms(settings.pseudonym_key.get_secret_value().encode())
+    _make_data_dir(settings.data_dir)
+    try:
+        return Pseudonyms(generate_secret(settings.data_dir / PSEUDONYM_FILE).encode())
+    except KeyConfigurationError as error:
+        raise StartError(str(error)) from None
+
+
+def _keys(settings: Settings) -> tuple[Verifier, Issuer | None]:
     secret = settings.jwt_secret.get_secret_value() if settings.jwt_secret is not None else None
     try:
         keys = load_keys(
@@ -340,7 +430,11 @@ def _verifier(settings: Settings) -> Verifier:
             _make_data_dir(settings.data_dir)
             made = generate_secret(settings.data_dir / SECRET_FILE)
             keys = load_keys(secret=made, secret_file=None, public_key_file=None, jwks_file=None)
-        return Verifier(keys, audience=settings.jwt_audience)
+        signing = first_secret(keys)
+        issuer = None
+        if signing is not None:
+            issuer = Issuer(signing, audience=settings.jwt_audience, lifetime=settings.access_token_seconds)
+        return Verifier(keys, audience=settings.jwt_audience), issuer
     except KeyConfigurationError as error:
         raise StartError(str(error)) from None
 
@@ -356,4 +450,5 @@ def _limits(settings: Settings, ttl_seconds: int) -> Limits:
         heartbeat_ms=int(settings.heartbeat_seconds * 1000),
         ttl_seconds=ttl_seconds,
         send_deadline=settings.send_deadline_seconds,
+        members=settings.max_members,
     )

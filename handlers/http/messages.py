@@ -12,7 +12,8 @@ from handlers import sending
 from handlers.context import Context
 from handlers.http.pages import PAGE_QUERY, message_page
 from handlers.http.route import Caller, Route, answer, body, json_text, parsed
-from handlers.http.schemas import Acknowledge, DoneAnswer, StoredAnswer, SyncPage
+from handlers.http.schemas.base import DoneAnswer
+from handlers.http.schemas.messages import Acknowledge, StoredAnswer, SyncPage
 from handlers.sending import Sender
 from relay.store.batcher import BatcherClosed
 from relay.store.commits import Stored
@@ -48,12 +49,7 @@ async def send(ctx: Context, caller: Caller, request: web.Request) -> web.Respon
         sending.submit(ctx, sender, op, audience, done)
         found = await outcome
     except RelayError as refusal:
-        if refusal.code not in ("not_member", "device_mismatch"):
-            raise
-        first = await sending.known(ctx, sender, op)
-        if first is None:
-            raise
-        found = first
+        found = await sending.first_answer(ctx, sender, op, refusal)
     if isinstance(found, RelayError):
         raise found
     if op.kind == sending.WITHDRAWN:
@@ -116,6 +112,8 @@ ROUTES: Final = (
             "bad_request",
             "not_member",
             "forbidden",
+            "blocked",
+            "rate_limited",
             "id_conflict",
             "too_large",
             "device_mismatch",

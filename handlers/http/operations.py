@@ -8,7 +8,7 @@ from aiohttp import web
 
 from handlers.context import Context
 from handlers.http.route import Caller, Route, answer
-from handlers.http.schemas import HealthAnswer, InfoAnswer, LimitsAnswer
+from handlers.http.schemas.operations import HealthAnswer, InfoAnswer, LimitsAnswer
 from relay import __version__
 from relay.wire.frames import FEATURES
 from relay.wire.replies import PROTOCOL_VERSION

@@ -19,19 +19,24 @@ Model = TypeVar("Model", bound=BaseModel)
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks. Empty strings on open routes, which need no token."""
+    """Who asks, from where. ``user`` and ``device`` are empty on open routes, which need no token; ``session`` names the
+    session when the relay itself issued the token."""
 
     user: str
     device: str
+    session: str | None = None
+    address: str = ""
+    agent: str = ""
 
 
-Handler = Callable[[Context, Caller, web.Request], Awaitable[web.Response]]
+Handler = Callable[[Context, Caller, web.Request], Awaitable[web.StreamResponse]]
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
     """One endpoint. ``request`` and ``answers`` (by status) are pydantic models or msgspec structs; ``query`` names the
-    query parameters with their JSON schemas."""
+    query parameters with their JSON schemas. The handler's docstring is the long description, for clients to read. ``example``
+    is a request body, for models that carry none. A ``hidden`` route is part of a page, not of the interface."""
 
     method: str
     path: str
@@ -44,6 +49,8 @@ class Route:
     errors: tuple[Code, ...] = ()
     open: bool = False
     media_type: str = "application/json"
+    example: Mapping[str, Any] | None = None
+    hidden: bool = False
 
 
 def json_text(text: str, status: int = 200) -> web.Response:

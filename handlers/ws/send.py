@@ -21,6 +21,7 @@ def send(ctx: Context, peer: Peer, op: Send) -> Awaitable[None] | None:
     if (
         audience is None
         or peer.user not in audience.members
+        or peer.user in audience.refusals
         or op.kind == sending.WITHDRAWN
         or op.sealed is not None
         or op.devices_rev is not None
@@ -46,12 +47,7 @@ async def _send_slowly(ctx: Context, peer: Peer, op: Send) -> None:
             await sending.check_withdrawal(ctx, sender, op)
         peer.last_seq = sending.submit(ctx, sender, op, audience, partial(_answer, ctx, peer, op))
     except RelayError as refusal:
-        if refusal.code not in ("not_member", "device_mismatch"):
-            raise
-        first = await sending.known(ctx, sender, op)
-        if first is None:
-            raise
-        _answer(ctx, peer, op, first)
+        _answer(ctx, peer, op, await sending.first_answer(ctx, sender, op, refusal))
 
 
 def _sender(peer: Peer) -> Sender:

@@ -229,7 +229,10 @@ class Connection:
             batch.after.append(Live(error))
             return
         self._answered(key, settling=not error.get("retry"))
-        if error.get("retry"):
+        if error.get("code") == "rate_limited":
+            self._keep_silent(wish)
+            batch.after.append(Live(error))
+        elif error.get("retry"):
             self._hold(key[0], wish)
             batch.after.append(Live(error))
         else:
@@ -251,6 +254,12 @@ class Connection:
             self._unanswered_bytes -= waited[1]
             if settling:
                 self._settling.add(key)
+
+    def _keep_silent(self, wish: float) -> None:
+        """The limit is the device's, whatever the conversation; what is refused goes out again in its place."""
+        until = self._now() + (wish or self._outbox.pause(1))
+        self._silent_until = max(self._silent_until, until)
+        self._reload()
 
     def _hold(self, conv: str, wish: float) -> None:
         """Nothing of that conversation for a while; the others go on."""

@@ -1,4 +1,4 @@
-"""Heals what was left over: acknowledged messages that were not deleted, deliveries that were not pushed, creations and
+"""Heals what was left over: acknowledged messages that were not deleted, deliveries that were not pushed,
 time-to-live settings that another process changed."""
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import structlog
 from relay.metrics import Metrics
 from relay.routing.hub import Hub
 from relay.store.accounts import Accounts
-from relay.store.conversations import Conversations
 from relay.store.lanes import EndingLanes
 from relay.store.messages import Messages
 from relay.store.mongo import Mongo, PyMongoError
@@ -34,14 +33,12 @@ class Sweep:
         hub: Hub,
         messages: Messages,
         endings: EndingLanes,
-        conversations: Conversations,
         metrics: Metrics,
         now: Callable[[], int],
     ) -> None:
         self._hub = hub
         self._messages = messages
         self._endings = endings
-        self._conversations = conversations
         self._metrics = metrics
         self._now = now
         self._stuck: set[str] = set()
@@ -50,7 +47,6 @@ class Sweep:
         """One round."""
         await self.remove_leftovers()
         await self.find_missed()
-        await self._conversations.repair()
 
     async def remove_leftovers(self) -> None:
         """Deletes messages that nobody awaits: a node died between its update and its deletion."""

@@ -13,12 +13,14 @@ from relay.wire.ids import user_of
 
 
 class Connected(Protocol):
-    """What the hub, the router and the jobs need of a connection. Times are of the event loop's clock, but ``expires``,
-    which is in seconds since the epoch."""
+    """What the hub, the router and the jobs need of a connection. Times are of the event loop's clock, but ``issued`` and
+    ``expires`` of its token, which are in seconds since the epoch."""
 
     heard: float
     pinged: bool
+    issued: int
     expires: int
+    session: str | None
 
     @property
     def user(self) -> str:

@@ -6,23 +6,28 @@ from time import monotonic
 from typing import Final
 
 from handlers.context import Context
-from relay.session.tokens import Identity, TokenError, Verifier
+from relay.security.tokens import Identity, TokenError, Verifier
 from relay.store.accounts import Arrival
 from relay.store.mongo import PyMongoError
 from relay.wire.errors import RelayError
 from relay.wire.ids import device_key
 
-_REMEMBERED_SECONDS: Final = 300
-_MAX_REMEMBERED: Final = 100_000
+_SEEN_SECONDS: Final = 300
+_MAX_SEEN: Final = 100_000
+# A revocation holds on every node within five seconds; nodes look for it every two, and ask by themselves after this.
+_STANDING_SECONDS: Final = 4.0
+
+_REFUSED: Final = "this user or device is not known here, or its session has ended"
 
 
 class Admission:
-    """Verifies tokens and notes arrivals. Over HTTP an arrival is written at most once in five minutes."""
+    """Verifies tokens, asks whether their devices are still in good standing, and notes arrivals. Over HTTP the standing is
+    at most a few seconds old, and an arrival is written at most once in five minutes."""
 
     def __init__(self, ctx: Context, verifier: Verifier) -> None:
         self._ctx = ctx
         self._verifier = verifier
-        self._remembered: dict[str, float] = {}
+        self._seen: dict[str, float] = {}
 
     def verify(self, token: str) -> Identity:
         """The token's identity. Raises RelayError ``unauthorized``."""
@@ -32,33 +37,51 @@ class Admission:
             raise RelayError("unauthorized", str(error)) from None
 
     async def arrive(self, identity: Identity) -> Arrival:
-        """Notes that a device connects. When it is new, or back from inactivity, it counts as a recipient from here on:
-        nothing resolved without it is still on its way. Raises RelayError ``unauthorized``."""
+        """Notes that a device connects. When it is new, or back from inactivity or removal, it counts as a recipient from
+        here on: nothing resolved without it is still on its way. Raises RelayError ``unauthorized``."""
         ctx = self._ctx
         try:
-            arrival = await ctx.accounts.arrive(identity.user, identity.device, provision=ctx.provision)
+            arrival = await ctx.accounts.arrive(
+                identity.user,
+                identity.device,
+                provision=ctx.provision,
+                issued=identity.issued,
+                session=identity.session,
+            )
         except PyMongoError:
             # It may have arrived all the same: nobody knows.
             ctx.audiences.changed(user=identity.user)
             raise
         if arrival is None:
-            raise RelayError("unauthorized", "this user or device is not known here")
+            raise RelayError("unauthorized", _REFUSED)
+        key = device_key(identity.user, identity.device)
+        if arrival.returned:
+            ctx.accounts.forget(key)
+            await ctx.keys.forget(key)
         if arrival.changed:
-            ctx.audiences.changed(user=identity.user)
-            await ctx.sends.barrier()
+            await ctx.invalidation.tell(users=[identity.user])
         return arrival
 
     async def admit(self, token: str) -> Identity:
-        """For HTTP: verifies and notes the arrival. Raises RelayError ``unauthorized``."""
+        """For HTTP: verifies, and notes the arrival. Raises RelayError ``unauthorized``."""
         identity = self.verify(token)
         key = device_key(identity.user, identity.device)
         now = monotonic()
-        if self._remembered.get(key, 0) < now:
+        if self._seen.get(key, 0) < now or not await self._in_good_standing(identity):
             await self.arrive(identity)
-            if len(self._remembered) >= _MAX_REMEMBERED:
-                self._remembered.clear()
-            self._remembered[key] = now + _REMEMBERED_SECONDS
+            if len(self._seen) >= _MAX_SEEN:
+                self._seen.clear()
+            self._seen[key] = now + _SEEN_SECONDS
         return identity
+
+    async def _in_good_standing(self, identity: Identity) -> bool:
+        accounts = self._ctx.accounts
+        for seconds in (_STANDING_SECONDS, 0.0):
+            # What is remembered may be older than the token.
+            standing = await accounts.standing(identity.user, identity.device, within=seconds)
+            if standing is not None and standing.accepts(identity.issued, identity.session):
+                return True
+        return False
 
 
 def bearer(header: str | None) -> str | None:

@@ -15,9 +15,9 @@ from aiohttp import WSMsgType, web
 from handlers.context import Context
 from relay.routing.delivery import Delivery
 from relay.routing.outbox import Outbox
+from relay.security.tokens import Identity
 from relay.session.admission import Admission
 from relay.session.dispatch import dispatch
-from relay.session.tokens import Identity
 from relay.wire import errors
 from relay.wire.codec import decode
 from relay.wire.errors import Close, FrameError, RelayError
@@ -48,10 +48,12 @@ class Connection:
         "device",
         "expires",
         "heard",
+        "issued",
         "key",
         "last_seq",
         "outbox",
         "pinged",
+        "session",
         "user",
     )
 
@@ -74,6 +76,8 @@ class Connection:
         self.device = identity.device
         self.key = device_key(identity.user, identity.device)
         self.expires = identity.expires
+        self.issued = identity.issued
+        self.session = identity.session
         self.last_seq = 0
         self.heard = asyncio.get_running_loop().time()
         self.pinged = False
@@ -153,7 +157,13 @@ class Connection:
         identity = self._admission.verify(token)
         if (identity.user, identity.device) != (self.user, self.device):
             raise RelayError("unauthorized", "the token is another user's or device's")
+        # What ended before this connection began is not looked for any more.
+        if identity.session != self.session or identity.issued < self.issued:
+            raise RelayError(
+                "unauthorized", "the token is another session's, or older than this connection's"
+            )
         self.expires = identity.expires
+        self.issued = identity.issued
         return identity.expires
 
     def listen(self, now: float) -> None:

@@ -11,9 +11,10 @@ import structlog
 from aiohttp import WSMsgType, web
 
 from handlers.context import Context
+from relay.security.tokens import Identity
+from relay.session.addresses import Addresses
 from relay.session.admission import Admission, bearer
 from relay.session.connection import Connection
-from relay.session.tokens import Identity
 from relay.store.accounts import Arrival
 from relay.store.mongo import PyMongoError, brief
 from relay.wire import errors, replies
@@ -40,10 +41,13 @@ class GatewaySettings:
 class Gateway:
     """Turns upgrade requests into connections. ``entering`` counts those that are not authenticated yet, too."""
 
-    def __init__(self, ctx: Context, admission: Admission, settings: GatewaySettings) -> None:
+    def __init__(
+        self, ctx: Context, admission: Admission, settings: GatewaySettings, addresses: Addresses
+    ) -> None:
         self._ctx = ctx
         self._admission = admission
         self._settings = settings
+        self._addresses = addresses
         self._entering = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -62,6 +66,9 @@ class Gateway:
             timeout=_CLOSE_SECONDS,
         )
         await ws.prepare(request)
+        if not await self._may_connect(request):
+            await self._refuse(ws, errors.TOO_MANY)
+            return ws
         self._entering += 1
         try:
             connection = await self._enter(request, ws)
@@ -78,6 +85,13 @@ class Gateway:
             _, late = await asyncio.wait(set(self._tasks), timeout=timeout)
             for task in late:
                 task.cancel()
+
+    async def _may_connect(self, request: web.Request) -> bool:
+        try:
+            await self._ctx.rates.check("connect", self._addresses.of(request))
+        except RelayError:
+            return False
+        return True
 
     async def _enter(self, request: web.Request, ws: web.WebSocketResponse) -> Connection | None:
         try:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from typing import Final
 
 import structlog
 from aiohttp import web
 
 from handlers.context import Context
 from handlers.http.route import Caller, Route
+from relay.session.addresses import Addresses
 from relay.session.admission import Admission, bearer
 from relay.session.gateway import Gateway
 from relay.store.mongo import PyMongoError, brief
@@ -17,6 +20,7 @@ from relay.wire.errors import CODES, Code, RelayError
 
 log = structlog.get_logger(__name__)
 
+_MAX_AGENT: Final = 200
 _CODE_OF_STATUS: dict[int, Code] = {
     400: "bad_request",
     404: "not_found",
@@ -28,30 +32,41 @@ _CODE_OF_STATUS: dict[int, Code] = {
 
 
 def application(
-    ctx: Context, admission: Admission, gateway: Gateway, routes: Sequence[Route], *, max_body: int
+    ctx: Context,
+    admission: Admission,
+    gateway: Gateway,
+    routes: Sequence[Route],
+    *,
+    max_body: int,
+    addresses: Addresses,
 ) -> web.Application:
     """The aiohttp application of one node."""
     app = web.Application(middlewares=[_errors], client_max_size=max_body, handler_args={"access_log": None})
     app.router.add_get("/v1/ws", gateway.handle)
     for route in routes:
-        app.router.add_route(route.method, route.path, _serve(ctx, admission, route))
+        app.router.add_route(route.method, route.path, _serve(ctx, admission, addresses, route))
     return app
 
 
 def _serve(
-    ctx: Context, admission: Admission, route: Route
+    ctx: Context, admission: Admission, addresses: Addresses, route: Route
 ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     async def serve(request: web.Request) -> web.StreamResponse:
-        caller = Caller("", "")
+        caller = Caller("", "", address=addresses.of(request), agent=_agent(request))
         if not route.open:
             token = bearer(request.headers.get("Authorization"))
             if token is None:
                 raise RelayError("unauthorized", "this needs a token: Authorization: Bearer <token>")
             identity = await admission.admit(token)
-            caller = Caller(identity.user, identity.device)
+            caller = replace(caller, user=identity.user, device=identity.device, session=identity.session)
         return await route.handler(ctx, caller, request)
 
     return serve
+
+
+def _agent(request: web.Request) -> str:
+    text = request.headers.get("User-Agent", "")[: 2 * _MAX_AGENT]
+    return "".join(sign for sign in text if sign.isprintable())[:_MAX_AGENT]
 
 
 @web.middleware

@@ -2,108 +2,229 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from time import monotonic
 from typing import Any, Final
 
 from pymongo import ReturnDocument, UpdateOne
 
 from models.accounts import Device, User
+from models.housekeeping import Tombstone
+from relay.security.pseudonyms import Pseudonyms
 from relay.store.mongo import DuplicateKeyError
 from relay.wire.ids import device_key
 
 _BULK: Final = 1000
+_MAX_STANDINGS: Final = 100_000
+_MOST_ENDED: Final = 100_000
+_PERSON: Final = {"suspendedAt": 1, "erasingAt": 1}
+_DEVICE: Final = {"endedAt": 1, "removedAt": 1, "session.id": 1}
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A device has connected. ``changed``: it is new, or back from inactivity, so recipients must be resolved again.
+    """A device has connected. ``changed``: it is new, or back from inactivity or removal, so recipients must be resolved
+    again; ``returned``: back from removal, so its keys are not what they were.
     ``gap_since`` (ms) and ``gap_why`` are set while it may have missed messages."""
 
     changed: bool
     gap_since: int | None
     gap_why: str | None
+    returned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Which tokens of a device are good. ``ended`` (ms): those issued up to then are not; ``session``: the only one whose
+    tokens are; ``barred``: none is, as the device is removed, or its user suspended or being erased."""
+
+    ended: int | None
+    session: str | None
+    barred: bool
+
+    def accepts(self, issued: int, session: str | None) -> bool:
+        """Whether a token issued at ``issued`` (s), of ``session`` or of another issuer (None), is good."""
+        if self.barred:
+            return False
+        if session is not None:
+            return session == self.session
+        return self.ended is None or issued * 1000 > self.ended
 
 
 class Accounts:
-    """The ``users`` and ``devices`` collections."""
+    """The ``users`` and ``devices`` collections. ``inactive``: a device that was not seen for so long gets no new
+    messages."""
 
-    def __init__(self, *, inactive: timedelta) -> None:
+    def __init__(self, *, inactive: timedelta, pseudonyms: Pseudonyms) -> None:
         self._inactive = inactive
+        self._pseudonyms = pseudonyms
+        self._standings: dict[str, tuple[float, Standing]] = {}
+        self._forgotten = 0
 
     async def exists(self, user: str) -> bool:
-        """Whether this user is known."""
-        return await User.find_one(User.id == user) is not None
+        """Whether this user is known, and not being erased."""
+        return not await self.missing_users([user])
 
     async def add_users(self, users: Iterable[str]) -> None:
-        """Creates the users that are unknown. Safe to repeat and to race."""
-        now = datetime.now(UTC)
-        wanted = [
-            UpdateOne({"_id": user}, {"$setOnInsert": {"createdAt": now}}, upsert=True)
-            for user in dict.fromkeys(users)
-        ]
-        if wanted:
-            await User.get_motor_collection().bulk_write(wanted, ordered=False)
+        """Creates the users that are unknown, but not those who were erased. Safe to repeat and to race."""
+        wanted = list(dict.fromkeys(users))
+        known = {row["_id"] async for row in _users().find({"_id": {"$in": wanted}}, {"_id": 1})}
+        # In this order: an erased user's tombstone is written before the user is deleted.
+        unknown = {self._pseudonyms.of(user): user for user in wanted if user not in known}
+        if not unknown:
+            return
+        graves = Tombstone.get_motor_collection().find({"_id": {"$in": list(unknown)}}, {"_id": 1})
+        async for grave in graves:
+            del unknown[grave["_id"]]
+        await self._insert_users(unknown.values())
 
     async def missing_users(self, users: Sequence[str]) -> list[str]:
-        """Those of these users that are unknown."""
-        cursor = User.get_motor_collection().find({"_id": {"$in": list(users)}}, {"_id": 1})
+        """Those of these users that are unknown, or being erased."""
+        cursor = _users().find({"_id": {"$in": list(users)}, "erasingAt": None}, {"_id": 1})
         known = {document["_id"] async for document in cursor}
         return [user for user in users if user not in known]
 
-    async def arrive(self, user: str, device: str, *, provision: bool) -> Arrival | None:
-        """Notes that a device is here now; creates it (and its user) when ``provision``. None when the user or the
-        device is unknown and may not be created."""
+    async def arrive(
+        self,
+        user: str,
+        device: str,
+        *,
+        provision: bool,
+        issued: int | None = None,
+        session: str | None = None,
+    ) -> Arrival | None:
+        """Notes that a device is here now with a token issued at ``issued`` (s; None: this moment) for ``session``.
+
+        When ``provision``, a token of another issuer (no ``session``) creates the device and its user, and brings back a
+        device that was removed before the token was issued. None when the token is not good for this device (``Standing``),
+        or the user or the device is unknown and may not be created.
+        """
         key = device_key(user, device)
         now = datetime.now(UTC)
-        devices = Device.get_motor_collection()
+        moment = now if issued is None else datetime.fromtimestamp(issued, UTC)
+        may_create = provision and session is None
+        person = await _users().find_one({"_id": user}, _PERSON)
+        if person is None:
+            if not may_create or not await self._provision(user, moment):
+                return None
+        elif _is_barred(person):
+            return None
         cutoff = now - self._inactive
         here = {"$set": {"lastSeen": now}}
-        before = await devices.find_one_and_update(
-            {"_id": key, "$or": [{"lastSeen": None}, {"lastSeen": {"$gte": cutoff}}]},
+        good: dict[str, Any] = (
+            {"$or": [{"endedAt": None}, {"endedAt": {"$lt": moment}}]}
+            if session is None
+            else {"session.id": session}
+        )
+        active = {"$or": [{"lastSeen": None}, {"lastSeen": {"$gte": cutoff}}]}
+        before = await _devices().find_one_and_update(
+            {"_id": key, "removedAt": None, "$and": [active, good]},
             here,
             return_document=ReturnDocument.BEFORE,
         )
         if before is not None:
             return _arrival(before.get("gap"), changed=False)
-        before = await devices.find_one({"_id": key})
+        before = await _devices().find_one({"_id": key})
         if before is None:
-            if not provision:
+            if not may_create:
                 return None
-            await self.add_users([user])
             try:
-                await devices.insert_one({"_id": key, "user": user, "createdAt": now, "lastSeen": now})
+                await _devices().insert_one({"_id": key, "user": user, "createdAt": now, "lastSeen": now})
             except DuplicateKeyError:
-                return await self._arrive_beside(user, device, provision=provision)
+                return await self._arrive_beside(user, device, provision, issued, session)
             return _arrival(None, changed=True)
+        if not _standing({**before, "removedAt": None}).accepts(int(moment.timestamp()), session):
+            return None
+        if before.get("removedAt") is not None:
+            return await self._return(before, now) if may_create else None
         if before.get("lastSeen") is None or before["lastSeen"] >= cutoff:
-            return await self._arrive_beside(user, device, provision=provision)
+            return await self._arrive_beside(user, device, provision, issued, session)
         # The gap first: should this die in between, the device still counts as away, and the next arrival finds both.
         gap = before.get("gap")
         if gap is None:
             gap = {"since": before["lastSeen"] + self._inactive, "why": "inactive"}
-            await devices.update_one({"_id": key, "gap": None}, {"$set": {"gap": gap}})
-        await devices.update_one({"_id": key}, here)
+            await _devices().update_one({"_id": key, "gap": None}, {"$set": {"gap": gap}})
+        await _devices().update_one({"_id": key}, here)
         return _arrival(gap, changed=True)
 
-    async def _arrive_beside(self, user: str, device: str, *, provision: bool) -> Arrival | None:
+    async def _arrive_beside(
+        self, user: str, device: str, provision: bool, issued: int | None, session: str | None
+    ) -> Arrival | None:
         """Another connection of this device arrives at the same moment, and may not have told anybody yet."""
-        arrival = await self.arrive(user, device, provision=provision)
+        arrival = await self.arrive(user, device, provision=provision, issued=issued, session=session)
         return None if arrival is None else replace(arrival, changed=True)
+
+    async def _return(self, before: Mapping[str, Any], now: datetime) -> Arrival:
+        """A removed device is here again, as a new one with an old name: what it missed is gone."""
+        gap = gap_of_return(before)
+        await _devices().update_one(
+            {"_id": before["_id"], "removedAt": before["removedAt"]},
+            {
+                "$set": {"since": now, "lastSeen": now, "updatedAt": now, "gap": gap},
+                "$unset": {"removedAt": ""},
+            },
+        )
+        return _arrival(gap, changed=True, returned=True)
+
+    async def _provision(self, user: str, moment: datetime) -> bool:
+        """Creates a user whom a token of ``moment`` brings, unless they were erased since."""
+        grave = await Tombstone.get_motor_collection().find_one({"_id": self._pseudonyms.of(user)})
+        if grave is not None and moment <= grave["at"]:
+            return False
+        await self._insert_users([user])
+        return True
+
+    async def _insert_users(self, users: Iterable[str]) -> None:
+        now = datetime.now(UTC)
+        wanted = [
+            UpdateOne({"_id": user}, {"$setOnInsert": {"createdAt": now}}, upsert=True) for user in users
+        ]
+        if wanted:
+            await _users().bulk_write(wanted, ordered=False)
+
+    async def standing(self, user: str, device: str, *, within: float = 0) -> Standing | None:
+        """Which tokens of a device are good, as of at most ``within`` seconds ago; None when user or device is unknown."""
+        key = device_key(user, device)
+        asked, forgotten = monotonic(), self._forgotten
+        found = self._standings.get(key)
+        if found is not None and asked - found[0] < within:
+            return found[1]
+        person = await _users().find_one({"_id": user}, _PERSON)
+        row = None if person is None else await _devices().find_one({"_id": key}, _DEVICE)
+        if person is None or row is None:
+            return None
+        standing = _standing(row, barred=_is_barred(person))
+        # What ended while this was read may be missing from it.
+        if forgotten == self._forgotten:
+            if len(self._standings) >= _MAX_STANDINGS:
+                self._standings.clear()
+            self._standings[key] = (asked, standing)
+        return standing
+
+    def forget(self, key: str) -> None:
+        """The standing of a device has changed: the next question about it goes to the store."""
+        self._forgotten += 1
+        self._standings.pop(key, None)
+
+    async def ended_since(self, moment: datetime) -> AsyncIterator[tuple[str, Standing]]:
+        """The devices whose sessions or tokens were ended since then, and which tokens are still good; at most a hundred
+        thousand."""
+        cursor = _devices().find({"endedAt": {"$gte": moment}}, _DEVICE).limit(_MOST_ENDED)
+        async for row in cursor:
+            yield row["_id"], _standing(row)
 
     async def close_gap(self, user: str, device: str) -> None:
         """The device has drained: it knows that it missed something."""
-        await Device.get_motor_collection().update_one(
-            {"_id": device_key(user, device)}, {"$unset": {"gap": ""}}
-        )
+        await _devices().update_one({"_id": device_key(user, device)}, {"$unset": {"gap": ""}})
 
     async def seen(self, keys: Iterable[str]) -> None:
         """Notes that these devices are, or were just now, connected."""
         now = datetime.now(UTC)
         wanted = list(keys)
         for start in range(0, len(wanted), _BULK):
-            await Device.get_motor_collection().update_many(
+            await _devices().update_many(
                 {"_id": {"$in": wanted[start : start + _BULK]}}, {"$max": {"lastSeen": now}}
             )
 
@@ -112,18 +233,46 @@ class Accounts:
         cutoff = datetime.now(UTC) - self._inactive
         query: dict[str, Any] = {
             "user": {"$in": list(users)},
+            "removedAt": None,
             "$or": [{"lastSeen": None}, {"lastSeen": {"$gte": cutoff}}],
         }
         found: dict[str, list[str]] = {}
-        async for document in Device.get_motor_collection().find(query, {"user": 1}):
+        async for document in _devices().find(query, {"user": 1}):
             found.setdefault(document["user"], []).append(document["_id"])
         return found
 
 
-def _arrival(gap: Mapping[str, Any] | None, *, changed: bool) -> Arrival:
+def gap_of_return(before: Mapping[str, Any]) -> dict[str, Any]:
+    """The gap of a device that was removed and is back: what waited for it when it was last seen is gone."""
+    found: dict[str, Any] | None = before.get("gap")
+    return found or {"since": before.get("lastSeen") or before["removedAt"], "why": "reset"}
+
+
+def _arrival(gap: Mapping[str, Any] | None, *, changed: bool, returned: bool = False) -> Arrival:
     if gap is None:
-        return Arrival(changed, None, None)
-    return Arrival(changed, milliseconds(gap["since"]), str(gap["why"]))
+        return Arrival(changed, None, None, returned)
+    return Arrival(changed, milliseconds(gap["since"]), str(gap["why"]), returned)
+
+
+def _standing(row: Mapping[str, Any], *, barred: bool = False) -> Standing:
+    ended = row.get("endedAt")
+    return Standing(
+        ended=None if ended is None else milliseconds(ended),
+        session=(row.get("session") or {}).get("id"),
+        barred=barred or row.get("removedAt") is not None,
+    )
+
+
+def _is_barred(person: Mapping[str, Any]) -> bool:
+    return person.get("suspendedAt") is not None or person.get("erasingAt") is not None
+
+
+def _users() -> Any:
+    return User.get_motor_collection()
+
+
+def _devices() -> Any:
+    return Device.get_motor_collection()
 
 
 def milliseconds(moment: datetime) -> int:

@@ -181,7 +181,10 @@ class Acks:
         emptied = [document for document in documents.values() if not document["awaiting"]]
         if not emptied:
             return
-        await self._fates.record([entry_of(document, "delivered", ()) for document in emptied], self._now())
+        entries = [
+            entry_of(one, "delivered" if one.get("deliveredTo") else "released", ()) for one in emptied
+        ]
+        await self._fates.record(entries, self._now())
         await self._delete([(document["_id"], document["seq"]) for document in emptied])
 
 

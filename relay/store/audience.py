@@ -8,17 +8,41 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import Final
 
 from relay.wire import ids
+from relay.wire.errors import Code
 
 LEASE_SECONDS: Final = 5.0
 _MAX_CACHED: Final = 50_000
+_MOMENT: Final = re.compile(r"[0-9a-z]{1,11}")
 
-Loader = Callable[[list[str]], Awaitable[Mapping[str, Mapping[str, list[str]]]]]
+_NOBODY: Final[frozenset[tuple[str, str]]] = frozenset()
+Refusal = tuple[Code, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Roster:
+    """What the store knows of a conversation's recipients.
+
+    ``members`` maps users to their active device keys; ``relinked`` device keys to when (ms) their keys became another
+    installation's; ``blocks`` are pairs of a member and another whom they blocked; ``refusals`` says who of the members may
+    not send, and why.
+    """
+
+    members: Mapping[str, list[str]]
+    relinked: Mapping[str, int] = field(default_factory=dict)
+    blocks: frozenset[tuple[str, str]] = _NOBODY
+    refusals: Mapping[str, Refusal] = field(default_factory=dict)
+
+
+EMPTY: Final = Roster({})
+Loader = Callable[[list[str]], Awaitable[Mapping[str, Roster]]]
 
 
 class Audience:
@@ -27,11 +51,26 @@ class Audience:
     ``keys`` holds a device key for every active device and ``user/*`` for each member without any.
     """
 
-    __slots__ = ("_awaiting", "_rev", "conversation", "keys", "members", "resolved", "stale")
+    __slots__ = (
+        "_awaiting",
+        "_blocks",
+        "_relinked",
+        "_rev",
+        "conversation",
+        "keys",
+        "members",
+        "refusals",
+        "resolved",
+        "stale",
+    )
 
-    def __init__(self, conversation: str, members: Mapping[str, list[str]]) -> None:
+    def __init__(self, conversation: str, roster: Roster) -> None:
+        members = roster.members
         self.conversation = conversation
         self.members = frozenset(members)
+        self.refusals = roster.refusals
+        self._blocks = roster.blocks
+        self._relinked = roster.relinked
         self.keys: tuple[str, ...] = tuple(
             key
             for user, keys in sorted(members.items())
@@ -51,16 +90,40 @@ class Audience:
         """Everybody's mailboxes but the sending device's own. The list is shared: do not change it."""
         found = self._awaiting.get(sender_key)
         if found is None:
-            own = {sender_key, ids.any_device_key(ids.user_of(sender_key))}
-            found = self._awaiting[sender_key] = [key for key in self.keys if key not in own]
+            found = self._awaiting[sender_key] = self._without_blockers(sender_key, self.others(sender_key))
         return found
+
+    def others(self, sender_key: str) -> list[str]:
+        """Everybody's mailboxes but the sending device's own, as the sender sees them: who has blocked them looks like
+        anybody else."""
+        own = {sender_key, ids.any_device_key(ids.user_of(sender_key))}
+        return [key for key in self.keys if key not in own]
+
+    def _without_blockers(self, sender_key: str, keys: list[str]) -> list[str]:
+        if not self._blocks:
+            return keys
+        sender = ids.user_of(sender_key)
+        found = dict.fromkeys(
+            ids.blocked_key(ids.user_of(key)) if (ids.user_of(key), sender) in self._blocks else key
+            for key in keys
+        )
+        return list(found)
+
+    def relinked_since(self, rev: str) -> list[str]:
+        """The devices whose keys have become another installation's since ``rev`` was told."""
+        _, _, moment = rev.rpartition(".")
+        known = int(moment, 36) if _MOMENT.fullmatch(moment) else 0
+        return sorted(key for key, at in self._relinked.items() if at > known)
 
     @property
     def devices_rev(self) -> str:
-        """A short name for this set of devices; it changes when a device comes or goes."""
+        """A short name for this set of devices, and for the newest re-link among them (base 36, ms): it changes when a
+        device comes, goes, or is installed anew."""
         if self._rev is None:
-            text = "\n".join(key for key in self.keys if not key.endswith("/*"))
-            self._rev = hashlib.sha256(text.encode()).hexdigest()[:16]
+            keys = [key for key in self.keys if not ids.is_placeholder(key)]
+            text = "\n".join(f"{key} {self._relinked.get(key, 0)}" for key in keys)
+            newest = max((self._relinked.get(key, 0) for key in keys), default=0)
+            self._rev = f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.{_base36(newest)}"
         return self._rev
 
 
@@ -124,7 +187,7 @@ class Audiences:
                                 waiter.set_exception(error)
                     continue
                 for name, waiters in wanted.items():
-                    audience = self._remember(Audience(name, loaded.get(name, {})))
+                    audience = self._remember(Audience(name, loaded.get(name, EMPTY)))
                     audience.stale = name in self._outrun
                     for waiter in waiters:
                         if not waiter.done():
@@ -154,3 +217,12 @@ class Audiences:
                 names.discard(conversation)
                 if not names:
                     del self._of_user[user]
+
+
+def _base36(number: int) -> str:
+    digits = ""
+    while True:
+        number, rest = divmod(number, 36)
+        digits = "0123456789abcdefghijklmnopqrstuvwxyz"[rest] + digits
+        if not number:
+            return digits

@@ -27,6 +27,7 @@ from relay.store.messages import Messages, encode, owner
 from relay.store.mongo import BulkWriteError, Mongo, PyMongoError, brief, time_limit
 from relay.wire.envelope import Envelope
 from relay.wire.errors import RelayError
+from relay.wire.ids import RELAY_USER, user_of
 
 DUPLICATE: Final = 11000
 # What MongoDB says of a document that it will never take: bad value, failed to parse, type mismatch, invalid BSON,
@@ -60,9 +61,10 @@ Done = Callable[[Stored | RelayError], None]
 
 
 class Submission:
-    """One message on its way into the store; ``done`` is called exactly once."""
+    """One message on its way into the store; ``done`` is called exactly once. ``also`` are mailboxes that get it besides the
+    audience's: a system message tells those who were removed, too."""
 
-    __slots__ = ("again", "audience", "deadline", "done", "envelope", "raw", "sender_key", "settled")
+    __slots__ = ("again", "also", "audience", "deadline", "done", "envelope", "raw", "sender_key", "settled")
 
     def __init__(
         self,
@@ -73,7 +75,9 @@ class Submission:
         again: bool,
         deadline: float,
         done: Done,
+        also: Sequence[str] = (),
     ) -> None:
+        self.also = also
         self.envelope = envelope
         self.raw: RawBSONDocument = encode(envelope)
         self.audience = audience
@@ -92,7 +96,8 @@ class Submission:
 
 class Commits:
     """Commits groups of submissions. ``committed`` gets the fresh messages of a group, ready to deliver; ``found`` the device
-    keys for whom something turned up in the store that was not delivered so."""
+    keys for whom something turned up in the store that was not delivered so; ``strayed`` a message that was committed while
+    these of its recipients were being removed."""
 
     def __init__(
         self,
@@ -106,6 +111,7 @@ class Commits:
         timeout: float,
         committed: Callable[[Sequence[Envelope]], None],
         found: Callable[[Iterable[str]], None],
+        strayed: Callable[[str, list[str]], None],
     ) -> None:
         self._collection = mongo.messages
         self._messages = messages
@@ -116,7 +122,9 @@ class Commits:
         self._timeout = timeout
         self._committed = committed
         self._found = found
+        self._strayed = strayed
         self._tasks: set[asyncio.Task[None]] = set()
+        self._attempts: set[asyncio.Future[None]] = set()
         # By document id: what its sender was told `unavailable` of, though it may have been stored.
         self._given_up: dict[str, GivenUp] = {}
 
@@ -130,6 +138,11 @@ class Commits:
             submission.settle(
                 RelayError("unavailable", "the relay is stopping; send again", retry_after=1000)
             )
+
+    async def barrier(self) -> None:
+        """Waits until every attempt that is under way now is over. The next one of a retry resolves what has changed since."""
+        if self._attempts:
+            await asyncio.wait(set(self._attempts))
 
     async def settle_given_up(self) -> None:
         """Books and delivers what was stored after all, though its sender was told `unavailable`. Call now and then; one
@@ -169,6 +182,8 @@ class Commits:
         pending = batch
         try:
             while pending:
+                over = asyncio.get_running_loop().create_future()
+                self._attempts.add(over)
                 try:
                     await self._attempt(pending, attempt)
                 except PyMongoError as error:
@@ -178,6 +193,9 @@ class Commits:
                         attempt=attempt,
                         error=brief(error),
                     )
+                finally:
+                    self._attempts.discard(over)
+                    over.set_result(None)
                 unknown = [submission for submission in pending if not submission.settled]
                 if unknown:
                     self._retries.inc()
@@ -234,7 +252,7 @@ class Commits:
         if resent:
             # The first incarnation may have been acknowledged and deleted between the question above and the insert.
             await self._answer_from_fates(resent, inserted=True)
-        self._succeed([s for s in inserted if not s.settled])
+        await self._succeed([s for s in inserted if not s.settled])
         if duplicates:
             await self._answer_duplicates(duplicates)
 
@@ -257,14 +275,38 @@ class Commits:
             unknown.discard(place)
         return duplicates, unknown
 
-    def _succeed(self, inserted: list[Submission]) -> None:
+    async def _succeed(self, inserted: list[Submission]) -> None:
         if not inserted:
             return
         for submission in inserted:
             envelope = submission.envelope
             submission.settle(Stored(envelope.seq, envelope.at, fresh=True))
         self._ledger.add("accepted", sum(len(s.envelope.awaiting) for s in inserted))
+        outdated = [s for s in inserted if s.audience.stale]
+        if outdated:
+            await self._check_again(outdated)
         self._committed([s.envelope for s in inserted])
+
+    async def _check_again(self, outdated: list[Submission]) -> None:
+        """Members or devices changed while these were being written: nothing is pushed to who is no member any more, and it
+        does not wait for them."""
+        try:
+            audiences = await self._audiences.resolve_all(s.envelope.conversation for s in outdated)
+        except PyMongoError as error:
+            log.warning("recipients of fresh messages are not known; the sweep delivers", error=brief(error))
+            for submission in outdated:
+                submission.envelope.awaiting = []
+            return
+        for submission in outdated:
+            envelope = submission.envelope
+            allowed = set(audiences[envelope.conversation].awaiting(submission.sender_key)).union(
+                submission.also
+            )
+            members = audiences[envelope.conversation].members
+            strayed = [key for key in envelope.awaiting if key not in allowed and user_of(key) not in members]
+            if strayed:
+                envelope.awaiting = [key for key in envelope.awaiting if key not in strayed]
+                self._strayed(envelope.doc_id, strayed)
 
     async def _answer_from_fates(self, batch: list[Submission], *, inserted: bool) -> None:
         """Answers what is on record as gone. ``inserted``: this submission may have put a second incarnation into the
@@ -309,23 +351,30 @@ class Commits:
             else:
                 self._settle_given_up(envelope.doc_id, document)
                 submission.settle(Stored(document["seq"], int(document["createdAt"]), fresh=False))
-        self._succeed(fresh)
+        await self._succeed(fresh)
         if missing:
             await self._answer_from_fates(missing, inserted=False)
 
     async def _refresh(self, batch: list[Submission], attempt: int) -> None:
-        """Resolves recipients again where they changed since, or were resolved longer ago than the lease."""
-        old = [s for s in batch if s.audience.stale or (attempt and not s.audience.fresh)]
+        """Resolves recipients again where they changed since, or were resolved longer ago than the lease: a node that was
+        stopped, or whose queue was long, may not have heard of a removal."""
+        old = [s for s in batch if not s.audience.fresh]
         if not old:
             return
         audiences = await self._audiences.resolve_all(s.envelope.conversation for s in old)
         strangers: list[Submission] = []
         for submission in old:
             audience = submission.audience = audiences[submission.envelope.conversation]
-            if not attempt and submission.envelope.user not in audience.members:
+            user = submission.envelope.user
+            if (
+                not attempt
+                and user != RELAY_USER
+                and (user not in audience.members or user in audience.refusals)
+            ):
                 strangers.append(submission)
                 continue
-            awaiting = audience.awaiting(submission.sender_key)
+            awaiting = [*audience.awaiting(submission.sender_key)]
+            awaiting += [key for key in submission.also if key not in awaiting]
             if awaiting != submission.envelope.awaiting:
                 submission.envelope.awaiting = awaiting
                 submission.envelope.shared = len(awaiting) > 1
@@ -334,7 +383,7 @@ class Commits:
             await self._refuse_strangers(strangers)
 
     async def _refuse_strangers(self, batch: list[Submission]) -> None:
-        """Their senders have left since; a resend of what was stored before is answered all the same."""
+        """Their senders have left, or may not write any more; a resend of what was stored before is answered all the same."""
         found = await self._messages.read([s.envelope.doc_id for s in batch], committed=True)
         for submission in batch:
             document = found.get(submission.envelope.doc_id)
@@ -343,7 +392,12 @@ class Commits:
                 submission.settle(Stored(document["seq"], int(document["createdAt"]), fresh=False))
         await self._answer_from_fates([s for s in batch if not s.settled and s.again], inserted=False)
         for submission in batch:
-            submission.settle(RelayError("not_member", "no such conversation"))
+            refusal = submission.audience.refusals.get(submission.envelope.user)
+            submission.settle(
+                RelayError(*refusal)
+                if refusal is not None
+                else RelayError("not_member", "no such conversation")
+            )
 
 
 def _conflict() -> RelayError:

@@ -1,8 +1,4 @@
-"""Conversations and who is in them.
-
-There are no transactions (a sharded cluster's control collections need none): a creation writes the conversation with its
-``forming`` members, then the memberships, then clears ``forming``. Whoever finds it half done finishes it.
-"""
+"""Conversations and who is in them, as their members see them. Changes of members and settings are revisions.py's."""
 
 from __future__ import annotations
 
@@ -11,197 +7,299 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
-from pymongo import UpdateOne
-
+from models.accounts import User
 from models.conversations import Conversation, Membership
-from relay.store.accounts import Accounts, milliseconds
-from relay.store.mongo import DuplicateKeyError, time_limit
-from relay.wire import ids
+from relay.store.accounts import milliseconds
 from relay.wire.cursor import cursor_at, place_of
 from relay.wire.errors import RelayError
 
 ConversationType = Literal["direct", "group"]
-_LOAD: Final = 500
-_REPAIR: Final = 100
+_SHOWN_IN_LISTS: Final = 16
+_SHOWN: Final = 100
+_SCANNED: Final = 200
+_MOST_SCANNED: Final = 2000
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One person in a conversation."""
+    """One person in a conversation. ``joined_at`` in milliseconds."""
 
     user: str
     role: str
+    name: str | None
+    joined_at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """What a conversation is to one member. Times in milliseconds."""
+
+    role: str
+    muted_until: int | None
+    pinned: bool
+    archived: bool
+    read_up_to: int | None
+    joined_at: int
 
 
 @dataclass(frozen=True, slots=True)
 class ConversationView:
-    """A conversation as its members see it. ``created_at`` in milliseconds."""
+    """A conversation as one of its members sees it. Times in milliseconds. ``members`` holds the first hundred, in lists all
+    of small conversations and only the member themselves of others; ``member_count`` counts all."""
 
     id: str
     type: ConversationType
     name: str | None
+    picture: str | None
+    description: str | None
+    who_may_post: str
     members: list[Member]
+    member_count: int
     created_at: int
+    updated_at: int
+    me: Own
 
 
 class Conversations:
     """The ``conversations`` and ``memberships`` collections."""
 
-    def __init__(self, accounts: Accounts, *, timeout: float = 2) -> None:
-        self._accounts = accounts
-        self._timeout = timeout
-
-    async def create(
-        self,
-        creator: str,
-        kind: ConversationType,
-        members: Sequence[str],
-        *,
-        name: str | None,
-        ref: str | None,
-    ) -> tuple[ConversationView, bool]:
-        """Makes a conversation, or finds the one that exists: the direct one of the same pair, or the one this user
-        made with the same ``ref``. The second value says whether it is new."""
-        people = list(dict.fromkeys([creator, *members]))
-        if kind == "direct":
-            unique: str | None = "direct " + " ".join(sorted(people))
-        else:
-            unique = None if ref is None else f"ref {creator} {ref}"
-        document: dict[str, Any] = {
-            "_id": ids.new_id(),
-            "type": kind,
-            "createdBy": creator,
-            "createdAt": datetime.now(UTC),
-            "forming": people,
-        }
-        if name is not None:
-            document["name"] = name
-        if unique is not None:
-            document["unique"] = unique
-        created = True
-        collection = Conversation.get_motor_collection()
-        try:
-            await collection.insert_one(document)
-        except DuplicateKeyError:
-            created = False
-            found = await collection.find_one({"unique": unique})
-            if found is None:
-                raise RelayError("unavailable", "the conversation is being changed; try again") from None
-            document = found
-        await self._form(document)
-        return (await self._views([document]))[0], created
-
     async def get(self, conversation: str, user: str) -> ConversationView:
         """One conversation of this user. Raises RelayError ``not_found`` when it is absent or not theirs."""
-        if (
-            await Membership.get_motor_collection().find_one({"_id": f"{conversation} {user}"}, {"_id": 1})
-            is None
-        ):
-            raise RelayError("not_found", "no such conversation")
-        document = await Conversation.get_motor_collection().find_one({"_id": conversation})
+        row = await self._row(conversation, user)
+        document = await Conversation.get_motor_collection().find_one(
+            {"_id": conversation, "dissolvedAt": None}
+        )
         if document is None:
-            raise RelayError("not_found", "no such conversation")
-        return (await self._views([document]))[0]
+            raise _not_found()
+        people = await self._members({"conversationId": conversation, "removedAt": None}, _SHOWN)
+        return (await self._views([(document, row, people)]))[0]
+
+    async def check_member(self, conversation: str, user: str) -> None:
+        """Raises RelayError ``not_found`` when the conversation is absent or not this user's."""
+        await self._row(conversation, user)
 
     async def page(
-        self, user: str, *, limit: int, cursor: str | None
+        self, user: str, *, limit: int, cursor: str | None, q: str | None = None
     ) -> tuple[list[ConversationView], str | None]:
-        """This user's conversations, last changed first, and the cursor of the next page. Raises RelayError
-        ``bad_request`` for a cursor that is none."""
-        query: dict[str, Any] = {"user": user}
+        """This user's conversations, last changed first, and the cursor of the next page; with ``q`` only those whose name
+        or a member's name has a word that begins so (a page may then hold fewer than asked for, and still have a next).
+        Raises RelayError ``bad_request`` for a cursor that is none."""
+        if q is None:
+            rows = await self._rows(user, cursor, limit + 1)
+            more = len(rows) > limit
+            rows = rows[:limit]
+            return await self.listed(rows), _cursor(rows[-1]) if more else None
+        wanted = q.casefold().split()
+        found: list[ConversationView] = []
+        for _ in range(_MOST_SCANNED // _SCANNED):
+            rows = await self._rows(user, cursor, _SCANNED)
+            for row, view in zip(rows, await self.listed(rows, everything=False), strict=True):
+                cursor = _cursor(row)
+                if _matches(view, user, wanted):
+                    found.append(view)
+                    if len(found) == limit:
+                        return found, cursor
+            if len(rows) < _SCANNED:
+                return found, None
+        return found, cursor
+
+    async def members(
+        self, conversation: str, user: str, *, limit: int, cursor: str | None
+    ) -> tuple[list[Member], str | None]:
+        """The members, by user id, and the cursor of the next page. Raises RelayError ``not_found``, ``bad_request``."""
+        await self._row(conversation, user)
+        query: dict[str, Any] = {"conversationId": conversation, "removedAt": None}
+        if cursor is not None:
+            query["user"] = {"$gt": place_of(cursor)[1]}
+        rows = await self._members(query, limit + 1)
+        names = await _names([row["user"] for row in rows[:limit]])
+        page = [_member(row, names) for row in rows[:limit]]
+        return page, cursor_at(0, page[-1].user) if len(rows) > limit else None
+
+    async def member(self, conversation: str, user: str) -> Member:
+        """One member. Raises RelayError ``not_found``."""
+        row = await self._row(conversation, user)
+        return _member(row, await _names([user]))
+
+    async def set_own(self, conversation: str, user: str, fields: Mapping[str, Any]) -> None:
+        """Sets what this member keeps for themselves (``mutedUntil`` a datetime, ``pinned``, ``archived``; None unsets).
+        Raises RelayError ``not_found``."""
+        change: dict[str, Any] = {
+            "$set": {
+                "updatedAt": datetime.now(UTC),
+                **{name: value for name, value in fields.items() if value is not None},
+            }
+        }
+        gone = {name: "" for name, value in fields.items() if value is None}
+        if gone:
+            change["$unset"] = gone
+        result = await Membership.get_motor_collection().update_one(
+            {"_id": f"{conversation} {user}", "removedAt": None}, change
+        )
+        if not result.matched_count:
+            raise _not_found()
+
+    async def read(self, conversation: str, user: str, up_to: int) -> None:
+        """Moves this member's read cursor forward, never back. Raises RelayError ``not_found``."""
+        await self._row(conversation, user)
+        await Membership.get_motor_collection().update_one(
+            {
+                "_id": f"{conversation} {user}",
+                "removedAt": None,
+                "$or": [{"readUpTo": None}, {"readUpTo": {"$lt": up_to}}],
+            },
+            {"$set": {"readUpTo": up_to, "readAt": datetime.now(UTC)}},
+        )
+
+    async def of_user(self, user: str, after: str | None, limit: int) -> list[tuple[str, str]]:
+        """Ids and types of the conversations that this user is in, by id, after one when given."""
+        query: dict[str, Any] = {"user": user, "removedAt": None}
+        if after is not None:
+            query["_id"] = {"$gt": f"{after} {user}"}
+        cursor = Membership.get_motor_collection().find(query, {"conversationId": 1}).sort([("_id", 1)])
+        names = [row["conversationId"] for row in await cursor.limit(limit).to_list(limit)]
+        documents = await self._documents(names)
+        return [(name, documents[name]["type"]) for name in names if name in documents]
+
+    async def successor(self, conversation: str, user: str) -> str | None:
+        """Who shall be admin when this one goes: the member for longest among moderators, else among members."""
+        rows = Membership.get_motor_collection()
+        for role in ("moderator", "member"):
+            query = {"conversationId": conversation, "removedAt": None, "role": role, "user": {"$ne": user}}
+            found = (
+                await rows.find(query, {"user": 1}).sort([("joinedAt", 1), ("_id", 1)]).limit(1).to_list(1)
+            )
+            if found:
+                return str(found[0]["user"])
+        return None
+
+    async def forget_creator(self, user: str, pseudonym: str) -> None:
+        """Replaces a person's id in the conversations they made, and drops the keys under which a creation of theirs would
+        be found again."""
+        collection = Conversation.get_motor_collection()
+        await collection.update_many(
+            {"createdBy": user}, {"$set": {"createdBy": pseudonym}, "$unset": {"unique": ""}}
+        )
+        rows = Membership.get_motor_collection()
+        names = [row["conversationId"] async for row in rows.find({"user": user}, {"conversationId": 1})]
+        for start in range(0, len(names), _SCANNED):
+            await collection.update_many(
+                {"_id": {"$in": names[start : start + _SCANNED]}, "type": "direct"},
+                {"$unset": {"unique": ""}},
+            )
+
+    async def _row(self, conversation: str, user: str) -> Mapping[str, Any]:
+        row: Mapping[str, Any] | None = await Membership.get_motor_collection().find_one(
+            {"_id": f"{conversation} {user}", "removedAt": None}
+        )
+        if row is None:
+            raise _not_found()
+        return row
+
+    async def _rows(self, user: str, cursor: str | None, limit: int) -> list[Mapping[str, Any]]:
+        query: dict[str, Any] = {"user": user, "removedAt": None}
         if cursor is not None:
             changed, membership = _open_cursor(cursor)
-            query["$or"] = [
-                {"updatedAt": {"$lt": changed}},
-                {"updatedAt": changed, "_id": {"$gt": membership}},
-            ]
-        found = (
+            query["updatedAt"] = {"$lte": changed}
+            query["$or"] = [{"updatedAt": {"$lt": changed}}, {"_id": {"$gt": membership}}]
+        found: list[Mapping[str, Any]] = (
             await Membership.get_motor_collection()
             .find(query)
             .sort([("updatedAt", -1), ("_id", 1)])
-            .limit(limit + 1)
-            .to_list(limit + 1)
+            .limit(limit)
+            .to_list(limit)
         )
-        more = len(found) > limit
-        found = found[:limit]
-        wanted = [row["conversationId"] for row in found]
-        documents = {
-            document["_id"]: document
-            async for document in Conversation.get_motor_collection().find({"_id": {"$in": wanted}})
-        }
-        views = await self._views([documents[name] for name in wanted if name in documents])
-        return views, cursor_at(milliseconds(found[-1]["updatedAt"]), found[-1]["_id"]) if more else None
-
-    async def audiences(self, conversations: list[str]) -> Mapping[str, Mapping[str, list[str]]]:
-        """Members and their active device keys, by conversation; two queries for each five hundred."""
-        with time_limit(self._timeout):
-            return await self._audiences(conversations)
-
-    async def _audiences(self, conversations: list[str]) -> Mapping[str, Mapping[str, list[str]]]:
-        found: dict[str, dict[str, list[str]]] = {}
-        for start in range(0, len(conversations), _LOAD):
-            cursor = Membership.get_motor_collection().find(
-                {"conversationId": {"$in": conversations[start : start + _LOAD]}},
-                {"conversationId": 1, "user": 1},
-            )
-            rows = [(row["conversationId"], row["user"]) async for row in cursor]
-            devices = await self._accounts.active_devices(list({user for _, user in rows}))
-            for conversation, user in rows:
-                found.setdefault(conversation, {})[user] = list(devices.get(user, ()))
         return found
 
-    async def repair(self) -> int:
-        """Finishes creations that died half-way; returns how many."""
-        cursor = Conversation.get_motor_collection().find({"forming": {"$exists": True}}).limit(_REPAIR)
-        documents = await cursor.to_list(_REPAIR)
-        for document in documents:
-            await self._form(document)
-        return len(documents)
+    async def _members(self, query: Mapping[str, Any], limit: int) -> list[Mapping[str, Any]]:
+        cursor = Membership.get_motor_collection().find(query).sort([("user", 1)]).limit(limit)
+        found: list[Mapping[str, Any]] = await cursor.to_list(limit)
+        return found
 
-    async def _form(self, document: dict[str, Any]) -> None:
-        people = document.get("forming")
-        if people is None:
-            return
-        name, moment = document["_id"], document["createdAt"]
-        rows = [
-            UpdateOne(
-                {"_id": f"{name} {user}"},
-                {
-                    "$setOnInsert": {
-                        "conversationId": name,
-                        "user": user,
-                        "role": "admin"
-                        if document["type"] == "group" and user == document["createdBy"]
-                        else "member",
-                        "joinedAt": moment,
-                        "updatedAt": moment,
-                    }
-                },
-                upsert=True,
-            )
-            for user in people
+    async def _documents(self, conversations: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+        query = {"_id": {"$in": list(conversations)}, "dissolvedAt": None}
+        return {row["_id"]: row async for row in Conversation.get_motor_collection().find(query)}
+
+    async def listed(
+        self, rows: Sequence[Mapping[str, Any]], *, everything: bool = True
+    ) -> list[ConversationView]:
+        """The conversations of these membership documents, in their order; dissolved ones are left out, or with
+        ``everything`` False stand without content."""
+        documents = await self._documents([row["conversationId"] for row in rows])
+        small = [
+            name
+            for name, document in documents.items()
+            if document.get("memberCount", _SHOWN_IN_LISTS) <= _SHOWN_IN_LISTS
         ]
-        await Membership.get_motor_collection().bulk_write(rows, ordered=False)
-        await Conversation.get_motor_collection().update_one({"_id": name}, {"$unset": {"forming": ""}})
-
-    async def _views(self, documents: Sequence[Mapping[str, Any]]) -> list[ConversationView]:
-        wanted = [document["_id"] for document in documents]
-        members: dict[str, list[Member]] = {}
-        cursor = (
-            Membership.get_motor_collection().find({"conversationId": {"$in": wanted}}).sort([("user", 1)])
-        )
+        people: dict[str, list[Mapping[str, Any]]] = {}
+        cursor = Membership.get_motor_collection().find({"conversationId": {"$in": small}, "removedAt": None})
         async for row in cursor:
-            members.setdefault(row["conversationId"], []).append(Member(row["user"], row["role"]))
+            people.setdefault(row["conversationId"], []).append(row)
+        parts = []
+        for row in rows:
+            document = documents.get(row["conversationId"])
+            if document is None:
+                if everything:
+                    continue
+                document = {"_id": row["conversationId"], "type": "group", "createdAt": row["joinedAt"]}
+            members = sorted(people.get(row["conversationId"], [row]), key=lambda one: str(one["user"]))
+            parts.append((document, row, members))
+        return await self._views(parts)
+
+    async def _views(
+        self, parts: Sequence[tuple[Mapping[str, Any], Mapping[str, Any], Sequence[Mapping[str, Any]]]]
+    ) -> list[ConversationView]:
+        names = await _names([row["user"] for _, _, members in parts for row in members])
         return [
             ConversationView(
                 id=document["_id"],
                 type=document["type"],
                 name=document.get("name"),
-                members=members.get(document["_id"], []),
+                picture=document.get("picture"),
+                description=document.get("description"),
+                who_may_post=document.get("whoMayPost") or "members",
+                members=[_member(row, names) for row in members],
+                member_count=document.get("memberCount") or len(members),
                 created_at=milliseconds(document["createdAt"]),
+                updated_at=milliseconds(own["updatedAt"]),
+                me=own_of(own),
             )
-            for document in documents
+            for document, own, members in parts
         ]
+
+
+def own_of(row: Mapping[str, Any]) -> Own:
+    """What a stored membership says for its member."""
+    muted = row.get("mutedUntil")
+    return Own(
+        role=row["role"],
+        muted_until=None if muted is None else milliseconds(muted),
+        pinned=bool(row.get("pinned")),
+        archived=bool(row.get("archived")),
+        read_up_to=row.get("readUpTo"),
+        joined_at=milliseconds(row["joinedAt"]),
+    )
+
+
+async def _names(users: Sequence[str]) -> dict[str, str | None]:
+    """Names for people; a user name stands in for an absent one."""
+    wanted = list(dict.fromkeys(users))
+    cursor = User.get_motor_collection().find({"_id": {"$in": wanted}}, {"name": 1, "username": 1})
+    return {row["_id"]: row.get("name") or row.get("username") async for row in cursor}
+
+
+def _member(row: Mapping[str, Any], names: Mapping[str, str | None]) -> Member:
+    return Member(row["user"], row["role"], names.get(row["user"]), milliseconds(row["joinedAt"]))
+
+
+def _matches(view: ConversationView, user: str, wanted: Sequence[str]) -> bool:
+    texts = [view.name, *(member.name or member.user for member in view.members if member.user != user)]
+    words = [word for text in texts if text for word in text.casefold().split()]
+    return all(any(word.startswith(part) for word in words) for part in wanted)
+
+
+def _cursor(row: Mapping[str, Any]) -> str:
+    return cursor_at(milliseconds(row["updatedAt"]), row["_id"])
 
 
 def _open_cursor(cursor: str) -> tuple[datetime, str]:
@@ -210,3 +308,7 @@ def _open_cursor(cursor: str) -> tuple[datetime, str]:
         return datetime.fromtimestamp(changed / 1000, UTC), membership
     except (ValueError, OverflowError, OSError):
         raise RelayError("bad_request", "cursor is not one of ours") from None
+
+
+def _not_found() -> RelayError:
+    return RelayError("not_found", "no such conversation")

@@ -13,7 +13,7 @@ from bson.datetime_ms import DatetimeMS
 from pymongo import UpdateOne
 
 from models.messages import FateEntry
-from relay.store.endings import Ack, Acknowledged, Ending, Removal, Settlement, Sole
+from relay.store.endings import Ack, Acknowledged, Ending, Release, Removal, Settlement, Sole
 from relay.store.ledger import OUTCOMES, Fate, Outcome
 from relay.wire import ids
 
@@ -48,10 +48,16 @@ class EndingGroup:
         self.settlement = Settlement([], [])
         self._acks: dict[str, list[Ack]] = {}
         self._removals: dict[str, Fate] = {}
+        self._releases: dict[str, set[str]] = {}
         for ending in batch:
             if isinstance(ending, Removal):
                 for doc_id in ending.doc_ids:
                     self._removals.setdefault(doc_id, ending.fate)
+                    self.read[doc_id] = None
+                continue
+            if isinstance(ending, Release):
+                for doc_id in ending.doc_ids:
+                    self._releases.setdefault(doc_id, set()).update(ending.keys)
                     self.read[doc_id] = None
                 continue
             released = self.settlement.released
@@ -88,12 +94,19 @@ class EndingGroup:
                         counted[ack.key] = ack
                         told = Acknowledged(doc_id, user, device, ack.user, ack.device, ack.at, accepted_at)
                     expected[key] = Expectation("acknowledged", told)
+        dropped = remaining & self._releases.get(doc_id, set())
+        remaining -= dropped
+        expected.update({key: Expectation("released", None) for key in dropped})
+        self.settlement.released.extend((doc_id, key) for key in dropped)
         fate = self._removals.get(doc_id)
         entry = None
         if not remaining or fate is not None:
-            entry = entry_of(document, fate or "delivered", [ack.user for ack in counted.values()])
-        elif counted:
-            self.updates.append(_shrink(document, list(counted.values())))
+            # A message that nobody got before its last mailbox was removed is released, not delivered.
+            nobody = dropped and not counted and not document.get("deliveredTo")
+            own = fate or ("released" if nobody else "delivered")
+            entry = entry_of(document, own, [ack.user for ack in counted.values()])
+        elif counted or dropped:
+            self.updates.append(_shrink(document, list(counted.values()), sorted(dropped)))
             self.shrunk.append(doc_id)
         if fate is not None:
             if fate != "delivered":
@@ -146,10 +159,10 @@ def entry_of(document: Mapping[str, Any], fate: Fate, also: Sequence[str]) -> Fa
     }
 
 
-def _shrink(document: Mapping[str, Any], acks: Sequence[Ack]) -> UpdateOne:
-    """Takes devices out of ``awaiting`` and notes them in ``deliveredTo``. Idempotent: a device that is no longer awaited
+def _shrink(document: Mapping[str, Any], acks: Sequence[Ack], dropped: Sequence[str]) -> UpdateOne:
+    """Takes devices out of ``awaiting`` and notes those that acknowledged in ``deliveredTo``. Idempotent: a device that is no longer awaited
     changes nothing, so a retry does not double an entry."""
-    gone = [key for ack in acks for key in (ack.key, ids.any_device_key(ack.user))]
+    gone = [key for ack in acks for key in (ack.key, ids.any_device_key(ack.user))] + list(dropped)
     new = [
         {
             "keys": [ack.key, ids.any_device_key(ack.user)],

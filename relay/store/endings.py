@@ -63,6 +63,20 @@ class Removal:
         self.done = done or _nothing
 
 
+class Release:
+    """These mailboxes are nobody's any more: the messages stop waiting for them."""
+
+    __slots__ = ("deadline", "doc_ids", "done", "keys")
+
+    def __init__(
+        self, doc_ids: Sequence[str], keys: Sequence[str], *, deadline: float, done: Callable[[bool], None]
+    ) -> None:
+        self.doc_ids = doc_ids
+        self.keys = keys
+        self.deadline = deadline
+        self.done = done
+
+
 class Acknowledged(NamedTuple):
     """A device's acknowledgement of one message is durable. ``user`` and ``device`` are the message's sender."""
 
@@ -84,7 +98,7 @@ class Settlement:
     """(document id, device key) pairs that no connection needs to hold credit for any more."""
 
 
-Ending = Ack | Removal
+Ending = Ack | Removal | Release
 
 
 def _nothing(_: bool) -> None:

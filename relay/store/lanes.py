@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from zlib import crc32
 
 from relay.store.batcher import Batcher
-from relay.store.endings import Ack, Ending, Removal, Sole
+from relay.store.endings import Ack, Ending, Release, Removal, Sole
 from relay.store.ledger import Fate
 from relay.wire.ids import split_document_id
 
@@ -44,8 +44,27 @@ class EndingLanes:
             Removal([doc_id], fate, deadline=deadline), _BYTES_EACH
         )
 
+    def drop(self, doc_id: str, keys: Sequence[str], *, deadline: float) -> None:
+        """Takes mailboxes off one message, without waiting for it. Raises BatcherClosed."""
+        self._lane(split_document_id(doc_id)[0]).submit(
+            Release([doc_id], keys, deadline=deadline, done=_nothing), _BYTES_EACH
+        )
+
     async def remove(self, doc_ids: Sequence[str], fate: Fate, *, deadline: float) -> bool:
         """Ends messages for everybody who still awaits them. True once that is durable. Raises BatcherClosed."""
+        return await self._end(
+            doc_ids, lambda wanted, done: Removal(wanted, fate, deadline=deadline, done=done)
+        )
+
+    async def release(self, doc_ids: Sequence[str], keys: Sequence[str], *, deadline: float) -> bool:
+        """Takes mailboxes off the messages that await them. True once that is durable. Raises BatcherClosed."""
+        return await self._end(
+            doc_ids, lambda wanted, done: Release(wanted, keys, deadline=deadline, done=done)
+        )
+
+    async def _end(
+        self, doc_ids: Sequence[str], make: Callable[[list[str], Callable[[bool], None]], Ending]
+    ) -> bool:
         loop = asyncio.get_running_loop()
         by_lane: dict[int, list[str]] = {}
         for doc_id in doc_ids:
@@ -54,8 +73,7 @@ class EndingLanes:
         for number, wanted in by_lane.items():
             waiter = loop.create_future()
             waiters.append(waiter)
-            removal = Removal(wanted, fate, deadline=deadline, done=_setter(waiter))
-            self._lanes[number].submit(removal, _BYTES_EACH * len(wanted), len(wanted))
+            self._lanes[number].submit(make(wanted, _setter(waiter)), _BYTES_EACH * len(wanted), len(wanted))
         return all(await asyncio.gather(*waiters))
 
     @property
@@ -85,3 +103,7 @@ def _setter(waiter: asyncio.Future[bool]) -> Callable[[bool], None]:
             waiter.set_result(durable)
 
     return done
+
+
+def _nothing(_: bool) -> None:
+    return None

@@ -239,6 +239,32 @@ class Messages:
                     found.setdefault(key, set()).add(document["_id"])
         return found
 
+    async def awaited(
+        self,
+        keys: Sequence[str],
+        *,
+        limit: int,
+        conversation: str | None = None,
+        before: int | None = None,
+        exclude: Collection[str] = (),
+        exclude_sender: str | None = None,
+    ) -> list[str]:
+        """Ids of messages that wait for any of these mailboxes, of one conversation when named, accepted before ``before``
+        (ms) when given."""
+        query: dict[str, Any] = {"awaiting": {"$in": list(keys)}}
+        if conversation is not None:
+            query["conversationId"] = conversation
+        if before is not None:
+            query["createdAt"] = {"$lt": DatetimeMS(before)}
+        if exclude:
+            query["_id"] = {"$nin": list(exclude)}
+        if exclude_sender is not None:
+            query["sender.user"] = {"$ne": exclude_sender}
+        async with self._readers:
+            with time_limit(None):
+                cursor = self._collection.find(query, {"_id": 1}).limit(limit)
+                return [document["_id"] async for document in cursor if _is_id(document["_id"])]
+
     async def count_waiting(self) -> int:
         """How many deliveries (message and device) wait in the store: opens the ledger at a start."""
         pipeline = [{"$group": {"_id": None, "n": {"$sum": {"$size": {"$ifNull": ["$awaiting", []]}}}}}]

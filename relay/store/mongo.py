@@ -26,7 +26,11 @@ from pymongo.read_concern import ReadConcern
 from pymongo.write_concern import WriteConcern
 
 from models.accounts import Device, User
+from models.audit import AuditEntry, AuditHead
+from models.contacts import Contact, Report
 from models.conversations import Conversation, Membership
+from models.housekeeping import Erasure, Release, Setting, Tombstone
+from models.keys import PreKey, PublicKeys
 from models.messages import FATES, MESSAGES, fate_indexes, message_indexes, ttl_indexes
 
 # Motor runs each call in a thread of one pool; calls that hang must not starve the others, so there are more threads
@@ -56,7 +60,22 @@ MESSAGE_CODEC: Final[CodecOptions[dict[str, Any]]] = CodecOptions(
 )
 _INDEX_OPTIONS_CONFLICT: Final = 85
 _CALL_MS: Final = 10_000
-CONTROL: Final = (User, Device, Conversation, Membership)
+CONTROL: Final = (
+    User,
+    Device,
+    Contact,
+    Report,
+    Conversation,
+    Membership,
+    PublicKeys,
+    PreKey,
+    AuditEntry,
+    AuditHead,
+    Release,
+    Erasure,
+    Tombstone,
+    Setting,
+)
 
 
 class MongoUnavailable(Exception):

@@ -1,7 +1,7 @@
 """Names of things: what they look like and how they are joined.
 
 A *device key* is ``user/device``; it names one mailbox. Two placeholders share its form: ``user/*`` stands for a member
-without any active device. A *document id* is ``"<conversation> <message id>"``: unique over all shards, because ``_id``
+without any active device, ``user/!`` for one who has blocked the sender. A *document id* is ``"<conversation> <message id>"``: unique over all shards, because ``_id``
 alone is unique on its own shard only.
 """
 
@@ -35,6 +35,16 @@ def device_key(user: str, device: str) -> str:
 def any_device_key(user: str) -> str:
     """The mailbox of a member without any active device; whichever device of theirs comes next drains it."""
     return f"{user}/*"
+
+
+def blocked_key(user: str) -> str:
+    """Where the messages of people whom this member has blocked wait: nobody drains it, so they expire."""
+    return f"{user}/!"
+
+
+def is_placeholder(key: str) -> bool:
+    """Whether a key stands for no device."""
+    return key.endswith(("/*", "/!"))
 
 
 def user_of(key: str) -> str:

@@ -51,6 +51,11 @@ def authed(expires: int, ref: str | None) -> str:
     return _with_ref({"t": "authed", "exp": expires}, ref)
 
 
+def keys(one_time: int) -> str:
+    """The stock of one-time prekeys of this device runs low."""
+    return f'{{"t":"keys","oneTime":{one_time}}}'
+
+
 def bye(retry_after: int) -> str:
     """The node drains; come back after so many milliseconds."""
     return f'{{"t":"bye","retryAfter":{retry_after}}}'

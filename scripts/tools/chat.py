@@ -21,7 +21,7 @@ from relay.client import (
     Draft,
     RequestFailed,
 )
-from relay.session.tokens import KeyConfigurationError, generate_secret, mint
+from relay.security.tokens import KeyConfigurationError, generate_secret, mint
 from relay.wire import ids
 from scripts.tools import stdin
 from scripts.tools.screen import Screen

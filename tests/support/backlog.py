@@ -113,7 +113,9 @@ class LocalConnection:
         self.key = device_key(user, device)
         self.heard = asyncio.get_running_loop().time()
         self.pinged = False
+        self.issued = 0
         self.expires = 1 << 40
+        self.session: str | None = None
         self.pings = 0
         self.life: float | None = None
         self.closes: list[Close] = []

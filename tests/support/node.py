@@ -11,10 +11,11 @@ from pymongo import AsyncMongoClient
 
 from config.settings import Settings
 from relay import app
-from relay.session.tokens import mint
+from relay.security.tokens import mint
 from tests.support.device import WireDevice
 
 SECRET = "a secret for tests only, of more than 32 bytes"
+RATES = [name for name in Settings.model_fields if name.startswith("rate_")]
 
 
 class Node:
@@ -100,6 +101,9 @@ class NodeFactory:
             "mongo_database": self.database,
             "jwt_secret": SECRET,
             "drain_seconds": 2,
+            # Every device of a test has one address, and is fast: a test of a limit sets it.
+            "message_rate": 0,
+            **dict.fromkeys(RATES, "off"),
             **settings,
         }
         relay = await app.start(Settings(**values))

@@ -11,9 +11,10 @@ from time import monotonic
 from typing import Any
 
 from relay.metrics import Metrics
+from relay.security.pseudonyms import Pseudonyms
 from relay.store.accounts import Accounts
 from relay.store.acks import Acks
-from relay.store.audience import Audience, Audiences
+from relay.store.audience import EMPTY, Audience, Audiences
 from relay.store.batcher import Batcher
 from relay.store.commits import Commits, Stored, Submission
 from relay.store.conversations import Conversations
@@ -23,6 +24,7 @@ from relay.store.lanes import EndingLanes
 from relay.store.ledger import OUTCOMES, Ledger
 from relay.store.messages import Messages
 from relay.store.mongo import Mongo
+from relay.store.rosters import Rosters
 from relay.wire.clock import Clock
 from relay.wire.envelope import Envelope
 from relay.wire.errors import RelayError
@@ -41,9 +43,9 @@ class Store:
         self.clock = Clock()
         self.messages = Messages(self.mongo, self.metrics, ttl_seconds=TTL_SECONDS, timeout=2)
         self.fates = Fates(self.mongo, timeout=2)
-        self.accounts = Accounts(inactive=timedelta(days=30))
-        self.conversations = Conversations(self.accounts)
-        self.audiences = Audiences(self.conversations.audiences)
+        self.accounts = Accounts(inactive=timedelta(days=30), pseudonyms=Pseudonyms(b"a key for tests only, of 32 bytes."))
+        self.conversations = Conversations()
+        self.audiences = Audiences(Rosters(inactive=timedelta(days=30)).load)
         self.committed: list[Envelope] = []
         self.settlements: list[Settlement] = []
         self.faults: list[BaseException] = []
@@ -66,6 +68,7 @@ class Store:
             self.metrics,
             timeout=2,
             found=lambda _: None,
+            strayed=lambda doc_id, keys: self.endings.drop(doc_id, keys, deadline=monotonic() + 10),
             committed=self.committed.extend,
         )
         self.endings = EndingLanes([self._lane(f"ack-{number}") for number in range(2)])
@@ -128,7 +131,7 @@ class Store:
         outcome: asyncio.Future[Stored | RelayError] = asyncio.get_running_loop().create_future()
         found = Submission(
             envelope,
-            Audience(envelope.conversation, {}),
+            Audience(envelope.conversation, EMPTY),
             device_key(envelope.user, envelope.device),
             again=again,
             deadline=monotonic() + seconds,

@@ -18,7 +18,7 @@ import aiohttp
 import msgspec
 import uvloop
 
-from relay.session.tokens import mint
+from relay.security.tokens import mint
 from scripts.tools.bench.messages import Connected, Counted, Failed, Measured, News, Order, Progress
 from scripts.tools.bench.pairs import Pacer, Pair, Tally, percentiles
 from scripts.tools.bench.processes import Usage, usages

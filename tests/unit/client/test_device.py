@@ -284,8 +284,8 @@ async def test_a_retryable_error_is_tried_again_after_the_time_it_names_and_othe
             refusals.append(loop.time())
             return {
                 "t": "error",
-                "code": "rate_limited",
-                "message": "slow down",
+                "code": "mailbox_full",
+                "message": "their mailbox is full",
                 "retry": True,
                 "retryAfter": 300,
                 "id": operation["id"],
@@ -304,6 +304,47 @@ async def test_a_retryable_error_is_tried_again_after_the_time_it_names_and_othe
         assert loop.time() - refusals[0] >= 0.3
     attempts = [(sent["id"], sent.get("again", False)) for sent in peer.sent("send") if sent["conv"] == "c1"]
     assert attempts == [(first, False), (first, True)]
+
+
+async def test_a_device_that_sends_too_fast_is_silent_as_long_as_it_is_told_and_keeps_its_order(
+    peer: Peer, tmp_path: Path
+) -> None:
+    loop = asyncio.get_running_loop()
+    began, taken = loop.time(), 0
+    silent_until = 0.0
+    early: list[Operation] = []
+
+    def refuse(operation: Operation) -> Operation | None:
+        nonlocal taken, silent_until
+        if operation["t"] != "send":
+            return None
+        if loop.time() >= silent_until and taken < 10:
+            taken += 1
+            return None
+        if taken == 10:
+            taken, silent_until = 0, loop.time() + 0.2
+        elif loop.time() > silent_until - 0.1:
+            early.append(operation)
+        return {
+            "t": "error",
+            "code": "rate_limited",
+            "message": "too many messages",
+            "retry": True,
+            "retryAfter": int(1000 * (silent_until - loop.time())) + 1,
+            "id": operation["id"],
+            "conv": operation["conv"],
+        }
+
+    peer.answer = refuse
+    async with device(peer, tmp_path / "d") as ann:
+        sent = [await ann.send("c1" if number % 3 else "c2", str(number)) for number in range(50)]
+        await ann.settled()
+        assert 0.8 <= loop.time() - began < 4
+        assert early == []
+        for conv in ("c1", "c2"):
+            stored = [item.id for item in await ann.storage.history(conv)]
+            assert stored == [one for number, one in enumerate(sent) if (number % 3 != 0) == (conv == "c1")]
+    assert len(peer.sent("send")) < 50 + 5 * 64
 
 
 async def test_a_final_error_fails_that_message_alone_and_tells_why(peer: Peer, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import pytest
 
 from relay.store import audience as module
-from relay.store.audience import LEASE_SECONDS, Audience, Audiences
+from relay.store.audience import LEASE_SECONDS, Audience, Audiences, Roster
 from tests.support.backlog import turns
 
 Members = dict[str, dict[str, list[str]]]
@@ -24,10 +24,10 @@ class Directory:
         self.gate.set()
         self.fault: Exception | None = None
 
-    async def load(self, wanted: list[str]) -> Mapping[str, Mapping[str, list[str]]]:
+    async def load(self, wanted: list[str]) -> Mapping[str, Roster]:
         self.asked.append(wanted)
         found = {
-            name: {user: list(keys) for user, keys in self.conversations[name].items()}
+            name: Roster({user: list(keys) for user, keys in self.conversations[name].items()})
             for name in wanted
             if name in self.conversations
         }
@@ -49,24 +49,24 @@ def directory() -> Directory:
 
 
 def test_everybody_awaits_a_message_but_the_device_that_sent_it(directory: Directory) -> None:
-    one = Audience("talk", directory.conversations["talk"])
+    one = Audience("talk", Roster(directory.conversations["talk"]))
     assert one.members == {"ann", "bob", "cleo"}
     assert one.awaiting("ann/phone") == ["ann/tablet", "bob/phone", "cleo/*"]
     assert one.awaiting("bob/phone") == ["ann/phone", "ann/tablet", "cleo/*"]
 
 
 def test_a_sender_without_an_active_device_does_not_await_their_own_message(directory: Directory) -> None:
-    one = Audience("talk", directory.conversations["talk"])
+    one = Audience("talk", Roster(directory.conversations["talk"]))
     assert one.awaiting("cleo/watch") == ["ann/phone", "ann/tablet", "bob/phone"]
 
 
 def test_the_revision_follows_the_devices_and_nothing_else() -> None:
-    one = Audience("talk", {"ann": ["ann/phone"], "bob": []})
-    same = Audience("other", {"bob": [], "cleo": [], "ann": ["ann/phone"]})
-    other = Audience("talk", {"ann": ["ann/phone"], "bob": ["bob/phone"]})
+    one = Audience("talk", Roster({"ann": ["ann/phone"], "bob": []}))
+    same = Audience("other", Roster({"bob": [], "cleo": [], "ann": ["ann/phone"]}))
+    other = Audience("talk", Roster({"ann": ["ann/phone"], "bob": ["bob/phone"]}))
     assert one.devices_rev == same.devices_rev
     assert one.devices_rev != other.devices_rev
-    assert len(one.devices_rev) == 16
+    assert len(one.devices_rev) == 16 + 2
 
 
 async def test_a_known_audience_needs_no_query(directory: Directory) -> None:

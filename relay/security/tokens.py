@@ -42,6 +42,7 @@ MAX_KEYS: Final = 64
 
 _MAX_FILE: Final = 1 << 20
 _LAST_SECOND: Final = 253_402_300_799  # the end of the year 9999: what date libraries can still hold
+_SESSION_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _SHAPE: Final = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 _JWS: Final = jwt.PyJWS(algorithms=["HS256", "RS256", "ES256", "EdDSA"])
 _FROM_JWK: Final = {"RSA": RSAAlgorithm.from_jwk, "EC": ECAlgorithm.from_jwk, "OKP": OKPAlgorithm.from_jwk}
@@ -59,11 +60,14 @@ class KeyConfigurationError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Whom an accepted token speaks for; ``expires`` is in seconds since the epoch, and in the future."""
+    """Whom an accepted token speaks for. ``issued`` and ``expires`` are in seconds since the epoch, ``expires`` in the
+    future. ``session`` (claim ``sid``) is set when the relay issued the token: it is good only for that session."""
 
     user: str
     device: str
     expires: int
+    issued: int
+    session: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +171,10 @@ class Verifier:
             raise TokenError("the token is not valid yet")
         if expires <= now:
             raise TokenError("the token has expired; renew it and reconnect")
-        return Identity(user, device, expires)
+        session = claims.get("sid")
+        if "sid" in claims and not (isinstance(session, str) and _SESSION_ID.fullmatch(session)):
+            raise TokenError("the token's `sid` claim is not a session id")
+        return Identity(user, device, expires, issued, session)
 
 
 def load_keys(
@@ -204,10 +211,26 @@ def load_keys(
     return keys
 
 
+def first_secret(keys: Sequence[VerificationKey]) -> str | None:
+    """The secret that the relay signs its own tokens with: the first HS256 key, None when there is none."""
+    for key in keys:
+        if isinstance(key.key, bytes):
+            return key.key.decode()
+    return None
+
+
 def mint(
-    secret: str, user: str, device: str, *, audience: str, lifetime: int, now: float | None = None
+    secret: str,
+    user: str,
+    device: str,
+    *,
+    audience: str,
+    lifetime: int,
+    now: float | None = None,
+    session: str | None = None,
 ) -> str:
-    """An HS256 access token of one device, valid from ``now`` for ``lifetime`` seconds.
+    """An HS256 access token of one device, valid from ``now`` for ``lifetime`` seconds, and with ``session`` only as long
+    as the device has that session.
 
     Raises ValueError for ids outside the protocol's alphabet, KeyConfigurationError for a weak secret.
     """
@@ -215,8 +238,18 @@ def mint(
         raise ValueError("a user id has 1 to 128 characters of A-Z a-z 0-9 _ . @ : + -")
     if not DEVICE_ID.fullmatch(device):
         raise ValueError("a device id has 1 to 64 characters of A-Z a-z 0-9 _ . : -")
+    if session is not None and not _SESSION_ID.fullmatch(session):
+        raise ValueError("a session id has 1 to 64 characters of A-Z a-z 0-9 _ -")
     issued = int(time.time() if now is None else now)
-    claims = {"sub": user, "dev": device, "aud": audience, "iat": issued, "exp": issued + lifetime}
+    claims: dict[str, str | int] = {
+        "sub": user,
+        "dev": device,
+        "aud": audience,
+        "iat": issued,
+        "exp": issued + lifetime,
+    }
+    if session is not None:
+        claims["sid"] = session
     return jwt.encode(claims, _secret(secret, "RELAY_JWT_SECRET"), algorithm="HS256")
 
 

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
-from relay.session.tokens import (
+from relay.security.tokens import (
     MAX_KEYS,
     MAX_TOKEN,
     Identity,
@@ -116,7 +116,7 @@ def refused(token: str, verifier: Verifier = VERIFIER, now: float = NOW) -> str:
 
 def test_a_minted_token_gives_back_its_user_device_and_expiry() -> None:
     token = mint(SECRET, "ann@example.org", "phone:1", audience="relay", lifetime=60, now=NOW)
-    assert VERIFIER.verify(token, NOW) == Identity("ann@example.org", "phone:1", int(NOW) + 60)
+    assert VERIFIER.verify(token, NOW) == Identity("ann@example.org", "phone:1", int(NOW) + 60, int(NOW))
 
 
 def test_a_token_minted_by_the_clock_is_accepted_by_the_clock() -> None:
@@ -148,7 +148,7 @@ def test_the_algorithm_of_a_pem_key_follows_from_its_type(
     assert [(key.algorithm, key.kid) for key in keys] == [(algorithm, None)]
     token = jwt.encode(claims(), private, algorithm=algorithm, headers={"kid": "whatever"})
     verifier = Verifier(keys, audience="relay")
-    assert verifier.verify(token, NOW) == Identity("ann", "phone", int(NOW) + 600)
+    assert verifier.verify(token, NOW) == Identity("ann", "phone", int(NOW) + 600, int(NOW))
     head, payload, signature = token.split(".")
     flipped = ("A" if signature[0] != "A" else "B") + signature[1:]
     assert "signature" in refused(f"{head}.{payload}.{flipped}", verifier)
@@ -544,6 +544,30 @@ def test_minting_refuses_ids_that_no_verifier_would_accept() -> None:
         mint("short", "ann", "phone", audience="relay", lifetime=60)
 
 
+# --- sessions
+
+
+def test_a_minted_token_names_its_session() -> None:
+    token = mint(SECRET, "ann", "phone", audience="relay", lifetime=60, now=NOW, session="s-1_A")
+    assert VERIFIER.verify(token, NOW).session == "s-1_A"
+
+
+def test_a_token_without_a_session_has_none() -> None:
+    assert VERIFIER.verify(token_of({"alg": "HS256"}), NOW).session is None
+
+
+@pytest.mark.parametrize("session", ["", "a b", "a.b", "a" * 65, 5, None, ["a"], {"$ne": "a"}, True, "a\n"])
+def test_a_session_that_is_none_is_refused(session: Any) -> None:
+    payload = json.dumps(claims() | {"sid": session}).encode()
+    assert "`sid`" in refused(signed(b'{"alg":"HS256"}', payload))
+
+
+@pytest.mark.parametrize("session", ["", "a b", "a" * 65])
+def test_minting_refuses_a_session_that_no_verifier_would_accept(session: str) -> None:
+    with pytest.raises(ValueError, match="session id has 1 to"):
+        mint(SECRET, "ann", "phone", audience="relay", lifetime=60, session=session)
+
+
 # --- the generated secret
 
 
@@ -582,7 +606,7 @@ def test_a_secret_file_that_is_empty_a_pipe_or_a_directory_is_refused(tmp_path: 
 def test_processes_that_start_at_once_agree_on_the_secret(tmp_path: Path) -> None:
     path = tmp_path / "jwt.secret"
     program = (
-        "import sys, pathlib; from relay.session.tokens import generate_secret; print('ready', flush=True); "
+        "import sys, pathlib; from relay.security.tokens import generate_secret; print('ready', flush=True); "
         "sys.stdin.readline(); print(generate_secret(pathlib.Path(sys.argv[1])))"
     )
     running = [

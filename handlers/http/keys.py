@@ -1,0 +1,211 @@
+"""The end-to-end key directory: publish, read, claim."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+from aiohttp import web
+
+from handlers.context import Context
+from handlers.http.route import Caller, Route, answer, only, parsed
+from handlers.http.schemas.keys import (
+    ClaimAnswer,
+    ClaimedKeys,
+    ClaimKeys,
+    DeviceKeysAnswer,
+    DirectoryAnswer,
+    PreKey,
+    PublicPreKey,
+    PublicSignedKey,
+    PublishKeys,
+    SignedPreKey,
+    StockAnswer,
+)
+from relay.store.keys import Claim, Entry, KeyPair, Stock, Upload
+from relay.wire import replies
+from relay.wire.errors import RelayError
+from relay.wire.ids import USER_ID, device_key
+
+_CHECKS_AT_ONCE: Final = 16
+
+
+async def publish(ctx: Context, caller: Caller, request: web.Request) -> web.Response:
+    """Publishes this device's public keys. Repeating an upload changes nothing. Another signed prekey takes the place of
+    the one before; one-time and KEM prekeys are added to those that wait, up to 1,000 of each kind (a request takes 200 of
+    each, and is bounded as a whole by the size of a frame). A key id that was uploaded before keeps its first key.
+
+    Another identity key or registration id says that the app was installed anew under this device id: prekeys start anew,
+    what waited for the former installation is released, and this one is shown a `gap`."""
+    only(request)
+    upload = _upload(await parsed(request, PublishKeys))
+    key = device_key(caller.user, caller.device)
+    relinked = await ctx.keys.relinks(key, upload)
+    if relinked:
+        return answer(_shown(await _replace(ctx, caller, key, upload)))
+    if not await ctx.keys.register(key, upload.registration):
+        raise _gone()
+    stock = await ctx.keys.store(key, upload)
+    if relinked is None:
+        await ctx.invalidation.tell(users=[caller.user])
+    return answer(_shown(stock))
+
+
+async def _replace(ctx: Context, caller: Caller, key: str, upload: Upload) -> Stock:
+    """Another installation has taken the device's place. The keys are written last: until then a repetition is seen as a
+    replacement again and finishes what a crash left."""
+    release = await ctx.releases.plan(key)
+    await ctx.audit.record(
+        "keys.replace", actor=caller.user, target=caller.user, address=caller.address, agent=caller.agent
+    )
+    if not await ctx.keys.relink(key, upload.registration):
+        raise _gone()
+    try:
+        stock = await ctx.keys.store(key, upload)
+        await ctx.keys.relinked(key)
+    finally:
+        await ctx.invalidation.tell(users=[caller.user])
+    await ctx.releases.run(release)
+    return stock
+
+
+async def directory(ctx: Context, caller: Caller, request: web.Request) -> web.Response:
+    """The keys of a person's devices that no reading uses up: identity key, registration id and signed prekey. Devices that
+    have published none, or get no messages any more, are left out."""
+    only(request)
+    user: str = request.match_info["id"]
+    if not USER_ID.fullmatch(user) or not await ctx.accounts.exists(user):
+        raise RelayError("not_found", "no such user")
+    devices = (await ctx.accounts.active_devices([user])).get(user, [])
+    return answer(DirectoryAnswer(devices=[_listed(entry) for entry in await ctx.keys.directory(devices)]))
+
+
+async def claim(ctx: Context, caller: Caller, request: web.Request) -> web.Response:
+    """Hands out one one-time prekey and one KEM prekey of each device, to nobody else ever again. When the KEM prekeys have
+    run out the last-resort key comes instead. When claims of one of the devices come too often, nothing is handed out and
+    the error's `details.devices` names those to leave out."""
+    only(request)
+    wanted = await parsed(request, ClaimKeys)
+    await _check_rates(ctx, wanted.devices)
+    claims = await ctx.keys.claim(wanted.devices)
+    for found in claims:
+        target = ctx.hub.get(found.device) if found.low is not None else None
+        if target is not None and found.low is not None:
+            target.outbox.put(replies.keys(found.low))
+    return answer(ClaimAnswer(devices=[_claimed(found) for found in claims]))
+
+
+async def count(ctx: Context, caller: Caller, request: web.Request) -> web.Response:
+    """How many prekeys of this device are left to be claimed."""
+    only(request)
+    return answer(_shown(await ctx.keys.stock(device_key(caller.user, caller.device))))
+
+
+async def _check_rates(ctx: Context, devices: list[str]) -> None:
+    """Counts a claim of each device. Raises RelayError ``rate_limited`` that names those over their limit."""
+    turn = asyncio.Semaphore(_CHECKS_AT_ONCE)
+
+    async def check(device: str) -> RelayError | None:
+        async with turn:
+            try:
+                await ctx.rates.check("key_claim", device)
+            except RelayError as error:
+                return error
+            return None
+
+    outcomes = await asyncio.gather(*(check(device) for device in devices))
+    over = {device: error for device, error in zip(devices, outcomes, strict=True) if error is not None}
+    for error in over.values():
+        raise RelayError(
+            error.code,
+            error.message,
+            retry_after=max((one.retry_after or 0 for one in over.values()), default=0) or None,
+            details={**error.details, "devices": list(over)},
+        )
+
+
+def _gone() -> RelayError:
+    return RelayError("unauthorized", "this device is signed out")
+
+
+def _pair(key: PreKey | SignedPreKey) -> KeyPair:
+    return KeyPair(key.id, key.key, key.signature if isinstance(key, SignedPreKey) else None)
+
+
+def _upload(wanted: PublishKeys) -> Upload:
+    return Upload(
+        identity=wanted.identity_key,
+        registration=wanted.registration_id,
+        signed=_pair(wanted.signed_pre_key),
+        one_time=[_pair(key) for key in wanted.one_time_pre_keys],
+        kem=[_pair(key) for key in wanted.kem_pre_keys],
+        last_resort=None if wanted.last_resort is None else _pair(wanted.last_resort),
+    )
+
+
+def _shown(stock: Stock) -> StockAnswer:
+    return StockAnswer(one_time=stock.one_time, kem=stock.kem)
+
+
+def _signed(key: KeyPair) -> PublicSignedKey:
+    return PublicSignedKey(id=key.id, key=key.key, signature=key.signature or "")
+
+
+def _listed(entry: Entry) -> DeviceKeysAnswer:
+    return DeviceKeysAnswer(
+        device=entry.device,
+        identity_key=entry.identity,
+        registration_id=entry.registration,
+        signed_pre_key=_signed(entry.signed),
+    )
+
+
+def _claimed(found: Claim) -> ClaimedKeys:
+    one_time = found.one_time
+    return ClaimedKeys(
+        device=found.device,
+        one_time_pre_key=None if one_time is None else PublicPreKey(id=one_time.id, key=one_time.key),
+        kem_pre_key=None if found.kem is None else _signed(found.kem),
+    )
+
+
+ROUTES: Final = (
+    Route(
+        "PUT",
+        "/v1/keys",
+        publish,
+        "Publish this device's public keys",
+        "keys",
+        {200: StockAnswer},
+        request=PublishKeys,
+        errors=("bad_request", "conflict", "too_large"),
+    ),
+    Route(
+        "GET",
+        "/v1/keys/count",
+        count,
+        "How many prekeys of this device are left",
+        "keys",
+        {200: StockAnswer},
+        errors=("bad_request",),
+    ),
+    Route(
+        "GET",
+        "/v1/users/{id}/keys",
+        directory,
+        "The public keys of a person's devices; uses nothing up",
+        "keys",
+        {200: DirectoryAnswer},
+        errors=("bad_request", "not_found"),
+    ),
+    Route(
+        "POST",
+        "/v1/keys/claim",
+        claim,
+        "Claim one-time prekeys",
+        "keys",
+        {200: ClaimAnswer},
+        request=ClaimKeys,
+        errors=("bad_request", "too_large", "rate_limited"),
+    ),
+)

@@ -1,0 +1,144 @@
+"""Members of a group: list, add, promote, remove, leave."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from aiohttp import web
+
+from handlers import changing
+from handlers.context import Context
+from handlers.http.conversations import PAGING, check_welcome, know, named, shown, shown_member
+from handlers.http.route import Caller, Route, answer, only, page_limit, parsed
+from handlers.http.schemas.base import DoneAnswer
+from handlers.http.schemas.conversations import (
+    AddMembers,
+    ChangeMember,
+    ConversationAnswer,
+    MemberAnswer,
+    MemberPage,
+)
+from relay.wire.errors import RelayError
+from relay.wire.ids import USER_ID
+
+_DEFAULT: Final = 100
+_MOST: Final = 200
+
+
+async def index(ctx: Context, caller: Caller, request: web.Request) -> web.Response:
+    """The members, by user id."""
+    only(request, "cursor", "limit")
+    page, cursor = await ctx.conversations.members(
+        named(request),
+        caller.user,
+        limit=page_limit(request, _DEFAULT, _MOST),
+        cursor=request.query.get("cursor"),
+    )
+    return answer(MemberPage(items=[shown_member(member) for member in page], next=cursor))
+
+
+async def add(ctx: Context, caller: Caller, request: web.Request) -> web.Response:
+    """Adds people; they get what is sent from now on. Who is a member already stays as they are."""
+    conversation = named(request)
+    wanted = await parsed(request, AddMembers)
+    users = list(dict.fromkeys(wanted.users))
+    # Rights before anything is asked about the people named: strangers learn nothing.
+    view = await ctx.conversations.get(conversation, caller.user)
+    if view.type != "group" or view.me.role not in ("admin", "moderator"):
+        raise RelayError("forbidden", "only admins and moderators of a group may add people")
+    await know(ctx, caller, users)
+    await check_welcome(ctx, caller, [user for user in users if user != caller.user], "whoMayAdd")
+    revision = await changing.change(
+        ctx, conversation, caller.user, users, changing.adding(users, ctx.limits.members)
+    )
+    if revision is not None:
+        for user in revision.users:
+            await _note(ctx, caller, "member.add", conversation, user)
+    return answer(shown(await ctx.conversations.get(conversation, caller.user)))
+
+
+async def promote(ctx: Context, caller: Caller, request: web.Request) -> web.Response:
+    """Gives a member another role."""
+    conversation, user = named(request), _member(request)
+    wanted = await parsed(request, ChangeMember)
+    revision = await changing.change(
+        ctx, conversation, caller.user, [user], changing.promoting(caller.user, user, wanted.role)
+    )
+    if revision is not None:
+        await _note(ctx, caller, "member.role", conversation, user, wanted.role)
+    found = await ctx.conversations.member(conversation, user)
+    return answer(shown_member(found))
+
+
+async def remove(ctx: Context, caller: Caller, request: web.Request) -> web.Response:
+    """Removes a member, or leaves. When this answers nothing new is committed for them any more."""
+    conversation, user = named(request), _member(request)
+    await changing.change(ctx, conversation, caller.user, [user], changing.removing(caller.user, user))
+    await _note(ctx, caller, "member.leave" if user == caller.user else "member.remove", conversation, user)
+    return answer(DoneAnswer())
+
+
+def _member(request: web.Request) -> str:
+    user: str = request.match_info["user"]
+    if not USER_ID.fullmatch(user):
+        raise RelayError("not_found", "no such member")
+    return user
+
+
+async def _note(
+    ctx: Context, caller: Caller, act: str, conversation: str, user: str, role: str | None = None
+) -> None:
+    details = {"conversation": conversation}
+    if role is not None:
+        details["role"] = role
+    await ctx.audit.record(
+        act,
+        actor=caller.user,
+        target=user,
+        address=caller.address,
+        agent=caller.agent,
+        details=details,
+    )
+
+
+ROUTES: Final = (
+    Route(
+        "GET",
+        "/v1/conversations/{id}/members",
+        index,
+        "List the members of a conversation",
+        "conversations",
+        {200: MemberPage},
+        query=PAGING,
+        errors=("bad_request", "not_found"),
+    ),
+    Route(
+        "POST",
+        "/v1/conversations/{id}/members",
+        add,
+        "Add people to a group",
+        "conversations",
+        {200: ConversationAnswer},
+        request=AddMembers,
+        errors=("bad_request", "forbidden", "not_found", "too_large"),
+    ),
+    Route(
+        "PATCH",
+        "/v1/conversations/{id}/members/{user}",
+        promote,
+        "Give a member another role",
+        "conversations",
+        {200: MemberAnswer},
+        request=ChangeMember,
+        errors=("bad_request", "forbidden", "not_found", "conflict"),
+    ),
+    Route(
+        "DELETE",
+        "/v1/conversations/{id}/members/{user}",
+        remove,
+        "Remove a member, or leave",
+        "conversations",
+        {200: DoneAnswer},
+        errors=("forbidden", "not_found", "conflict"),
+    ),
+)

@@ -1,0 +1,1 @@
+"""Requests and answers of the HTTP side, one module for each noun."""

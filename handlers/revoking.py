@@ -1,0 +1,45 @@
+"""Revocation of a device: its tokens are refused, its sockets close, and nobody's message waits for it."""
+
+from __future__ import annotations
+
+from handlers.context import Context
+from relay.wire import errors
+from relay.wire.ids import device_key
+
+
+async def revoke(
+    ctx: Context, user: str, device: str, *, actor: str | None = None, address: str = "", agent: str = ""
+) -> bool:
+    """Revokes a device of this user; False when they never had it. ``actor`` (the user, unless named) acts from ``address``.
+
+    When this returns, messages committed from now on do not await the device. Safe to repeat: what died half-way is
+    finished, by a repetition or by the releases' job. Raises what the store raises.
+    """
+    if not await ctx.sessions.known(user, device):
+        return False
+    key = device_key(user, device)
+    release = await ctx.releases.plan(key)
+    removed = await ctx.sessions.remove(user, device)
+    cut_off(ctx, key)
+    if removed:
+        await ctx.audit.record(
+            "device.revoke",
+            actor=actor or user,
+            target=user,
+            address=address,
+            agent=agent,
+            details={"device": device},
+        )
+    await ctx.keys.forget(key)
+    await ctx.invalidation.tell(users=[user])
+    await ctx.releases.run(release)
+    return True
+
+
+def cut_off(ctx: Context, key: str) -> None:
+    """Closes a device's connection to this node, and has its next request looked at afresh: its tokens are not good any
+    more."""
+    ctx.accounts.forget(key)
+    connection = ctx.hub.get(key)
+    if connection is not None:
+        connection.shut(errors.UNAUTHORIZED)

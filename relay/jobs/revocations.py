@@ -1,0 +1,34 @@
+"""Closes the connections of devices whose tokens were revoked: on another node, or while they were connecting."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+from relay.routing.hub import Hub
+from relay.store.accounts import Accounts
+from relay.wire import errors
+
+# Longer than a connection takes to come up, and than clocks of nodes differ.
+_WINDOW: Final = timedelta(seconds=60)
+
+
+class Revocations:
+    """One indexed query a round: what ended within the last minute."""
+
+    def __init__(self, hub: Hub, accounts: Accounts) -> None:
+        self._hub = hub
+        self._accounts = accounts
+        self._known: dict[str, int | None] = {}
+
+    async def run(self) -> None:
+        """One look."""
+        known: dict[str, int | None] = {}
+        async for key, standing in self._accounts.ended_since(datetime.now(UTC) - _WINDOW):
+            known[key] = standing.ended
+            if self._known.get(key, 0) != standing.ended:
+                self._accounts.forget(key)
+            connection = self._hub.get(key)
+            if connection is not None and not standing.accepts(connection.issued, connection.session):
+                connection.shut(errors.UNAUTHORIZED)
+        self._known = known

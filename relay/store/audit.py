@@ -1,0 +1,392 @@
+"""The audit trail: append-only and hash-chained (relay.store.audit_chain says how).
+
+Entries count 1, 2, 3… over all nodes. Who appends takes the number after the last one; a number that is taken already means
+that another node was faster, and the entry is chained anew behind that one's. No locks, no leader.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import bson
+import structlog
+from pymongo.read_concern import ReadConcern
+
+from models.audit import AuditEntry, AuditHead
+from models.housekeeping import Setting
+from relay.security.pseudonyms import Pseudonyms
+from relay.store.accounts import milliseconds
+from relay.store.audit_chain import (
+    HEAD,
+    NOTHING,
+    End,
+    Reading,
+    Verdict,
+    act_fields,
+    end_of,
+    head_fields,
+    linked,
+    missing,
+)
+from relay.store.mongo import BulkWriteError, DuplicateKeyError, PyMongoError, brief
+from relay.wire.errors import RelayError
+
+_QUEUED: Final = 1000
+_GROUP: Final = 100
+_SECONDS: Final = 5.0
+_PAUSE: Final = (0.02, 1.0)
+_CLOSE_SECONDS: Final = 2.0
+_PAGE: Final = 500
+_DUPLICATE: Final = 11000
+_STRAYS: Final = 100
+_KEY_SETTING: Final = "pseudonym-key"
+_WRONG_KEY: Final = "this is not the key that the trail was written with: see RELAY_PSEUDONYM_KEY"
+# Telling a person that somebody blocked or reported them would tell them about that other person.
+_CONFIDENTIAL: Final = ("contact.", "report.")
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _Act:
+    """An entry on its way. ``tried`` are the hashes and numbers it was sent to MongoDB with."""
+
+    fields: dict[str, Any]
+    done: asyncio.Future[None]
+    tried: dict[str, int] = field(default_factory=dict)
+
+
+async def check_key(pseudonyms: Pseudonyms) -> None:
+    """Makes sure that every node, now and later, uses the same key. Raises ValueError with one line when this is another
+    one."""
+    collection = Setting.get_motor_collection()
+    # Another node may start at the same moment; what stands there afterwards is what counts.
+    with contextlib.suppress(DuplicateKeyError):
+        await collection.update_one(
+            {"_id": _KEY_SETTING}, {"$setOnInsert": {"value": pseudonyms.fingerprint}}, upsert=True
+        )
+    found = await collection.find_one({"_id": _KEY_SETTING})
+    if found is not None and found.get("value") != pseudonyms.fingerprint:
+        raise ValueError(
+            "this database belongs to another RELAY_PSEUDONYM_KEY (a node, or an earlier start, used it): set the "
+            "same one, or bring back the file pseudonym-key of that data directory"
+        )
+
+
+class Audit:
+    """Appends entries to the chain, reads and checks it."""
+
+    def __init__(self, pseudonyms: Pseudonyms, *, seconds: float = _SECONDS) -> None:
+        self._pseudonyms = pseudonyms
+        self._seconds = seconds
+        self._queue: asyncio.Queue[_Act] = asyncio.Queue(_QUEUED)
+        self._writer: asyncio.Task[None] | None = None
+        self._closed = False
+        self._end: End | None = None
+
+    async def record(
+        self,
+        act: str,
+        *,
+        actor: str,
+        target: str | None = None,
+        address: str = "",
+        agent: str = "",
+        details: Mapping[str, str | int | bool] | None = None,
+    ) -> None:
+        """Appends one entry, durably. ``details`` must hold nothing personal: they stay for ever.
+
+        Raises RelayError ``unavailable`` when it could not be written in time (it may be written all the same).
+        """
+        fields = act_fields(
+            self._pseudonyms,
+            act,
+            datetime.now(UTC),
+            actor=actor,
+            target=target,
+            address=address,
+            agent=agent,
+            details=details or {},
+        )
+        # What cannot be stored fails here, alone, and not its whole group.
+        bson.encode(fields)
+        late = RelayError("unavailable", "the audit trail cannot be written; try again", retry_after=1000)
+        if self._closed:
+            raise late
+        if self._writer is None:
+            self._writer = asyncio.create_task(self._write(), name="audit")
+        item = _Act(fields, asyncio.get_running_loop().create_future())
+        try:
+            async with asyncio.timeout(self._seconds):
+                await self._queue.put(item)
+                await item.done
+        except TimeoutError:
+            raise late from None
+
+    async def close(self) -> None:
+        """Ends the writer; what is queued is written first, if that takes no longer than two seconds."""
+        self._closed = True
+        if self._writer is None:
+            return
+        try:
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await self._queue.join()
+        except TimeoutError:
+            log.warning("audit entries are lost: the store does not answer", entries=self._queue.qsize())
+        self._writer.cancel()
+        await asyncio.gather(self._writer, return_exceptions=True)
+
+    async def _write(self) -> None:
+        while True:
+            group = [await self._queue.get()]
+            while len(group) < _GROUP and not self._queue.empty():
+                group.append(self._queue.get_nowait())
+            try:
+                await self._append(group)
+            except Exception as error:  # noqa: BLE001 - one group must not end the trail
+                log.error("audit entries were not written", entries=len(group), error=brief(error))
+                self._end = None
+                for item in group:
+                    if not item.done.done():
+                        item.done.set_exception(
+                            RelayError("unavailable", "the audit trail cannot be written; try again")
+                        )
+            finally:
+                for _ in group:
+                    self._queue.task_done()
+
+    async def _append(self, group: list[_Act]) -> None:
+        """Writes a group; every item ends done, or is given up by who waits for it."""
+        pause = _PAUSE[0]
+        # Somebody who gave up must not have an entry written later, unless one may be written already.
+        while waiting := [item for item in group if not item.done.done()]:
+            try:
+                if await self._attempt(waiting):
+                    continue
+            except PyMongoError as error:
+                log.warning("the audit trail cannot be written; it is tried again", error=brief(error))
+            # Somebody was faster, or nobody knows what became of it.
+            self._end = None
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _PAUSE[1])
+
+    async def _attempt(self, waiting: Sequence[_Act]) -> bool:
+        """One try; whether it left nothing undone. What an earlier try wrote counts, also when its answer was lost."""
+        # First where the chain ends, then what is in it: an entry that comes in between is found, or its number is taken.
+        end = self._end or await self._find_end()
+        await _settle(waiting)
+        rest = [item for item in waiting if not item.done.done()]
+        if not rest:
+            return True
+        entries: list[dict[str, Any]] = []
+        for item in rest:
+            entry = linked(self._pseudonyms, item.fields, end)
+            item.tried[entry["hash"]] = entry["_id"]
+            entries.append(entry)
+            end = End(entry["_id"], entry["hash"])
+        try:
+            await AuditEntry.get_motor_collection().insert_many(entries, ordered=True)
+        except BulkWriteError as error:
+            if any(problem.get("code") != _DUPLICATE for problem in error.details.get("writeErrors", ())):
+                raise
+            return False
+        self._end = end
+        for item in rest:
+            _finish(item)
+        await self._advance(end)
+        return True
+
+    async def _find_end(self) -> End:
+        """Where the chain ends. The head counts when it is further: entries that are missing at the end stay missing."""
+        # What somebody else inserted under another kind of number is passed over.
+        cursor = _committed().find({"_id": {"$gt": 0}}, {"hash": 1}).sort([("_id", -1)]).limit(_STRAYS)
+        last = next((row for row in await cursor.to_list(_STRAYS) if isinstance(row["_id"], int)), None)
+        found = NOTHING if last is None else End(last["_id"], str(last.get("hash")))
+        head = await _heads().find_one({"_id": HEAD})
+        if head is None:
+            if last is None:
+                await self._begin()
+            return found
+        noted = end_of(self._pseudonyms, head)
+        return noted if noted is not None and noted.entry >= found.entry else found
+
+    async def _begin(self) -> None:
+        """Makes the head before there is any entry: entries without a head were tampered with."""
+        with contextlib.suppress(DuplicateKeyError):
+            await _heads().insert_one({"_id": HEAD, **head_fields(self._pseudonyms, NOTHING)})
+
+    async def _advance(self, end: End) -> None:
+        """Moves the head forward; should this fail, the next entry does it. A head that somebody edited or deleted stays
+        so, for ``verify`` to find."""
+        try:
+            head = await _heads().find_one({"_id": HEAD})
+            noted = None if head is None else end_of(self._pseudonyms, head)
+            if head is None or noted is None:
+                log.error("the head of the audit trail was tampered with; see scripts/admin audit verify")
+            elif noted.entry < end.entry:
+                await _heads().update_one(
+                    {"_id": HEAD, "mac": head["mac"]}, {"$set": head_fields(self._pseudonyms, end)}
+                )
+        except PyMongoError as error:
+            log.warning("the head of the audit trail lags behind", error=brief(error))
+
+    async def verify(
+        self,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        *,
+        expect: End | None = None,
+    ) -> Verdict:
+        """Reads the whole chain and checks every entry, also while relays append to it. ``progress`` is told how many
+        entries of about how many are read. ``expect`` is an end that was noted down earlier."""
+        head = await _heads().find_one({"_id": HEAD})
+        noted = None if head is None else end_of(self._pseudonyms, head)
+        setting = await Setting.get_motor_collection().find_one({"_id": _KEY_SETTING})
+        if setting is not None and setting.get("value") != self._pseudonyms.fingerprint:
+            return Verdict(0, 0, NOTHING, _WRONG_KEY)
+        pins: dict[int, list[tuple[str, str]]] = {}
+        for pin, whose in ((noted, "the head names"), (expect, "was noted down")):
+            if pin is not None:
+                pins.setdefault(pin.entry, []).append((pin.hash, whose))
+        reading = Reading(self._pseudonyms, pins)
+        total = await AuditEntry.get_motor_collection().estimated_document_count()
+        stray = await _committed().find_one({"_id": {"$not": {"$gt": 0}}}, {"_id": 1})
+        if stray is not None:
+            return _verdict(reading, f"entry {stray['_id']!r} is none of the relay's: somebody inserted it")
+        while page := await _page_after(reading.end.entry):
+            for entry in page:
+                problem = reading.take(entry)
+                if problem is not None:
+                    if reading.end == NOTHING and noted is None and entry.get("_id") == 1:
+                        problem = _WRONG_KEY
+                    return _verdict(reading, problem, reading.end.entry + (reading.end.entry != entry["_id"]))
+            progress(reading.end.entry, max(total, reading.end.entry))
+        for number in sorted(pins):
+            if number > reading.end.entry:
+                return _verdict(reading, missing(reading.end.entry + 1, number), reading.end.entry + 1)
+        if noted is None and (head is not None or reading.end != NOTHING):
+            return _verdict(
+                reading, f"the head was {'deleted' if head is None else 'edited'}: entries may be missing"
+            )
+        return _verdict(reading, None)
+
+    async def entries_of(self, user: str) -> AsyncIterator[dict[str, Any]]:
+        """What a person may read of the trail, oldest first: what they did, then what others did to them. Times in
+        milliseconds. Left out is what would tell them about others: who blocked or reported them, and from which address."""
+        key = self._pseudonyms.of(user)
+        async for entry in _pages({"actorKey": key}):
+            personal = _values(entry)
+            yield {
+                **_told(entry),
+                **{
+                    name: personal[name]
+                    for name in ("actor", "target", "address", "agent")
+                    if name in personal
+                },
+            }
+        async for entry in _pages({"targetKey": key}):
+            if entry["actorKey"] != key and not entry["act"].startswith(_CONFIDENTIAL):
+                personal = _values(entry)
+                yield {
+                    **_told(entry),
+                    **{name: personal[name] for name in ("actor", "target") if name in personal},
+                }
+
+    async def page(
+        self,
+        *,
+        limit: int,
+        user: str | None = None,
+        act: str | None = None,
+    ) -> list[dict[str, Any]]:
+        """For operators: the last ``limit`` entries, newest first, about one person or of one act when named. Times in
+        milliseconds."""
+        queries: list[dict[str, Any]] = [{}]
+        if user is not None:
+            key = self._pseudonyms.of(user)
+            queries = [{"actorKey": key}, {"targetKey": key}]
+        found: dict[int, dict[str, Any]] = {}
+        for query in queries:
+            if act is not None:
+                query["act"] = act
+            cursor = AuditEntry.get_motor_collection().find(query).sort([("_id", -1)]).limit(limit)
+            async for entry in cursor:
+                found[entry["_id"]] = {**_told(entry), **_values(entry), "hash": entry["hash"]}
+        return [found[number] for number in sorted(found, reverse=True)[:limit]]
+
+    async def forget(self, user: str) -> None:
+        """Drops the personal values of one person, everywhere. What stays are their pseudonym and salted hashes. Safe to
+        repeat."""
+        key = self._pseudonyms.of(user)
+        for role, names in (("actorKey", ("actor", "address", "agent")), ("targetKey", ("target",))):
+            change = {"$unset": {f"personal.{name}": "" for name in names}}
+            last = 0
+            while numbers := [
+                row["_id"]
+                async for row in AuditEntry.get_motor_collection()
+                .find({role: key, "_id": {"$gt": last}}, {"_id": 1})
+                .sort([("_id", 1)])
+                .limit(_PAGE)
+            ]:
+                await AuditEntry.get_motor_collection().update_many({"_id": {"$in": numbers}}, change)
+                last = numbers[-1]
+
+
+def _finish(item: _Act) -> None:
+    if not item.done.done():
+        item.done.set_result(None)
+
+
+async def _settle(items: Sequence[_Act]) -> None:
+    """Finds out which of these are in the chain after all."""
+    of_hash = {name: item for item in items for name in item.tried}
+    numbers = list({number for item in items for number in item.tried.values()})
+    if numbers:
+        async for entry in _committed().find({"_id": {"$in": numbers}}, {"hash": 1}):
+            if entry["hash"] in of_hash:
+                _finish(of_hash[entry["hash"]])
+
+
+def _committed() -> Any:
+    """The entries that no failover can take back: only on those may another be chained."""
+    collection = AuditEntry.get_motor_collection()
+    return collection.database.get_collection(collection.name, read_concern=ReadConcern("majority"))
+
+
+def _heads() -> Any:
+    return AuditHead.get_motor_collection()
+
+
+async def _page_after(number: int) -> list[dict[str, Any]]:
+    cursor = _committed().find({"_id": {"$gt": number}}).sort([("_id", 1)]).limit(_PAGE)
+    found: list[dict[str, Any]] = await cursor.to_list(_PAGE)
+    return found
+
+
+async def _pages(query: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    last = 0
+    while True:
+        cursor = AuditEntry.get_motor_collection().find({**query, "_id": {"$gt": last}}).sort([("_id", 1)])
+        page = await cursor.limit(_PAGE).to_list(_PAGE)
+        for entry in page:
+            yield entry
+        if len(page) < _PAGE:
+            return
+        last = page[-1]["_id"]
+
+
+def _told(entry: Mapping[str, Any]) -> dict[str, Any]:
+    told = {"entry": entry["_id"], "at": milliseconds(entry["at"]), "act": entry["act"]}
+    return {**told, "details": entry["details"]} if entry.get("details") else told
+
+
+def _values(entry: Mapping[str, Any]) -> dict[str, str]:
+    return {name: found["value"] for name, found in entry.get("personal", {}).items()}
+
+
+def _verdict(reading: Reading, problem: str | None, bad: int | None = None) -> Verdict:
+    return Verdict(reading.end.entry, reading.erased, reading.end, problem, bad)

@@ -1,0 +1,147 @@
+"""Releases: what waits for a device or a member that is none any more is taken off its messages, so that nobody's message
+waits for it.
+
+A release is written down before its cause takes effect, and is done twice: at once, and when nothing that was resolved
+before can still be on its way. A node that dies in between leaves it to whoever looks next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from time import monotonic
+from typing import Any, Final
+
+import structlog
+
+from models.accounts import Device
+from models.conversations import Membership
+from models.housekeeping import Release
+from relay.store.accounts import milliseconds
+from relay.store.lanes import EndingLanes
+from relay.store.messages import Messages
+from relay.wire.ids import RELAY_USER, any_device_key, blocked_key, new_id
+
+_PAGE: Final = 500
+_DUE: Final = 100
+_GIVE_UP_SECONDS: Final = 30.0
+_ABANDONED: Final = timedelta(minutes=5)
+
+log = structlog.get_logger(__name__)
+
+
+class Releases:
+    """The ``releases`` collection, and what it asks for. ``settle_seconds``: how long after a change a message may still be
+    committed to recipients resolved before it."""
+
+    def __init__(
+        self,
+        messages: Messages,
+        endings: EndingLanes,
+        *,
+        settle_seconds: float,
+        now: Callable[[], int],
+    ) -> None:
+        self._messages = messages
+        self._endings = endings
+        self._settle = timedelta(seconds=settle_seconds)
+        self._now = now
+
+    async def plan(self, mailbox: str, *, conversation: str | None = None) -> str:
+        """Writes down that a mailbox (a device key, or a user id for all of a person's) is to be released, in one
+        conversation or in all; its id. Call before the removal, ``run`` after it."""
+        moment = datetime.now(UTC)
+        document: dict[str, Any] = {
+            "_id": new_id(),
+            "mailbox": mailbox,
+            "at": moment,
+            "dueAt": moment + timedelta(seconds=5),
+            "passes": 0,
+        }
+        if conversation is not None:
+            document["conversationId"] = conversation
+        await Release.get_motor_collection().insert_one(document)
+        return str(document["_id"])
+
+    async def run(self, name: str) -> None:
+        """Does one planned release now. The job repeats it later."""
+        document = await Release.get_motor_collection().find_one({"_id": name})
+        if document is not None:
+            await self._do(document)
+
+    async def run_due(self) -> int:
+        """Does the releases that are due; returns how many."""
+        cursor = (
+            Release.get_motor_collection().find({"dueAt": {"$lte": datetime.now(UTC)}}).sort([("dueAt", 1)])
+        )
+        documents = await cursor.limit(_DUE).to_list(_DUE)
+        for document in documents:
+            await self._do(document)
+        return len(documents)
+
+    async def _do(self, document: dict[str, Any]) -> None:
+        collection = Release.get_motor_collection()
+        name, mailbox, at = document["_id"], document["mailbox"], document["at"]
+        conversation = document.get("conversationId")
+        removed, before = await self._removed(mailbox, conversation, at)
+        if not removed:
+            # Not yet, or its cause never took effect.
+            if datetime.now(UTC) - at > _ABANDONED:
+                await collection.delete_one({"_id": name})
+            else:
+                await collection.update_one(
+                    {"_id": name}, {"$set": {"dueAt": datetime.now(UTC) + timedelta(seconds=5)}}
+                )
+            return
+        if not await self._release(mailbox, conversation, before):
+            return
+        last = at + self._settle
+        if datetime.now(UTC) >= last:
+            await collection.delete_one({"_id": name})
+        else:
+            await collection.update_one({"_id": name}, {"$set": {"dueAt": last}, "$inc": {"passes": 1}})
+
+    async def _removed(self, mailbox: str, conversation: str | None, at: datetime) -> tuple[bool, int | None]:
+        """Whether the cause has taken effect, and up to when (ms) messages were for what was removed: None when it has not
+        come back."""
+        if conversation is not None:
+            row = await Membership.get_motor_collection().find_one({"_id": f"{conversation} {mailbox}"})
+            if row is None or row.get("removedAt") is not None:
+                return True, None
+            return row["joinedAt"] >= at, milliseconds(row["joinedAt"])
+        if "/" not in mailbox:
+            return True, None
+        device = await Device.get_motor_collection().find_one({"_id": mailbox}, {"removedAt": 1, "since": 1})
+        if device is None or device.get("removedAt") is not None:
+            return True, None
+        since = device.get("since")
+        return since is not None and since >= at, None if since is None else milliseconds(since)
+
+    async def _release(self, mailbox: str, conversation: str | None, before: int | None) -> bool:
+        keys = await self._keys(mailbox)
+        stuck: set[str] = set()
+        page: set[str] = set()
+        while True:
+            found = await self._messages.awaited(
+                keys,
+                limit=_PAGE,
+                conversation=conversation,
+                before=before,
+                exclude=stuck,
+                # Who was removed is told so by a system message of that very conversation.
+                exclude_sender=None if conversation is None else RELAY_USER,
+            )
+            # What comes twice is no message and cannot be released.
+            stuck |= page.intersection(found)
+            page = set(found) - stuck
+            if not page:
+                return True
+            if not await self._endings.release(list(page), keys, deadline=monotonic() + _GIVE_UP_SECONDS):
+                return False
+
+    async def _keys(self, mailbox: str) -> list[str]:
+        if "/" in mailbox:
+            return [mailbox]
+        cursor = Device.get_motor_collection().find({"user": mailbox}, {"_id": 1})
+        devices = [row["_id"] async for row in cursor]
+        return [*devices, any_device_key(mailbox), blocked_key(mailbox)]

@@ -1,0 +1,311 @@
+"""Changes of a conversation, one after the other, none lost half-way.
+
+There are no transactions (a sharded cluster's control collections need none). A *revision* is written into the
+conversation first (``pending``), with everything needed to carry it out; then its steps are done, each of which may be
+repeated; then it is taken out. Whoever meets a revision whose author is gone carries it out. Each revision has a number, and
+a membership remembers the last that wrote it: an author that was stopped for a while and wakes up late changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from time import monotonic
+from typing import Any, Final, Literal
+
+from pymongo import ReturnDocument, UpdateOne
+
+from models.conversations import Conversation, Membership
+from relay.store.mongo import DuplicateKeyError
+from relay.wire import ids
+from relay.wire.errors import RelayError
+
+Event = Literal["created", "added", "removed", "left", "role", "changed", "dissolved"]
+ConversationType = Literal["direct", "group"]
+_PATIENCE_SECONDS: Final = 3.0
+_STALLED: Final = timedelta(seconds=5)
+_REPAIR: Final = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What a decision about a conversation is made from. ``role`` is the actor's; ``roles`` those of the members among
+    the people concerned; ``admins`` counts up to two."""
+
+    type: ConversationType
+    role: str
+    roles: Mapping[str, str]
+    admins: int
+    members: int
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """What shall be done: the event told to the members, on whom, and the conversation's fields to set (None: absent
+    from now on)."""
+
+    event: Event
+    users: Sequence[str] = ()
+    role: str | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """A change that is under way. ``id`` is also the id of the system message that tells of it."""
+
+    conversation: str
+    type: ConversationType
+    id: str
+    number: int
+    event: Event
+    by: str
+    users: tuple[str, ...]
+    role: str | None
+    at: datetime
+
+
+class Revisions:
+    """Begins, carries out and ends revisions."""
+
+    def __init__(self) -> None:
+        self._turns: dict[str, tuple[asyncio.Lock, list[object]]] = {}
+
+    @asynccontextmanager
+    async def turn(self, conversation: str) -> AsyncIterator[None]:
+        """One revision of a conversation at a time on this node, first come first served."""
+        lock, waiting = self._turns.setdefault(conversation, (asyncio.Lock(), []))
+        mark = object()
+        waiting.append(mark)
+        try:
+            async with lock:
+                yield
+        finally:
+            waiting.remove(mark)
+            if not waiting:
+                self._turns.pop(conversation, None)
+
+    async def create(
+        self,
+        creator: str,
+        kind: ConversationType,
+        members: Sequence[str],
+        *,
+        name: str | None,
+        ref: str | None,
+    ) -> tuple[str, Revision | None, bool]:
+        """Makes a conversation, or finds the one that exists: the direct one of the same pair, or the one that this user
+        made with the same ``ref``. Its id, its unfinished revision if any, and whether it is new."""
+        people = list(dict.fromkeys([creator, *members]))
+        if kind == "direct":
+            unique: str | None = "direct " + " ".join(sorted(people))
+        else:
+            unique = None if ref is None else f"ref {creator} {ref}"
+        moment = datetime.now(UTC)
+        document: dict[str, Any] = {
+            "_id": ids.new_id(),
+            "type": kind,
+            "createdBy": creator,
+            "createdAt": moment,
+            "rev": 1,
+            "memberCount": len(people),
+            "pending": {
+                "id": ids.new_id(),
+                "number": 1,
+                "event": "created",
+                "by": creator,
+                "users": people,
+                "at": moment,
+            },
+        }
+        if name is not None:
+            document["name"] = name
+        if unique is not None:
+            document["unique"] = unique
+        collection = Conversation.get_motor_collection()
+        try:
+            await collection.insert_one(document)
+        except DuplicateKeyError:
+            found = await collection.find_one({"unique": unique})
+            if found is None:
+                raise RelayError("unavailable", "the conversation is being changed; try again") from None
+            return found["_id"], _pending(found), False
+        return document["_id"], _pending(document), True
+
+    async def begin(
+        self,
+        conversation: str,
+        actor: str | None,
+        concerned: Sequence[str],
+        decide: Callable[[Situation], Proposal | None],
+        *,
+        everybody: bool = False,
+    ) -> tuple[Revision | None, bool]:
+        """Writes down what ``decide`` proposes, and returns it to be carried out, and True; None when there is nothing to
+        do. False comes with an unfinished revision of somebody gone: carry it out and begin again. ``actor`` None is the
+        relay itself.
+
+        ``everybody``: all members are concerned. Raises RelayError ``not_found`` when the conversation is absent or not the
+        actor's, ``unavailable`` when others change it all the time, and what ``decide`` raises.
+        """
+        collection = Conversation.get_motor_collection()
+        until = monotonic() + _PATIENCE_SECONDS
+        while True:
+            document = await collection.find_one({"_id": conversation, "dissolvedAt": None})
+            if document is None:
+                raise RelayError("not_found", "no such conversation")
+            pending = _pending(document)
+            if pending is not None:
+                if datetime.now(UTC) - pending.at > _STALLED:
+                    return pending, False
+                if monotonic() >= until:
+                    raise RelayError(
+                        "unavailable", "the conversation is being changed; try again", retry_after=1000
+                    )
+                # Another node is at it; on this one they take turns.
+                await asyncio.sleep(random.uniform(0.02, 0.06))
+                continue
+            situation, people = await self._situation(document, actor, concerned, everybody)
+            proposal = decide(situation)
+            if proposal is None:
+                return None, True
+            begun = await self._write(document, actor, proposal, people if everybody else proposal.users)
+            if begun is not None:
+                return begun, True
+
+    async def apply(self, revision: Revision) -> None:
+        """Does the steps of a revision in the memberships. May be repeated."""
+        rows = Membership.get_motor_collection()
+        earlier = {"$or": [{"rev": {"$lt": revision.number}}, {"rev": None}]}
+        stamp = {"updatedAt": revision.at, "rev": revision.number}
+        names = [f"{revision.conversation} {user}" for user in revision.users]
+        if revision.event in ("created", "added"):
+            await rows.bulk_write(_joins(revision, earlier), ordered=True)
+        elif revision.event in ("removed", "left", "dissolved"):
+            await rows.update_many(
+                {"_id": {"$in": names}, "removedAt": None, **earlier},
+                {"$set": {"removedAt": revision.at, **stamp}},
+            )
+        elif revision.event == "role":
+            await rows.update_many(
+                {"_id": {"$in": names}, "removedAt": None, **earlier},
+                {"$set": {"role": revision.role, **stamp}},
+            )
+        if revision.event != "created":
+            await rows.update_many(
+                {"conversationId": revision.conversation, "removedAt": None},
+                {"$max": {"updatedAt": revision.at}},
+            )
+
+    async def finish(self, revision: Revision) -> None:
+        """The revision is carried out."""
+        rows = Membership.get_motor_collection()
+        count = await rows.count_documents({"conversationId": revision.conversation, "removedAt": None})
+        change: dict[str, Any] = {"$set": {"memberCount": count}, "$unset": {"pending": ""}}
+        if revision.event == "dissolved":
+            change["$set"]["dissolvedAt"] = revision.at
+            change["$unset"]["unique"] = ""
+        await Conversation.get_motor_collection().update_one(
+            {"_id": revision.conversation, "pending.id": revision.id}, change
+        )
+
+    async def stalled(self) -> list[Revision]:
+        """Revisions whose author seems to be gone, the oldest first; a bounded page of them."""
+        cutoff = datetime.now(UTC) - _STALLED
+        cursor = Conversation.get_motor_collection().find({"pending.at": {"$lt": cutoff}})
+        documents = await cursor.sort([("pending.at", 1)]).limit(_REPAIR).to_list(_REPAIR)
+        return [found for document in documents if (found := _pending(document)) is not None]
+
+    async def _situation(
+        self, document: Mapping[str, Any], actor: str | None, concerned: Sequence[str], everybody: bool
+    ) -> tuple[Situation, list[str]]:
+        rows = Membership.get_motor_collection()
+        name = document["_id"]
+        query: dict[str, Any] = {"conversationId": name, "removedAt": None}
+        if not everybody:
+            query["user"] = {"$in": list({*concerned, *([] if actor is None else [actor])})}
+        roles = {row["user"]: row["role"] async for row in rows.find(query, {"user": 1, "role": 1})}
+        if actor is not None and actor not in roles:
+            raise RelayError("not_found", "no such conversation")
+        admins = 0
+        if "admin" in roles.values():
+            admins = await rows.count_documents(
+                {"conversationId": name, "removedAt": None, "role": "admin"}, limit=2
+            )
+        count = document.get("memberCount")
+        if count is None:
+            count = await rows.count_documents({"conversationId": name, "removedAt": None})
+        own = "admin" if actor is None else roles[actor]
+        return Situation(document["type"], own, roles, admins, count), sorted(roles)
+
+    async def _write(
+        self, document: Mapping[str, Any], actor: str | None, proposal: Proposal, users: Sequence[str]
+    ) -> Revision | None:
+        before = document.get("rev")
+        number = (before or 0) + 1
+        pending: dict[str, Any] = {
+            "id": ids.new_id(),
+            "number": number,
+            "event": proposal.event,
+            "by": ids.RELAY_USER if actor is None else actor,
+            "users": list(users),
+            "at": datetime.now(UTC),
+        }
+        if proposal.role is not None:
+            pending["role"] = proposal.role
+        fields = {"rev": number, "pending": pending}
+        fields.update({name: value for name, value in proposal.fields.items() if value is not None})
+        change: dict[str, Any] = {"$set": fields}
+        gone = {name: "" for name, value in proposal.fields.items() if value is None}
+        if gone:
+            change["$unset"] = gone
+        found = await Conversation.get_motor_collection().find_one_and_update(
+            {"_id": document["_id"], "rev": before, "pending": None, "dissolvedAt": None},
+            change,
+            return_document=ReturnDocument.AFTER,
+        )
+        return None if found is None else _pending(found)
+
+
+def _joins(revision: Revision, earlier: Mapping[str, Any]) -> list[UpdateOne]:
+    steps: list[UpdateOne] = []
+    forgotten = dict.fromkeys(("removedAt", "mutedUntil", "pinned", "archived", "readUpTo", "readAt"), "")
+    for user in revision.users:
+        name = f"{revision.conversation} {user}"
+        role = "member"
+        if revision.event == "created" and revision.type == "group" and user == revision.by:
+            role = "admin"
+        row = {
+            "conversationId": revision.conversation,
+            "user": user,
+            "role": role,
+            "joinedAt": revision.at,
+            "updatedAt": revision.at,
+            "rev": revision.number,
+        }
+        if revision.event == "added":
+            back = {"_id": name, "removedAt": {"$ne": None}, **earlier}
+            steps.append(UpdateOne(back, {"$set": row, "$unset": forgotten}))
+        steps.append(UpdateOne({"_id": name}, {"$setOnInsert": row}, upsert=True))
+    return steps
+
+
+def _pending(document: Mapping[str, Any]) -> Revision | None:
+    found = document.get("pending")
+    if found is None:
+        return None
+    return Revision(
+        conversation=document["_id"],
+        type=document["type"],
+        id=found["id"],
+        number=found["number"],
+        event=found["event"],
+        by=found["by"],
+        users=tuple(found["users"]),
+        role=found.get("role"),
+        at=found["at"] if found["at"].tzinfo else found["at"].replace(tzinfo=UTC),
+    )

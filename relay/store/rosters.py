@@ -1,0 +1,127 @@
+"""Rosters: everything that decides who receives a message, and who may send one, read for many conversations at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+from models.accounts import Device, User
+from models.contacts import Contact
+from models.conversations import Conversation, Membership
+from relay.store.accounts import milliseconds
+from relay.store.audience import Refusal, Roster
+from relay.store.mongo import time_limit
+from relay.wire.ids import any_device_key
+
+_LOAD: Final = 500
+_BLOCKED: Final[Refusal] = ("blocked", "you have blocked this person; unblock them to write")
+_CONTACTS_ONLY: Final[Refusal] = ("forbidden", "this person takes messages from their contacts only")
+_MODERATORS_ONLY: Final[Refusal] = ("forbidden", "only admins and moderators may write here")
+
+
+class Rosters:
+    """Reads rosters. ``inactive``: a device that was not seen for so long gets no new messages."""
+
+    def __init__(self, *, inactive: timedelta, timeout: float = 2) -> None:
+        self._inactive = inactive
+        self._timeout = timeout
+
+    async def load(self, conversations: list[str]) -> Mapping[str, Roster]:
+        """The rosters of these conversations; those that do not exist are absent. Two rounds of queries for each five
+        hundred."""
+        found: dict[str, Roster] = {}
+        with time_limit(self._timeout):
+            for start in range(0, len(conversations), _LOAD):
+                found.update(await self._load(conversations[start : start + _LOAD]))
+        return found
+
+    async def mailboxes(self, users: Sequence[str]) -> dict[str, list[str]]:
+        """The mailboxes of these users: the keys of their active devices, or their placeholder."""
+        with time_limit(self._timeout):
+            devices = await self._devices(users)
+        return {user: sorted(devices.get(user, ())) or [any_device_key(user)] for user in users}
+
+    async def _load(self, conversations: list[str]) -> dict[str, Roster]:
+        cursor = Membership.get_motor_collection().find(
+            {"conversationId": {"$in": conversations}, "removedAt": None},
+            {"conversationId": 1, "user": 1, "role": 1},
+        )
+        roles: dict[str, dict[str, str]] = {}
+        async for row in cursor:
+            roles.setdefault(row["conversationId"], {})[row["user"]] = row["role"]
+        users = list({user for members in roles.values() for user in members})
+        devices, settings, blocks = await asyncio.gather(
+            self._devices(users), self._settings(list(roles)), self._blocks(users)
+        )
+        direct = {name: roles[name] for name, one in settings.items() if one["type"] == "direct"}
+        closed = await self._closed(direct)
+        found: dict[str, Roster] = {}
+        for name, members in roles.items():
+            among = frozenset(pair for pair in blocks if pair[0] in members and pair[1] in members)
+            refusals: dict[str, Refusal] = {}
+            if name in direct:
+                refusals.update((user, _CONTACTS_ONLY) for user in members if (name, user) in closed)
+                refusals.update((owner, _BLOCKED) for owner, _ in among)
+            elif settings.get(name, {}).get("whoMayPost") == "moderators":
+                refusals.update(
+                    (user, _MODERATORS_ONLY) for user, role in members.items() if role == "member"
+                )
+            found[name] = Roster(
+                members={user: list(devices.get(user, ())) for user in members},
+                relinked={
+                    key: moment for user in members for key, moment in devices.get(user, {}).items() if moment
+                },
+                blocks=among,
+                refusals=refusals,
+            )
+        return found
+
+    async def _devices(self, users: Sequence[str]) -> dict[str, dict[str, int]]:
+        cutoff = datetime.now(UTC) - self._inactive
+        query: dict[str, Any] = {
+            "user": {"$in": list(users)},
+            "removedAt": None,
+            "$or": [{"lastSeen": None}, {"lastSeen": {"$gte": cutoff}}],
+        }
+        found: dict[str, dict[str, int]] = {}
+        async for row in Device.get_motor_collection().find(query, {"user": 1, "relinkedAt": 1}):
+            moment = row.get("relinkedAt")
+            found.setdefault(row["user"], {})[row["_id"]] = 0 if moment is None else milliseconds(moment)
+        return found
+
+    async def _settings(self, conversations: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+        cursor = Conversation.get_motor_collection().find(
+            {"_id": {"$in": list(conversations)}}, {"type": 1, "whoMayPost": 1}
+        )
+        return {row["_id"]: row async for row in cursor}
+
+    async def _blocks(self, users: Sequence[str]) -> list[tuple[str, str]]:
+        query = {"blocked": True, "owner": {"$in": list(users)}, "user": {"$in": list(users)}}
+        cursor = Contact.get_motor_collection().find(query, {"owner": 1, "user": 1})
+        return [(row["owner"], row["user"]) async for row in cursor]
+
+    async def _closed(self, direct: Mapping[str, Collection[str]]) -> set[tuple[str, str]]:
+        """(conversation, user) pairs: the other one takes messages from contacts only, and this user is none."""
+        people = list({user for members in direct.values() for user in members})
+        if not people:
+            return set()
+        cursor = User.get_motor_collection().find(
+            {"_id": {"$in": people}, "whoMayMessage": "contacts"}, {"_id": 1}
+        )
+        strict = {row["_id"] async for row in cursor}
+        if not strict:
+            return set()
+        asked = [
+            (name, owner, user)
+            for name, members in direct.items()
+            for owner in strict.intersection(members)
+            for user in members
+            if user != owner
+        ]
+        rows = Contact.get_motor_collection().find(
+            {"_id": {"$in": [f"{owner} {user}" for _, owner, user in asked]}, "listed": True}, {"_id": 1}
+        )
+        listed = {row["_id"] async for row in rows}
+        return {(name, user) for name, owner, user in asked if f"{owner} {user}" not in listed}

@@ -1,0 +1,137 @@
+"""Rate limits in a real Valkey, and what happens when it is killed or hangs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from time import monotonic
+
+import pytest
+from redis.asyncio import Redis
+
+from relay.security.rates import Rates
+from relay.wire.errors import RelayError
+from tests.support.valkey import Valkey, open_valkey
+
+RULES = {"search": "5/minute", "connect": "1000/10 seconds"}
+
+
+@pytest.fixture
+async def valkey(tmp_path: Path) -> AsyncIterator[Valkey]:
+    async with open_valkey(tmp_path) as server:
+        yield server
+
+
+@asynccontextmanager
+async def limits(url: str) -> AsyncIterator[Rates]:
+    found = Rates(RULES, redis_url=url)
+    try:
+        yield found
+    finally:
+        await found.close()
+
+
+async def allowed(rates: Rates, key: str, times: int = 1, name: str = "search") -> int:
+    """How many of so many tries were allowed."""
+    refusals: list[RelayError] = []
+    for _ in range(times):
+        try:
+            await rates.check(name, key)
+        except RelayError as error:
+            refusals.append(error)
+    assert {error.code for error in refusals} <= {"rate_limited"}
+    assert all(0 < (error.retry_after or 0) <= 60_100 for error in refusals)
+    return times - len(refusals)
+
+
+async def test_nodes_that_share_a_redis_share_their_counts(valkey: Valkey) -> None:
+    async with limits(valkey.url) as one, limits(valkey.url) as other:
+        assert await allowed(one, "ann", 3) == 3
+        assert await allowed(other, "ann", 10) == 2
+        assert await allowed(one, "ann", 2) == 0
+        assert await allowed(one, "bob") == 1
+        assert one.shared
+        assert other.shared
+
+
+async def test_as_many_pass_as_the_rule_says_when_many_ask_at_once(valkey: Valkey) -> None:
+    async with limits(valkey.url) as one, limits(valkey.url) as other:
+        tries = [allowed(rates, "ann") for rates in (one, other) for _ in range(100)]
+        assert sum(await asyncio.gather(*tries)) == 5
+        assert one.shared
+        assert other.shared
+
+
+async def test_redis_holds_neither_the_keys_themselves_nor_anything_for_ever(valkey: Valkey) -> None:
+    async with limits(valkey.url) as rates, Redis.from_url(valkey.url) as client:
+        await allowed(rates, "an account name", 7)
+        keys = [key async for key in client.scan_iter("*")]
+        assert keys
+        assert not any(b"account" in key for key in keys)
+        assert all([0 < await client.ttl(key) <= 120 for key in keys])
+
+
+async def test_a_killed_redis_stops_nothing_and_counts_again_when_it_is_back(valkey: Valkey) -> None:
+    async with limits(valkey.url) as rates:
+        assert await allowed(rates, "ann", 4) == 4
+        await valkey.kill()
+        assert await allowed(rates, "ann", 10) == 5
+        assert not rates.shared
+        await valkey.start()
+        await asyncio.sleep(1.05)
+        assert await allowed(rates, "bob", 10) == 5
+        assert rates.shared
+
+
+async def test_a_hanging_redis_costs_one_request_a_second_200_ms_and_the_others_nothing(
+    valkey: Valkey,
+) -> None:
+    async with limits(valkey.url) as rates:
+        assert await allowed(rates, "ann") == 1
+        valkey.pause()
+        try:
+            start = monotonic()
+            assert await allowed(rates, "bob", 10) == 5
+            assert 0.15 < monotonic() - start < 0.6
+            assert not rates.shared
+            start = monotonic()
+            assert await allowed(rates, "cleo", 100, "connect") == 100
+            assert monotonic() - start < 0.4
+        finally:
+            valkey.resume()
+        await asyncio.sleep(1.05)
+        assert await allowed(rates, "ann", 10) == 4
+        assert rates.shared
+
+
+async def test_requests_that_come_together_while_redis_hangs_are_all_answered_in_time(valkey: Valkey) -> None:
+    async with limits(valkey.url) as rates:
+        valkey.pause()
+        try:
+            start = monotonic()
+            counts = await asyncio.gather(*(allowed(rates, "ann", 1, "connect") for _ in range(200)))
+            assert sum(counts) == 200
+            assert monotonic() - start < 0.8
+        finally:
+            valkey.resume()
+
+
+async def test_a_redis_that_was_never_there_stops_nothing(tmp_path: Path) -> None:
+    async with limits(f"redis://127.0.0.1:{Valkey(tmp_path).port}") as rates:
+        assert await allowed(rates, "ann", 10) == 5
+        assert not rates.shared
+
+
+async def test_a_password_and_a_unix_socket_are_understood(tmp_path: Path) -> None:
+    async with open_valkey(tmp_path, password="open-sesame") as server:
+        async with limits(server.url) as rates:
+            assert await allowed(rates, "ann", 3) == 3
+            assert rates.shared
+        async with limits(f"unix://default:open-sesame@{server.socket}?db=0") as rates:
+            assert await allowed(rates, "ann", 10) == 2
+            assert rates.shared
+        async with limits(f"redis://default:wrong@127.0.0.1:{server.port}") as rates:
+            assert await allowed(rates, "ann", 10) == 5
+            assert not rates.shared

