@@ -15,10 +15,12 @@ async def revoke(
     When this returns, messages committed from now on do not await the device. Safe to repeat: what died half-way is
     finished, by a repetition or by the releases' job. Raises what the store raises.
     """
-    if not await ctx.sessions.known(user, device):
+    active = await ctx.sessions.is_active(user, device)
+    if active is None:
         return False
     key = device_key(user, device)
-    release = await ctx.releases.plan(key)
+    # One that was removed before has its release planned.
+    release = await ctx.releases.plan(key) if active else None
     removed = await ctx.sessions.remove(user, device)
     cut_off(ctx, key)
     if removed:
@@ -32,7 +34,8 @@ async def revoke(
         )
     await ctx.keys.forget(key)
     await ctx.invalidation.tell(users=[user])
-    await ctx.releases.run(release)
+    if release is not None:
+        await ctx.releases.run(release)
     return True
 
 

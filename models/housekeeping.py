@@ -57,3 +57,16 @@ class Setting(Document):
 
     class Settings:
         name = "settings"
+
+
+class Node(Document):
+    """A running relay. ``at`` is when it last said so, by MongoDB's clock."""
+
+    id: str  # type: ignore[assignment]
+    at: datetime
+
+    class Settings:
+        name = "nodes"
+        indexes: ClassVar[list[IndexModel]] = [
+            IndexModel([("at", ASCENDING)], name="at_ttl", expireAfterSeconds=3600)
+        ]

@@ -10,7 +10,7 @@ import msgspec
 from aiohttp import web
 
 from handlers.context import Context
-from handlers.http.examples import CONVERSATION, MESSAGE
+from handlers.http.examples import FRAMES, OPERATIONS
 from handlers.http.openapi import plain_schema
 from handlers.http.route import Caller, Route, json_text, only
 from relay import __version__
@@ -20,10 +20,6 @@ from relay.wire.frames import MAX_OPERATIONS, AnyOperation
 from relay.wire.server_frames import ITEMS, AnyServerFrame, Gone, StatusReply, Waiting
 
 _SCHEMA: Final = "#/components/schemas/{name}"
-_AT: Final = 1_795_221_560_670
-_SEQ: Final = 117_651_640_200_000
-_STORED: Final = {"t": "stored", "conv": CONVERSATION, "id": MESSAGE, "seq": _SEQ, "at": _AT}
-
 REPLIES: Final[dict[str, tuple[str, ...]]] = {
     "send": ("stored", "error"),
     "ack": ("acked", "error"),
@@ -36,105 +32,14 @@ REPLIES: Final[dict[str, tuple[str, ...]]] = {
 }
 """What answers an operation: by its ``ref``, or by ``conv`` and ``id``."""
 
-EXAMPLES: Final[dict[str, tuple[dict[str, Any], ...]]] = {
-    "send": (
-        {"t": "send", "id": MESSAGE, "conv": CONVERSATION, "kind": "text", "body": "Hello, Bob", "ref": "1"},
-        {
-            "t": "send",
-            "id": MESSAGE,
-            "conv": CONVERSATION,
-            "kind": "text",
-            "body": None,
-            "sealed": {"bob/phone": "c2VhbGVkIGZvciB0aGlzIGRldmljZQ=="},
-            "devicesRev": "9b1c5f0e7a3d2486.0",
-            "again": True,
-        },
-    ),
-    "ack": ({"t": "ack", "conv": CONVERSATION, "ids": [MESSAGE], "ref": "2"},),
-    "status": ({"t": "status", "conv": CONVERSATION, "ids": [MESSAGE]},),
-    "ping": ({"t": "ping"},),
-    "auth": ({"t": "auth", "token": "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJhbm4ifQ.c2lnbmF0dXJl"},),
-    "read": ({"t": "read", "conv": CONVERSATION, "upTo": _SEQ},),
-}
-SERVER_EXAMPLES: Final[dict[str, tuple[dict[str, Any], ...]]] = {
-    "welcome": (
-        {
-            "t": "welcome",
-            "v": 1,
-            "user": "ann",
-            "device": "phone",
-            "time": _AT,
-            "heartbeat": 25_000,
-            "window": 256,
-            "windowBytes": 1_048_576,
-            "limits": {"frame": 262_144, "body": 65_536, "ops": MAX_OPERATIONS},
-            "features": ["again", "after"],
-            "gap": {"since": _AT, "why": "inactive"},
-        },
-    ),
-    "stored": (_STORED, {**_STORED, "ref": "1"}),
-    "acked": ({"t": "acked", "conv": CONVERSATION, "ids": [MESSAGE], "ref": "2"},),
-    "status": (
-        {
-            "t": "status",
-            "conv": CONVERSATION,
-            "items": [
-                {"id": MESSAGE, "awaiting": 1, "delivered": []},
-                {"id": MESSAGE, "gone": True, "fate": "delivered", "delivered": ["bob"]},
-            ],
-        },
-    ),
-    "msg": (
-        {
-            "t": "msg",
-            "id": MESSAGE,
-            "conv": CONVERSATION,
-            "seq": _SEQ,
-            "at": _AT,
-            "from": {"user": "bob", "device": "phone"},
-            "kind": "text",
-            "body": "Hello, Ann",
-        },
-    ),
-    "drained": ({"t": "drained", "count": 12},),
-    "receipt": (
-        {
-            "t": "receipt",
-            "conv": CONVERSATION,
-            "ids": [MESSAGE],
-            "by": {"user": "bob", "device": "phone"},
-            "at": _AT,
-        },
-    ),
-    "pong": ({"t": "pong", "time": _AT},),
-    "authed": ({"t": "authed", "exp": 1_795_222_460},),
-    "bye": ({"t": "bye", "retryAfter": 1500},),
-    "keys": ({"t": "keys", "oneTime": 19},),
-    "done": ({"t": "done", "ref": "3"},),
-    "error": (
-        {
-            "t": "error",
-            "code": "device_mismatch",
-            "message": "the recipient devices have changed; fetch them and seal again",
-            "retry": False,
-            "id": MESSAGE,
-            "conv": CONVERSATION,
-            "missing": ["bob/tablet"],
-            "extra": [],
-            "stale": [],
-            "devicesRev": "9b1c5f0e7a3d2486.0",
-        },
-    ),
-}
-
 
 @lru_cache(maxsize=1)
 def document() -> dict[str, Any]:
     """The AsyncAPI 3.0 description. The relay is the application: it receives operations and sends frames."""
     asked = {_tag(kind): kind for kind in get_args(AnyOperation)}
     told = {_tag(kind): kind for kind in get_args(AnyServerFrame)}
-    messages = {f"ask.{tag}": _message(kind, EXAMPLES.get(tag, ())) for tag, kind in asked.items()}
-    messages |= {f"tell.{tag}": _message(kind, SERVER_EXAMPLES.get(tag, ())) for tag, kind in told.items()}
+    messages = {f"ask.{tag}": _message(kind, OPERATIONS.get(tag, ())) for tag, kind in asked.items()}
+    messages |= {f"tell.{tag}": _message(kind, FRAMES.get(tag, ())) for tag, kind in told.items()}
     operations: dict[str, Any] = {}
     for tag, kind in asked.items():
         replies = [reply for reply in REPLIES[tag] if reply in told]

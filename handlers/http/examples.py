@@ -6,37 +6,78 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
+from relay.wire.frames import MAX_OPERATIONS
+
 _DEPTH: Final = 8
-_MOMENT: Final = 1_795_221_560_670
+_AT: Final = 1_795_221_560_670
 MESSAGE: Final = "7f9c24e8-3b1a-4f0d-9c55-0a1b2c3d4e5f"
 CONVERSATION: Final = "2b0f6a3e-58d1-4c7e-8f7a-6d5c4b3a2910"
+
+_SEQ: Final = 117_651_640_200_000
+_STORED: Final = {"t": "stored", "conv": CONVERSATION, "id": MESSAGE, "seq": _SEQ, "at": _AT}
+
+REQUESTS: Final[Mapping[str, dict[str, Any]]] = {
+    "LoginRequest": {
+        "username": "ann",
+        "password": "correct horse battery staple",
+        "device": {"id": "phone", "name": "Ann's phone", "platform": "android"},
+    },
+    "CreateConversation": {
+        "type": "group",
+        "members": ["bob", "cleo"],
+        "name": "Allotment",
+        "ref": MESSAGE,
+    },
+}
+"""Request bodies whose fields depend on each other, by model."""
 
 _NAMED: Final[Mapping[str, Any]] = {
     "about": "At the lake until Monday",
     "accessToken": "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJhbm4ifQ.c2lnbmF0dXJl",
     "agent": "relay-example/1.0",
     "by": "ann",
+    "body": "Hello, Ann",
     "code": "bad_request",
     "conv": CONVERSATION,
     "conversation": CONVERSATION,
+    "cursor": "WzE3OTUyMjE1NjA2NzAsInRhbGsiXQ",
+    "description": "Who waters when",
     "device": "phone",
+    "devices": "bob/phone",
     "devicesRev": "9b1c5f0e7a3d2486.0",
+    "features": "again",
     "identityKey": "BU6pMRmRvJ7P0bnEkEgcOBoqQNOj8C1rk9mrqGmnbJdb",
     "key": "BU6pMRmRvJ7P0bnEkEgcOBoqQNOj8C1rk9mrqGmnbJdb",
     "kind": "text",
     "message": "one line for people",
     "name": "Ann",
+    "next": "WzE3OTUyMjE1NjA2NzAsInRhbGsiXQ",
     "password": "correct horse battery staple",
     "phone": "+4930123456",
+    "picture": "cGljdHVyZQ",
     "platform": "android",
     "q": "bob",
     "refreshToken": "bWFkZS11cC1zZXNzaW9u.bWFkZS11cC1zZWNyZXQtZm9yLXRoZS1leGFtcGxl",
     "signature": "c2lnbmVkIHdpdGggdGhlIGlkZW50aXR5IGtleSBvZiB0aGlzIGRldmljZQ==",
+    "sealed": "c2VhbGVkIGZvciB0aGlzIGRldmljZQ==",
+    "text": "asks everybody for money",
     "token": "a-token-of-the-push-service",
     "user": "bob",
     "username": "ann",
-    "users": ["bob"],
     "version": "1.0.0",
+}
+_NUMBERS: Final[Mapping[str, int]] = {
+    "body": 65_536,
+    "expiresIn": 900,
+    "frame": 262_144,
+    "heartbeat": 25_000,
+    "ops": MAX_OPERATIONS,
+    "protocol": 1,
+    "seq": _SEQ,
+    "ttl": 2_592_000,
+    "upTo": _SEQ,
+    "window": 256,
+    "windowBytes": 1_048_576,
 }
 _STRINGS: Final = (
     MESSAGE,
@@ -81,9 +122,13 @@ def sample(schema: Mapping[str, Any], schemas: Mapping[str, Any], name: str = ""
 
 
 def _object(schema: Mapping[str, Any], schemas: Mapping[str, Any], depth: int) -> dict[str, Any]:
-    return {
-        name: sample(field, schemas, name, depth + 1) for name, field in schema.get("properties", {}).items()
-    }
+    fields = schema.get("properties", {})
+    found = {name: sample(field, schemas, name, depth + 1) for name, field in fields.items()}
+    # An id is that of what the object is.
+    for sign, name in (("username", "ann"), ("platform", "phone")):
+        if sign in fields and isinstance(found.get("id"), str) and "examples" not in fields["id"]:
+            found["id"] = name
+    return found
 
 
 def _array(schema: Mapping[str, Any], schemas: Mapping[str, Any], name: str, depth: int) -> list[Any]:
@@ -96,9 +141,9 @@ def _array(schema: Mapping[str, Any], schemas: Mapping[str, Any], name: str, dep
 
 def _string(schema: Mapping[str, Any], name: str) -> str:
     pattern = schema.get("pattern")
-    low, high = schema.get("minLength", 0), schema.get("maxLength", 1 << 20)
-    preferred = _NAMED.get(name)
-    for found in (*((preferred,) if isinstance(preferred, str) else ()), *_STRINGS, "a" * low):
+    low, high = int(schema.get("minLength", 0)), int(schema.get("maxLength", 1 << 20))
+    candidates = [str(one) for one in (_NAMED.get(name),) if isinstance(one, str)]
+    for found in (*candidates, *_STRINGS, "a" * low):
         if low <= len(found) <= high and (pattern is None or re.search(pattern, found)):
             return found
     return "a" * low
@@ -106,6 +151,98 @@ def _string(schema: Mapping[str, Any], name: str) -> str:
 
 def _number(schema: Mapping[str, Any], name: str) -> int:
     moment = name in ("at", "since", "time", "until") or name.endswith(("At", "Until", "Seen"))
-    wanted = _MOMENT if moment else 3
+    wanted = _AT if moment else _NUMBERS.get(name, 3)
     low, high = schema.get("minimum", wanted), schema.get("maximum", wanted)
     return int(min(max(wanted, low), high))
+
+
+OPERATIONS: Final[dict[str, tuple[dict[str, Any], ...]]] = {
+    "send": (
+        {"t": "send", "id": MESSAGE, "conv": CONVERSATION, "kind": "text", "body": "Hello, Bob", "ref": "1"},
+        {
+            "t": "send",
+            "id": MESSAGE,
+            "conv": CONVERSATION,
+            "kind": "text",
+            "body": None,
+            "sealed": {"bob/phone": "c2VhbGVkIGZvciB0aGlzIGRldmljZQ=="},
+            "devicesRev": "9b1c5f0e7a3d2486.0",
+            "again": True,
+        },
+    ),
+    "ack": ({"t": "ack", "conv": CONVERSATION, "ids": [MESSAGE], "ref": "2"},),
+    "status": ({"t": "status", "conv": CONVERSATION, "ids": [MESSAGE]},),
+    "ping": ({"t": "ping"},),
+    "auth": ({"t": "auth", "token": "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJhbm4ifQ.c2lnbmF0dXJl"},),
+    "read": ({"t": "read", "conv": CONVERSATION, "upTo": _SEQ},),
+}
+FRAMES: Final[dict[str, tuple[dict[str, Any], ...]]] = {
+    "welcome": (
+        {
+            "t": "welcome",
+            "v": 1,
+            "user": "ann",
+            "device": "phone",
+            "time": _AT,
+            "heartbeat": 25_000,
+            "window": 256,
+            "windowBytes": 1_048_576,
+            "limits": {"frame": 262_144, "body": 65_536, "ops": MAX_OPERATIONS},
+            "features": ["again", "after"],
+            "gap": {"since": _AT, "why": "inactive"},
+        },
+    ),
+    "stored": (_STORED, {**_STORED, "ref": "1"}),
+    "acked": ({"t": "acked", "conv": CONVERSATION, "ids": [MESSAGE], "ref": "2"},),
+    "status": (
+        {
+            "t": "status",
+            "conv": CONVERSATION,
+            "items": [
+                {"id": MESSAGE, "awaiting": 1, "delivered": []},
+                {"id": MESSAGE, "gone": True, "fate": "delivered", "delivered": ["bob"]},
+            ],
+        },
+    ),
+    "msg": (
+        {
+            "t": "msg",
+            "id": MESSAGE,
+            "conv": CONVERSATION,
+            "seq": _SEQ,
+            "at": _AT,
+            "from": {"user": "bob", "device": "phone"},
+            "kind": "text",
+            "body": "Hello, Ann",
+        },
+    ),
+    "drained": ({"t": "drained", "count": 12},),
+    "receipt": (
+        {
+            "t": "receipt",
+            "conv": CONVERSATION,
+            "ids": [MESSAGE],
+            "by": {"user": "bob", "device": "phone"},
+            "at": _AT,
+        },
+    ),
+    "pong": ({"t": "pong", "time": _AT},),
+    "authed": ({"t": "authed", "exp": 1_795_222_460},),
+    "bye": ({"t": "bye", "retryAfter": 1500},),
+    "keys": ({"t": "keys", "oneTime": 19},),
+    "done": ({"t": "done", "ref": "3"},),
+    "error": (
+        {
+            "t": "error",
+            "code": "device_mismatch",
+            "message": "the recipient devices have changed; fetch them and seal again",
+            "retry": False,
+            "id": MESSAGE,
+            "conv": CONVERSATION,
+            "missing": ["bob/tablet"],
+            "extra": [],
+            "stale": [],
+            "devicesRev": "9b1c5f0e7a3d2486.0",
+        },
+    ),
+}

@@ -58,8 +58,10 @@ async def send(ctx: Context, caller: Caller, request: web.Request) -> web.Respon
 
 
 async def acknowledge(ctx: Context, caller: Caller, request: web.Request) -> web.Response:
-    """200 once every acknowledgement is durable."""
+    """200 once every acknowledgement is durable, and every read cursor moved."""
     wanted = await parsed(request, Acknowledge)
+    if any(ctx.clock.too_far_ahead(mark.up_to) for mark in wanted.reads or ()):
+        raise RelayError("bad_request", "upTo lies more than two hours in the future")
     if ctx.endings.full:
         raise RelayError("unavailable", "the relay is busy; acknowledge again", retry_after=1000)
     loop = asyncio.get_running_loop()
@@ -86,6 +88,13 @@ async def acknowledge(ctx: Context, caller: Caller, request: web.Request) -> web
         ) from None
     if not all(await asyncio.gather(*waiters)):
         raise RelayError("unavailable", "the acknowledgement could not be stored in time; send it again")
+    for mark in wanted.reads or ():
+        try:
+            await ctx.conversations.read(mark.conv, caller.user, mark.up_to)
+        except RelayError as error:
+            # The acknowledgements are durable; a conversation that one has left has no cursor to move.
+            if error.code != "not_found":
+                raise
     return answer(DoneAnswer())
 
 

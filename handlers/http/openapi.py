@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Final
 
 import msgspec
@@ -14,7 +15,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from handlers.context import Context
-from handlers.http.examples import CONVERSATION, sample
+from handlers.http.examples import CONVERSATION, OPERATIONS, REQUESTS, sample
 from handlers.http.route import Caller, Route, json_text, only
 from handlers.http.schemas.base import ErrorAnswer
 from relay import __version__
@@ -86,7 +87,7 @@ def document(routes: Sequence[Route]) -> dict[str, Any]:
             "title": "Relay",
             "version": __version__,
             "description": "A store-and-forward chat relay. Messages travel over the WebSocket `/v1/ws`, which "
-            "`/asyncapi.json` describes; this is the HTTP side.\n\nRequests with unknown fields or parameters are "
+            "`/asyncapi.json` describes; this is the HTTP side.\n\nRequests with unknown fields are "
             "refused. Answers may grow: ignore fields you do not know. Times are integer milliseconds since the epoch. "
             "Absent and not yours look the same (404). Lists come in pages: pass `next` as `cursor` until it is null.",
         },
@@ -180,7 +181,7 @@ def _operation(route: Route, schemas: Mapping[str, Any]) -> dict[str, Any]:
         found["parameters"] = parameters
     if route.request is not None:
         name = route.request.__name__
-        example = sample(schemas[name], schemas) if route.example is None else dict(route.example)
+        example = _example(route.request, schemas)
         found["requestBody"] = {
             "required": True,
             "description": "JSON, at most `limits.frame` bytes (see `/v1/info`).",
@@ -192,6 +193,13 @@ def _operation(route: Route, schemas: Mapping[str, Any]) -> dict[str, Any]:
     for status, codes in sorted(by_status.items()):
         found["responses"].setdefault(str(status), _failure(status, codes))
     return found
+
+
+def _example(request: type[BaseModel] | type[msgspec.Struct], schemas: Mapping[str, Any]) -> Any:
+    if issubclass(request, msgspec.Struct):
+        first = OPERATIONS[str(request.__struct_config__.tag)][0]
+        return {name: value for name, value in first.items() if name not in ("t", "ref")}
+    return REQUESTS.get(request.__name__) or sample(schemas[request.__name__], schemas)
 
 
 def _text_of(route: Route) -> str:
@@ -206,7 +214,7 @@ def _markdown(text: str) -> str:
 def _in_path(path: str) -> list[dict[str, Any]]:
     parts = path.split("/")
     found = []
-    for before, part in zip(parts, parts[1:], strict=False):
+    for before, part in pairwise(parts):
         if part.startswith("{"):
             text, pattern, example = _PLACES[before]
             found.append(
@@ -227,7 +235,7 @@ def _in_query(name: str, schema: Mapping[str, Any]) -> dict[str, Any]:
     own = dict(schema)
     if own.pop("required", False) is True:
         found["required"] = True
-    description = own.pop("description", _PAGING.get(name))
+    description = own.pop("description", _PARAMETERS.get(name))
     if description:
         found["description"] = description
     return {**found, "schema": own}
@@ -306,7 +314,8 @@ def _reference(name: str) -> dict[str, str]:
     return {"$ref": _REFERENCE.format(model=name)}
 
 
-_PAGING: Final[Mapping[str, str]] = {
+_PARAMETERS: Final[Mapping[str, str]] = {
+    "blocked": "`true`: those one has blocked, instead of one's contacts",
     "cursor": "`next` of the page before",
     "limit": "How many at most",
 }

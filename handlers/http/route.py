@@ -35,8 +35,8 @@ Handler = Callable[[Context, Caller, web.Request], Awaitable[web.StreamResponse]
 @dataclass(frozen=True, slots=True)
 class Route:
     """One endpoint. ``request`` and ``answers`` (by status) are pydantic models or msgspec structs; ``query`` names the
-    query parameters with their JSON schemas. The handler's docstring is the long description, for clients to read. ``example``
-    is a request body, for models that carry none. A ``hidden`` route is part of a page, not of the interface."""
+    query parameters with their JSON schemas. The handler's docstring is the long description, for clients to read. A
+    ``hidden`` route is part of a page, not of the interface."""
 
     method: str
     path: str
@@ -49,7 +49,6 @@ class Route:
     errors: tuple[Code, ...] = ()
     open: bool = False
     media_type: str = "application/json"
-    example: Mapping[str, Any] | None = None
     hidden: bool = False
 
 

@@ -9,11 +9,14 @@ from relay.client.errors import (
     OutboxFull,
     Replaced,
     RequestFailed,
+    SessionEnded,
     StorageError,
     TokenRefused,
     WrongDatabase,
 )
+from relay.client.session import Session
 from relay.client.storage import Storage
+from relay.client.tokens import Token
 from relay.client.values import (
     Connected,
     Disconnected,
@@ -49,10 +52,13 @@ __all__ = [
     "Receipt",
     "Replaced",
     "RequestFailed",
+    "Session",
+    "SessionEnded",
     "Stopped",
     "Storage",
     "StorageError",
     "Stored",
+    "Token",
     "TokenRefused",
     "Tuning",
     "WrongDatabase",

@@ -217,7 +217,7 @@ class Connection:
         elif kind == "bye":
             self._retry_after = seconds(operation.get("retryAfter"), 1.0)
             self._leaving = self._now() + self._tuning.leave
-        elif kind != "pong":
+        elif kind not in ("pong", "authed"):
             batch.after.append(Live(operation))
 
     def _refused(self, error: Mapping[str, Any], batch: _Batch) -> None:

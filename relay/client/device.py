@@ -29,9 +29,11 @@ from relay.client.errors import (
     StorageError,
     TokenRefused,
 )
+from relay.client.http import accepted, exchange, why
 from relay.client.packing import encode
 from relay.client.parsing import operations_of
 from relay.client.storage import Storage
+from relay.client.tokens import Token, Tokens
 from relay.client.values import (
     WITHDRAWN,
     Body,
@@ -46,7 +48,6 @@ from relay.client.values import (
     Stopped,
 )
 
-Token = Callable[[], str | Awaitable[str]]
 OnMessage = Callable[[Message], Awaitable[None] | None]
 OnEvent = Callable[[Event], Awaitable[None] | None]
 
@@ -81,12 +82,11 @@ class Device:
         self.storage = Storage(database)
         self.generation = 0
         self.attempted = 0
-        self._token = token
+        self._tokens = Tokens(token)
         self._on_message = on_message
         self._on_event = on_event
         self._outbox_limit = outbox_limit
         self._tuning = tuning or Tuning()
-        self._held_token: str | None = None
         self._queued = 0
         self._is_drained = False
         self._error: DeviceError | None = None
@@ -180,43 +180,15 @@ class Device:
         """An HTTP request with the device's token: the parsed answer, None when it has no body. Raises RequestFailed."""
         if self._session is None:
             raise RequestFailed(0, "unreachable", "the device is not open")
-        status, answer, retry_after = await self._request(
-            method, path, json, await self._fetch_token(new=False)
+        reply = await exchange(
+            self._session, method, self.url, path, json, token=await self._tokens.current()
         )
-        if status == 401:
-            status, answer, retry_after = await self._request(
-                method, path, json, await self._fetch_token(new=True)
+        if reply.status == 401:
+            self._tokens.refused()
+            reply = await exchange(
+                self._session, method, self.url, path, json, token=await self._tokens.current()
             )
-        if status < 400:
-            return answer
-        error = answer.get("error") if isinstance(answer, dict) else None
-        told: Mapping[str, Any] = error if isinstance(error, dict) else {}
-        text = str(told.get("message", f"{method} {path} was answered with status {status}"))
-        raise RequestFailed(status, str(told.get("code", "internal")), text, retry_after=retry_after)
-
-    async def _request(self, method: str, path: str, body: object, token: str) -> tuple[int, Any, int | None]:
-        assert self._session is not None
-        try:
-            async with self._session.request(
-                method, self.url + path, json=body, headers={"Authorization": f"Bearer {token}"}
-            ) as response:
-                wish = response.headers.get("Retry-After", "")
-                text = await response.text()
-                try:
-                    answer = await response.json(content_type=None) if text else None
-                except ValueError:
-                    answer = None
-                return response.status, answer, int(wish) * 1000 if wish.isdecimal() else None
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise RequestFailed(
-                0, "unreachable", f"cannot reach the relay at {self.url}: {_why(error)}"
-            ) from error
-
-    async def _fetch_token(self, *, new: bool) -> str:
-        if new or self._held_token is None:
-            given = self._token()
-            self._held_token = await given if inspect.isawaitable(given) else given
-        return self._held_token
+        return accepted(reply, f"{method} {path}")
 
     # -- being connected
 
@@ -242,7 +214,7 @@ class Device:
             delay = self._delay(failures)
             failures += 1
             if ended.code == 4401:
-                self._held_token = None
+                self._tokens.refused()
                 if refused:
                     raise TokenRefused("the relay refused the token and the one fetched after it")
                 refused, delay = True, 0.0
@@ -254,7 +226,8 @@ class Device:
     async def _connect_once(self) -> Ended:
         try:
             async with asyncio.timeout(self._tuning.connect):
-                socket = await self._open_socket()
+                token = await self._tokens.current()
+                socket = await self._open_socket(token)
                 welcomed = False
                 try:
                     welcome, rest = await _welcome(socket)
@@ -267,23 +240,33 @@ class Device:
         except TimeoutError:
             return Ended(None, f"the relay did not answer within {self._tuning.connect:g} s")
         except (aiohttp.ClientError, OSError) as error:
-            return Ended(None, _why(error))
+            return Ended(None, why(error))
+        except RequestFailed as error:
+            if not error.retry:
+                raise
+            return Ended(None, str(error), None if error.retry_after is None else error.retry_after / 1000)
+        except StorageError as error:
+            return Ended(None, str(error))
         except DeviceError:
             raise
         except Exception as error:  # noqa: BLE001 - the application's token callback may fail in any way
             _LOG.warning("no token: %s", type(error).__name__)
             return Ended(None, f"no token: {error}")
+        renewal = asyncio.create_task(
+            self._tokens.keep(socket, token, welcome), name="relay-client-token-renewal"
+        )
         try:
             return await self._serve(socket, welcome, rest)
         except StorageError as error:
             _LOG.error("%s", error)
             return Ended(None, str(error))
         finally:
+            renewal.cancel()
+            await asyncio.gather(renewal, return_exceptions=True)
             await socket.close()
 
-    async def _open_socket(self) -> ClientWebSocketResponse:
+    async def _open_socket(self, token: str) -> ClientWebSocketResponse:
         assert self._session is not None
-        token = await self._fetch_token(new=False)
         try:
             return await self._session.ws_connect(
                 f"{self.url}/v1/ws",
@@ -375,7 +358,3 @@ async def _welcome(socket: ClientWebSocketResponse) -> tuple[Mapping[str, Any], 
             raise _Refused(Ended(frame.data, str(frame.extra or "")))
         elif frame.type in (WSMsgType.CLOSED, WSMsgType.CLOSING, WSMsgType.ERROR):
             raise _Refused(Ended(socket.close_code, "the connection broke"))
-
-
-def _why(error: BaseException) -> str:
-    return str(error) or type(error).__name__

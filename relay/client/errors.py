@@ -4,6 +4,7 @@ DeviceError
 ├── Stopped by the relay, never retried by the device itself
 │   ├── Replaced         another connection of the same device took over (close code 4409)
 │   ├── TokenRefused     the relay refused a fresh token too (4401)
+│   ├── SessionEnded     this device is logged out: revoked, or its session was idle for too long
 │   └── ClientTooOld     (4426)
 ├── WrongDatabase        the database belongs to another device or a newer version, or another process has it open
 ├── StorageError         the disk refused; nothing was acknowledged or promised
@@ -25,6 +26,10 @@ class Replaced(DeviceError):
 
 class TokenRefused(DeviceError):
     """The relay refused the token, and the one fetched after that too."""
+
+
+class SessionEnded(DeviceError):
+    """The relay does not renew this session any more; only logging in again helps."""
 
 
 class ClientTooOld(DeviceError):

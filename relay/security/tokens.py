@@ -61,7 +61,8 @@ class KeyConfigurationError(ValueError):
 @dataclass(frozen=True, slots=True)
 class Identity:
     """Whom an accepted token speaks for. ``issued`` and ``expires`` are in seconds since the epoch, ``expires`` in the
-    future. ``session`` (claim ``sid``) is set when the relay issued the token: it is good only for that session."""
+    future. ``session`` (claim ``sid`` of tokens signed with a secret) is set when the relay issued the token: it is good
+    only for that session."""
 
     user: str
     device: str
@@ -133,7 +134,8 @@ class Verifier:
                 continue
             except jwt.PyJWTError:
                 raise TokenError("the token is malformed") from None
-            return self._identity(_json_object(payload), time.time() if now is None else now)
+            ours = key.algorithm == "HS256"
+            return self._identity(_json_object(payload), time.time() if now is None else now, ours=ours)
         raise TokenError("the token's signature does not match any key of this relay")
 
     def _candidates(self, header: Mapping[str, Any]) -> Sequence[VerificationKey]:
@@ -155,7 +157,7 @@ class Verifier:
             raise TokenError("the token is signed with a key that this relay does not know")
         return keys
 
-    def _identity(self, claims: Mapping[str, Any], now: float) -> Identity:
+    def _identity(self, claims: Mapping[str, Any], now: float, *, ours: bool) -> Identity:
         user, device, audience = claims.get("sub"), claims.get("dev"), claims.get("aud")
         if not isinstance(user, str) or not USER_ID.fullmatch(user):
             raise TokenError("the token's `sub` claim is missing or not a user id")
@@ -171,8 +173,9 @@ class Verifier:
             raise TokenError("the token is not valid yet")
         if expires <= now:
             raise TokenError("the token has expired; renew it and reconnect")
-        session = claims.get("sid")
-        if "sid" in claims and not (isinstance(session, str) and _SESSION_ID.fullmatch(session)):
+        # Other issuers' `sid` (OpenID Connect has one) names sessions that the relay knows nothing of.
+        session = claims.get("sid") if ours else None
+        if ours and "sid" in claims and not (isinstance(session, str) and _SESSION_ID.fullmatch(session)):
             raise TokenError("the token's `sid` claim is not a session id")
         return Identity(user, device, expires, issued, session)
 

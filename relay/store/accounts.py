@@ -109,7 +109,7 @@ class Accounts:
         if person is None:
             if not may_create or not await self._provision(user, moment):
                 return None
-        elif _is_barred(person):
+        elif is_barred(person):
             return None
         cutoff = now - self._inactive
         here = {"$set": {"lastSeen": now}}
@@ -195,7 +195,7 @@ class Accounts:
         row = None if person is None else await _devices().find_one({"_id": key}, _DEVICE)
         if person is None or row is None:
             return None
-        standing = _standing(row, barred=_is_barred(person))
+        standing = _standing(row, barred=is_barred(person))
         # What ended while this was read may be missing from it.
         if forgotten == self._forgotten:
             if len(self._standings) >= _MAX_STANDINGS:
@@ -263,7 +263,8 @@ def _standing(row: Mapping[str, Any], *, barred: bool = False) -> Standing:
     )
 
 
-def _is_barred(person: Mapping[str, Any]) -> bool:
+def is_barred(person: Mapping[str, Any]) -> bool:
+    """Whether a stored user may not use the relay."""
     return person.get("suspendedAt") is not None or person.get("erasingAt") is not None
 
 

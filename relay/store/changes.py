@@ -1,7 +1,8 @@
 """What changed for one user since a cursor: conversations, read cursors, contacts, devices, preferences.
 
 Each kind is read by the time of its last change. The clocks of nodes differ and a write takes its time, so a cursor never
-goes further than a moment ago: what is younger is told again next time, and applying it twice changes nothing.
+goes further than a moment ago: what is younger is told again next time, and applying it twice changes nothing. Pages that
+follow each other do go further, and come back at the last of them to a moment before the first.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ class ChangesPage:
 
 @dataclass(frozen=True, slots=True)
 class _Since:
-    """An opened cursor: when it was made (ms), and the place in each kind."""
+    """An opened cursor: when it was made (ms), and the place in each kind. ``settled``: where to come back to after the last
+    of several pages (ms), 0 between them."""
 
     at: int
     conversations: Place = _START
@@ -89,6 +91,7 @@ class _Since:
     reads: Place = _START
     devices: int = 0
     me: int = 0
+    settled: int = 0
 
 
 class Changes:
@@ -104,22 +107,25 @@ class Changes:
         since = _Since(now) if cursor is None else _open(cursor)
         if since.at < now - REMOVED_SECONDS * 1000:
             raise RelayError("resync", "this cursor is too old; fetch everything again")
-        settled = now - _MARGIN_MS
-        rows = await _rows(Membership, {"user": user}, since.conversations)
-        contacts = await _rows(Contact, {"owner": user}, since.contacts)
+        settled = since.settled or now - _MARGIN_MS
+        rows = await _rows(Membership, {"user": user}, since.conversations, limit=_PAGE)
+        contacts = await _rows(Contact, {"owner": user}, since.contacts, limit=_PAGE)
         reads = await self._reads(user, since.reads)
         devices = await self._devices(user, since.devices)
         active = [row for row in rows if row.get("removedAt") is None]
         views = await self._conversations.listed(active)
         shown = {view.id for view in views}
         me = await self._me_changed(user, since.me)
+        more = len(rows) == _PAGE or len(contacts) == _PAGE or len(reads) == _READS
+        limit = None if more else settled
         following = _Since(
             at=now,
-            conversations=_place(rows, "updatedAt", _PAGE, settled, since.conversations),
-            contacts=_place(contacts, "updatedAt", _PAGE, settled, since.contacts),
-            reads=_place(reads, "readAt", _READS, settled, since.reads),
+            conversations=_place(rows, "updatedAt", limit, since.conversations),
+            contacts=_place(contacts, "updatedAt", limit, since.contacts),
+            reads=_place(reads, "readAt", limit, since.reads),
             devices=max(since.devices, settled),
             me=max(since.me, settled),
+            settled=settled if more else 0,
         )
         return ChangesPage(
             conversations=views,
@@ -135,7 +141,7 @@ class Changes:
             devices=devices,
             me=me,
             next=_close(following),
-            more=len(rows) == _PAGE or len(contacts) == _PAGE or len(reads) == _READS,
+            more=more,
         )
 
     async def _reads(self, user: str, place: Place) -> list[Mapping[str, Any]]:
@@ -176,7 +182,7 @@ async def _rows(
     place: Place,
     *,
     field: str = "updatedAt",
-    limit: int = _PAGE,
+    limit: int,
 ) -> list[Mapping[str, Any]]:
     moment = datetime.fromtimestamp(place[0] / 1000, UTC)
     wanted = {
@@ -189,28 +195,27 @@ async def _rows(
     return found
 
 
-def _place(rows: Sequence[Mapping[str, Any]], field: str, limit: int, settled: int, before: Place) -> Place:
-    """Where the next page begins: behind a full page, else behind what is settled."""
-    if not rows:
-        return max(before, (settled, ""))
-    last = (milliseconds(rows[-1][field]), str(rows[-1]["_id"]))
-    return last if len(rows) == limit else max(before, min(last, (settled, "")), key=lambda place: place[0])
+def _place(rows: Sequence[Mapping[str, Any]], field: str, settled: int | None, before: Place) -> Place:
+    """Where the next page begins: behind this one, but not behind what is settled when this was the last."""
+    reached = (milliseconds(rows[-1][field]), str(rows[-1]["_id"])) if rows else before
+    return reached if settled is None else min(reached, (settled, ""))
 
 
 def _close(since: _Since) -> str:
-    parts = [_VERSION, since.at, *since.conversations, *since.contacts, *since.reads, since.devices, since.me]
+    places = [*since.conversations, *since.contacts, *since.reads, since.devices, since.me, since.settled]
+    parts = [_VERSION, since.at, *places]
     return base64.urlsafe_b64encode(codec.dumps(parts).encode()).decode()
 
 
 def _open(cursor: str) -> _Since:
     try:
         parts = codec.loads(base64.urlsafe_b64decode(cursor.encode()).decode())
-        version, at, c0, c1, k0, k1, r0, r1, devices, me = parts
-        numbers = (version, at, c0, k0, r0, devices, me)
+        version, at, c0, c1, k0, k1, r0, r1, devices, me, settled = parts
+        numbers = (version, at, c0, k0, r0, devices, me, settled)
         if any(type(number) is not int or not 0 <= number < 253_402_300_800_000 for number in numbers):
             raise ValueError
         if version != _VERSION or any(type(text) is not str for text in (c1, k1, r1)):
             raise ValueError
     except (ValueError, TypeError, binascii.Error, RelayError):
         raise RelayError("bad_request", "since is not one of our cursors") from None
-    return _Since(at, (c0, c1), (k0, k1), (r0, r1), devices, me)
+    return _Since(at, (c0, c1), (k0, k1), (r0, r1), devices, me, settled)

@@ -6,7 +6,6 @@ that the profile is still the one that was read: two changes at once cannot leav
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -17,14 +16,26 @@ from pymongo import ReturnDocument
 from models.accounts import Device, User
 from models.conversations import Membership
 from relay.store.accounts import milliseconds
+from relay.store.searching import find_people, fold, search_keys
 from relay.wire.errors import RelayError
 from relay.wire.ids import device_key
 
+__all__ = [
+    "Circle",
+    "OwnProfile",
+    "PastSearch",
+    "People",
+    "Profile",
+    "Restriction",
+    "fold",
+    "is_present",
+    "later_than",
+    "search_keys",
+    "shown",
+]
+
 Circle = Literal["anyone", "contacts"]
-KEY_LENGTH: Final = 64
 SEARCHES: Final = 15
-END_OF_KEYS: Final = "\U0010ffff"
-"""Behind every text that begins alike: MongoDB compares UTF-8 bytes, whose order is that of code points."""
 _ATTEMPTS: Final = 20
 _TICK: Final = timedelta(milliseconds=1)
 _SHARED_MOST: Final = 5000
@@ -50,37 +61,6 @@ _OWN: Final = {
     "whoMayMessage": 1,
     "whoMayAdd": 1,
 }
-_PHONE_SIGNS: Final = str.maketrans("", "", " -()./\u00a0")
-
-
-def fold(text: str) -> str:
-    """A text as it is compared and sorted: compatibility forms and case folded, blanks collapsed, at most ``KEY_LENGTH``
-    characters. Folding twice changes nothing, but for a cut in the middle of a composed letter."""
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return " ".join(folded.split())[:KEY_LENGTH].rstrip()
-
-
-def phone_key(text: str) -> str | None:
-    """A telephone number as it is kept and compared (``+`` and 7 to 15 digits, E.164); None when the text is none. The
-    plus sign may be missing, and blanks, dashes, dots, slashes and brackets may stand in between."""
-    digits = text.translate(_PHONE_SIGNS).removeprefix("+")
-    if not (digits.isascii() and digits.isdigit() and 7 <= len(digits) <= 15) or digits.startswith("0"):
-        return None
-    return f"+{digits}"
-
-
-def search_keys(user: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
-    """What others find a user by, from the fields of the stored user: which of ``usernameKey``, ``nameKey`` and ``phoneKey``
-    to set, and the names of those to unset. Who does not want to be found, is suspended or is being erased has none."""
-    present = user.get("suspendedAt") is None and user.get("erasingAt") is None
-    by_name = present and user.get("findableByName") is not False
-    by_phone = present and user.get("findableByPhone") is not False
-    keys = {
-        "usernameKey": fold(user.get("username") or "") if by_name else "",
-        "nameKey": fold(user.get("name") or "") if by_name else "",
-        "phoneKey": (phone_key(user.get("phone") or "") or "") if by_phone else "",
-    }
-    return {name: key for name, key in keys.items() if key}, [name for name, key in keys.items() if not key]
 
 
 class Restriction(TypedDict):
@@ -153,9 +133,7 @@ class People:
     async def names(self, users: Iterable[str]) -> dict[str, str | None]:
         """What to call these people (their name, else their user name, else None), with one query. Unknown ones are
         absent."""
-        cursor = User.get_motor_collection().find(
-            {"_id": {"$in": list(users)}}, {"name": 1, "username": 1}
-        )
+        cursor = User.get_motor_collection().find({"_id": {"$in": list(users)}}, {"name": 1, "username": 1})
         return {row["_id"]: row.get("name") or row.get("username") async for row in cursor}
 
     async def restricted(self, users: Iterable[str]) -> dict[str, Restriction]:
@@ -168,7 +146,9 @@ class People:
             {"whoMayMessage": 1, "whoMayAdd": 1},
         )
         return {
-            row["_id"]: Restriction(whoMayMessage=_circle(row, "whoMayMessage"), whoMayAdd=_circle(row, "whoMayAdd"))
+            row["_id"]: Restriction(
+                whoMayMessage=_circle(row, "whoMayMessage"), whoMayAdd=_circle(row, "whoMayAdd")
+            )
             async for row in cursor
         }
 
@@ -176,7 +156,8 @@ class People:
         """When a device of each of these people was last noted (ms), with one query. Who never connected is absent. A device
         that stays connected is noted now and then only."""
         cursor = Device.get_motor_collection().find(
-            {"user": {"$in": list(users)}, "lastSeen": {"$type": "date"}}, {"_id": 0, "user": 1, "lastSeen": 1}
+            {"user": {"$in": list(users)}, "lastSeen": {"$type": "date"}},
+            {"_id": 0, "user": 1, "lastSeen": 1},
         )
         found: dict[str, int] = {}
         async for row in cursor:
@@ -214,6 +195,16 @@ class People:
             {"_id": device_key(user, device), "removedAt": None}, change
         )
         return bool(done.matched_count)
+
+    async def search(
+        self, caller: str, q: str, *, limit: int, cursor: str | None
+    ) -> tuple[list[Profile], str | None]:
+        """A page of the people whom ``caller`` finds by ``q``, and the cursor of the next: by phone, exactly, when ``q`` looks
+        like a number, else by the beginning of name or user name, in their folded order. Each once; not those who blocked
+        the caller. A page may be shorter than ``limit`` though more follows. Raises RelayError ``bad_request`` for a cursor
+        that is none."""
+        found, following = await find_people(caller, q, limit=limit, cursor=cursor, projection=_PUBLIC)
+        return [shown(document) for document in found if is_present(document)], following
 
     async def remember_search(self, user: str, q: str) -> None:
         """Puts a search in front of the last ``SEARCHES``; each text stands there once."""

@@ -134,9 +134,9 @@ class Releases:
             # What comes twice is no message and cannot be released.
             stuck |= page.intersection(found)
             page = set(found) - stuck
-            if not page:
+            if not found:
                 return True
-            if not await self._endings.release(list(page), keys, deadline=monotonic() + _GIVE_UP_SECONDS):
+            if page and not await self._endings.release(list(page), keys, deadline=monotonic() + _GIVE_UP_SECONDS):
                 return False
 
     async def _keys(self, mailbox: str) -> list[str]:

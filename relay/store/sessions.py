@@ -274,9 +274,10 @@ class Sessions:
         views = [_view(row) async for row in cursor]
         return sorted(views, key=lambda view: (view.created_at, view.id))
 
-    async def known(self, user: str, device: str) -> bool:
-        """Whether this user has, or had, this device."""
-        return await _devices().find_one({"_id": device_key(user, device)}, {"_id": 1}) is not None
+    async def is_active(self, user: str, device: str) -> bool | None:
+        """Whether a device is a recipient; False once it was removed, None when this user never had it."""
+        row = await _devices().find_one({"_id": device_key(user, device)}, {"removedAt": 1})
+        return None if row is None else row.get("removedAt") is None
 
     async def remove(self, user: str, device: str) -> bool:
         """Makes a device no recipient and all its tokens bad; whether it was one until now. Safe to repeat."""

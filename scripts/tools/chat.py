@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -19,12 +20,16 @@ from relay.client import (
     Device,
     DeviceError,
     Draft,
+    Message,
     RequestFailed,
+    SessionEnded,
+    Token,
 )
 from relay.security.tokens import KeyConfigurationError, generate_secret, mint
 from relay.wire import ids
-from scripts.tools import stdin
-from scripts.tools.screen import Screen
+from scripts.tools import login, stdin
+from scripts.tools.names import Names, Unknown, find_user
+from scripts.tools.screen import Screen, concerned
 
 _NAMESPACE: Final = uuid.UUID("5b0a9d0e-4f59-4a3c-9c5e-9a51c2f1d7b4")
 _QUEUED: Final = 4096
@@ -41,6 +46,10 @@ stopped. Every line has an id made of user, device, conversation, batch and line
 is the SHA-256 of the file's content; to send the same file twice on purpose, or to go on with a file that has grown, name a
 batch with --batch. A pipe (`… | scripts/chat`) has no content to look at beforehand: without --batch, each run is a new one.
 The memory of what was sent is the --database.
+
+There are two ways to say who you are. --login NAME is an account at the relay: the password is taken from RELAY_PASSWORD or
+asked for, once; the session is then kept next to the database. --to takes user names then. --user ID is a user whose tokens come
+from elsewhere: --token, or made here with the relay's secret.
 """
 
 
@@ -54,10 +63,11 @@ class Options:
 
     user: str
     device: str
+    by_name: bool
     to: tuple[str, ...]
     conversation: str | None
     url: str
-    token: Callable[[], str]
+    token: Token
     database: Path
     listen: bool
     batch: str | None
@@ -70,9 +80,13 @@ async def converse(options: Options) -> int:
     interactive = os.isatty(0) and bool(options.to or options.conversation)
     screen = Screen(options.url, as_json=options.as_json, prompt=interactive and sys.stdout.isatty())
     options.database.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    device = Device(
-        options.url, options.database, options.token, on_message=screen.on_message, on_event=screen.on_event
-    )
+
+    async def show(message: Message) -> None:
+        met = {} if options.as_json else await names.of(message.conv, concerned(message))
+        screen.on_message(message, met)
+
+    device = Device(options.url, options.database, options.token, on_message=show, on_event=screen.on_event)
+    names = Names(device.request)
     async with device:
         work = asyncio.create_task(_work(device, screen, options, interactive), name="chat")
         ended = asyncio.create_task(device.stopped(), name="chat-device-ended")
@@ -111,24 +125,21 @@ async def _work(device: Device, screen: Screen, options: Options, interactive: b
 
 
 async def _conversation(device: Device, screen: Screen, options: Options, patience: float | None) -> str:
-    members = sorted(set(options.to))
-    name = "conversation with " + " ".join(members)
+    people = sorted(set(options.to))
+    name = "conversation with " + " ".join(people)
     known = await device.storage.read_info(name)
     if known is not None:
         return known
-    body: dict[str, object] = {"type": "direct", "members": members}
-    if len(members) > 1:
-        # The same people again are the same group, also after the database was lost.
-        reference = uuid.uuid5(_NAMESPACE, "\0".join([options.user, *members]))
-        body = {"type": "group", "members": members, "name": ", ".join(members)[:100], "ref": str(reference)}
     began = time.monotonic()
     while True:
         try:
-            conv = str((await device.request("POST", "/v1/conversations", body))["id"])
+            conv = await _open(device, options, people)
             break
+        except Unknown as error:
+            raise Give(str(error)) from None
         except RequestFailed as error:
             if not error.retry:
-                raise Give(f"cannot open the conversation with {', '.join(members)}: {error}") from None
+                raise Give(f"cannot open the conversation with {', '.join(people)}: {error}") from None
             screen.unreachable(str(error))
             pause = (error.retry_after or 0) / 1000
         except OSError as error:
@@ -139,6 +150,18 @@ async def _conversation(device: Device, screen: Screen, options: Options, patien
         await asyncio.sleep(max(0.5, pause))
     await device.storage.write_info(name, conv)
     return conv
+
+
+async def _open(device: Device, options: Options, people: list[str]) -> str:
+    members = people
+    if options.by_name:
+        members = sorted({await find_user(device.request, who) for who in people})
+    body: dict[str, object] = {"type": "direct", "members": members}
+    if len(members) > 1:
+        # The same people again are the same group, also after the database was lost.
+        reference = uuid.uuid5(_NAMESPACE, "\0".join([options.user, *members]))
+        body = {"type": "group", "members": members, "name": ", ".join(people)[:100], "ref": str(reference)}
+    return str((await device.request("POST", "/v1/conversations", body))["id"])
 
 
 async def _type(device: Device, screen: Screen, conv: str) -> None:
@@ -222,9 +245,22 @@ def _tokens(user: str, device: str, given: str | None, data: Path) -> Callable[[
 
 
 def main(
-    user: Annotated[str, typer.Option(help="Who you are.")],
+    user: Annotated[str | None, typer.Option(help="Who you are, with a token from elsewhere.")] = None,
+    account: Annotated[
+        str | None,
+        typer.Option(
+            "--login",
+            metavar="NAME",
+            help="Who you are, with an account at the relay: your user name.",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="Which of your devices this is.")] = "terminal",
-    to: Annotated[list[str] | None, typer.Option(help="Whom to write to; several times for a group.")] = None,
+    to: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Whom to write to, several times for a group: a user id, with --login also a user name."
+        ),
+    ] = None,
     conversation: Annotated[
         str | None, typer.Option(help="The id of a conversation, instead of --to.")
     ] = None,
@@ -233,12 +269,16 @@ def main(
         str | None,
         typer.Option(
             envvar="RELAY_TOKEN",
-            help="Access token. Default: one is made with the relay's secret, from RELAY_JWT_SECRET or the file "
+            help="Access token of --user. Default: one is made with the relay's secret, from RELAY_JWT_SECRET or the file "
             "jwt-secret in RELAY_DATA_DIR (var/).",
         ),
     ] = None,
     database: Annotated[
-        Path | None, typer.Option(help="SQLite file. Default: RELAY_DATA_DIR/chat/USER-DEVICE.sqlite.")
+        Path | None,
+        typer.Option(
+            help="SQLite file. Default: RELAY_DATA_DIR/chat/USER-DEVICE.sqlite, "
+            "with --login RELAY_DATA_DIR/chat/accounts/NAME-DEVICE.sqlite."
+        ),
     ] = None,
     listen: Annotated[
         bool,
@@ -257,30 +297,47 @@ def main(
     ] = 60,
 ) -> None:
     """The command; its help is _HELP."""
-    data = Path(os.environ.get("RELAY_DATA_DIR") or "var")
-    caller = Path(os.environ.get("CHAT_CALLER_DIRECTORY") or ".")
-    if not ids.USER_ID.fullmatch(user):
+    if (user is None) == (account is None):
+        raise typer.BadParameter("say who you are with --login or --user", param_hint="--login / --user")
+    if user is not None and not ids.USER_ID.fullmatch(user):
         raise typer.BadParameter("1 to 128 characters of A-Z a-z 0-9 _ . @ : + -", param_hint="--user")
+    if account is not None and not login.USERNAME.fullmatch(account):
+        raise typer.BadParameter("3 to 32 characters of A-Z a-z 0-9 . _ -", param_hint="--login")
     if not ids.DEVICE_ID.fullmatch(device):
         raise typer.BadParameter("1 to 64 characters of A-Z a-z 0-9 _ . : -", param_hint="--device")
     if to and conversation:
         raise typer.BadParameter("give --to or --conversation, not both", param_hint="--conversation")
-    options = Options(
-        user=user,
-        device=device,
+    data = Path(os.environ.get("RELAY_DATA_DIR") or "var")
+    # A user and an account of one name are two people.
+    name = user if account is None else f"accounts/{account.lower()}"
+    file = data / "chat" / f"{name}-{device}.sqlite"
+    if database is not None:
+        file = Path(os.environ.get("CHAT_CALLER_DIRECTORY") or ".") / database
+    url = url.rstrip("/")
+    wanted = partial(
+        Options,
+        by_name=account is not None,
         to=tuple(to or ()),
         conversation=conversation,
-        url=url.rstrip("/"),
-        token=_tokens(user, device, token, data),
-        database=caller / database if database else data / "chat" / f"{user}-{device}.sqlite",
+        url=url,
+        database=file,
         listen=listen,
         batch=batch,
         as_json=as_json,
         timeout=timeout,
     )
     try:
+        if account is not None:
+            session = login.log_in(url, account, device, file)
+            options = wanted(user=session.user, device=session.device, token=session)
+        else:
+            assert user is not None
+            options = wanted(user=user, device=device, token=_tokens(user, device, token, data))
         code = asyncio.run(converse(options))
-    except (Give, DeviceError, KeyConfigurationError, OSError) as error:
+    except SessionEnded as error:
+        print(f"chat: {error}: the same command asks for the password", file=sys.stderr)
+        code = 1
+    except (Give, login.NoLogin, DeviceError, KeyConfigurationError, OSError) as error:
         print(f"chat: {error}", file=sys.stderr)
         code = 1
     raise typer.Exit(code)

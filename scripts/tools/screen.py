@@ -6,15 +6,18 @@ import asyncio
 import json
 import os
 import sys
+from collections.abc import Mapping
 from datetime import datetime
-from typing import Final
+from typing import Any, Final
 
 from rich.console import Console
 from rich.text import Text
 
 from relay.client import Connected, Disconnected, Event, Failed, Message, Stored
+from relay.wire.ids import RELAY_USER
 
 _COLOURS: Final = ("cyan", "green", "magenta", "yellow", "blue", "bright_red")
+_MOST_NAMED: Final = 10
 
 
 class Screen:
@@ -43,8 +46,8 @@ class Screen:
         clear = "\r\x1b[K" if self._prompt else ""
         print(f"{clear}{_printable(line)}", file=sys.stderr, flush=True)
 
-    def on_message(self, message: Message) -> None:
-        """Shows one message."""
+    def on_message(self, message: Message, names: Mapping[str, str]) -> None:
+        """Shows one message; ``names`` are those of the people ``concerned``."""
         self.progress += 1
         try:
             if self._json:
@@ -53,28 +56,26 @@ class Screen:
                     flush=True,
                 )
             elif message.kind != "withdrawn":
-                self._show(message)
+                self._show(message, names)
         except BrokenPipeError:
             # The reader of the pipe has left; a second failure at exit must not print a traceback.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             self.broken.set()
 
-    def _show(self, message: Message) -> None:
+    def _show(self, message: Message, names: Mapping[str, str]) -> None:
+        sender, text = _printable(names.get(message.user, message.user)), _printable(_text(message, names))
         if self._out is None:
-            print(f"{message.user}\t{_printable(_text(message))}", flush=True)
+            print(f"{sender}\t{text}", flush=True)
             return
         if self._prompt:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
-        colour = _COLOURS[sum(message.user.encode()) % len(_COLOURS)]
         at = datetime.fromtimestamp(message.at / 1000).strftime("%H:%M")
-        self._out.print(
-            Text.assemble(
-                (f"{at} ", "dim"),
-                (f"{_printable(message.user)} ", f"bold {colour}"),
-                _printable(_text(message)),
-            )
-        )
+        if _is_system(message):
+            self._out.print(Text(f"{at} {text}", "dim"))
+        else:
+            colour = _COLOURS[sum(message.user.encode()) % len(_COLOURS)]
+            self._out.print(Text.assemble((f"{at} ", "dim"), (f"{sender} ", f"bold {colour}"), text))
         self.prompt()
 
     def on_event(self, event: Event) -> None:
@@ -101,7 +102,7 @@ class Screen:
         """Says once that the relay does not answer."""
         if not self._told:
             self._told = True
-            known = reason.startswith("no token")
+            known = reason.startswith("no token") or " the session file " in reason
             self.say(
                 reason
                 if known
@@ -109,14 +110,51 @@ class Screen:
             )
 
 
-def _text(message: Message) -> str:
-    if message.kind == "system" and isinstance(message.body, dict):
-        users = message.body.get("users")
-        named = ", ".join(map(str, users)) if isinstance(users, list) else ""
-        return f"({message.body.get('event', 'changed')} {named})".replace(" )", ")")
+def concerned(message: Message) -> list[str]:
+    """The ids of the people whose names a message is shown with."""
+    found = [message.user]
+    if _is_system(message) and isinstance(message.body, dict):
+        found += [message.body["by"]] if isinstance(message.body.get("by"), str) else []
+        found += _others(message.body)[:_MOST_NAMED]
+    return found
+
+
+def _is_system(message: Message) -> bool:
+    return message.kind == "system" and message.user == RELAY_USER
+
+
+def _text(message: Message, names: Mapping[str, str]) -> str:
+    if _is_system(message) and isinstance(message.body, dict):
+        return _what_happened(message.body, names)
     if message.body is None:
         return f"({message.kind})"
     return message.body if isinstance(message.body, str) else json.dumps(message.body, ensure_ascii=False)
+
+
+def _what_happened(body: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    event, by, users = body.get("event"), str(body.get("by", RELAY_USER)), _others(body)
+    who = "the relay" if by == RELAY_USER else names.get(by, by)
+    whom = ", ".join(names.get(user, user) for user in users[:_MOST_NAMED])
+    if len(users) > _MOST_NAMED:
+        whom += f" and {len(users) - _MOST_NAMED} more"
+    if event == "created":
+        return f"{who} made the group with {whom}" if whom else f"{who} made the group"
+    if event in ("added", "removed"):
+        return f"{who} {event} {whom}"
+    if event == "left":
+        return f"{whom or who} left"
+    if event == "role":
+        article = "an" if body.get("role") == "admin" else "a"
+        return f"{who} made {whom or 'themselves'} {article} {body.get('role', 'member')}"
+    if event == "dissolved":
+        return f"{who} dissolved the group"
+    return f"{who} changed the group" if event == "changed" else f"{who}: {event} {whom}".rstrip()
+
+
+def _others(body: Mapping[str, Any]) -> list[str]:
+    users = body.get("users")
+    listed = users if isinstance(users, list) else []
+    return [user for user in listed if isinstance(user, str) and user != body.get("by")]
 
 
 def _printable(text: str) -> str:

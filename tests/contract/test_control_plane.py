@@ -5,66 +5,48 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import uuid
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from beanie import init_beanie
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from models.accounts import Device, User
 from models.conversations import Conversation, Membership
+from relay.security.pseudonyms import Pseudonyms
 from relay.store.accounts import Accounts
-from relay.store.conversations import Conversations, ConversationView
+from relay.store.conversations import Conversations
 from relay.store.embedded import EmbeddedMongo
-from relay.store.mongo import CONTROL, Mongo
+from relay.store.revisions import Proposal, Revisions
 from relay.wire.errors import RelayError
-from tests.support.memory import start_in_memory
+from tests.support.control import BACKENDS, always, change, clear, create, document, open_control, refused, row
 
 INACTIVE = timedelta(days=30)
+BASE = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-@pytest.fixture(scope="module", params=["memory", "mongod"])
+@pytest.fixture(scope="module", params=BACKENDS)
 async def backend(request: pytest.FixtureRequest, mongod: EmbeddedMongo) -> AsyncIterator[str]:
-    name = f"c{uuid.uuid4().hex[:20]}"
-    if request.param == "memory":
-        await start_in_memory(name)
-        yield "memory"
-        return
-    mongo = Mongo(mongod.uri, name)
-    await init_beanie(database=mongo.database, document_models=list(CONTROL))
-    yield "mongod"
-    await mongo.client.drop_database(name)
-    mongo.close()
-
-
-async def clear() -> None:
-    for document in (User, Device, Conversation, Membership):
-        await document.get_motor_collection().delete_many({})
+    async with open_control(request.param, mongod.uri) as kind:
+        yield kind
 
 
 @pytest.fixture
 async def accounts(backend: str) -> Accounts:
     await clear()
-    return Accounts(inactive=INACTIVE)
+    return Accounts(inactive=INACTIVE, pseudonyms=Pseudonyms(b"a key for tests only, of 32 bytes."))
 
 
 @pytest.fixture
 def conversations(accounts: Accounts) -> Conversations:
-    return Conversations(accounts)
+    return Conversations()
 
 
-async def direct(conversations: Conversations, user: str, other: str) -> tuple[ConversationView, bool]:
-    return await conversations.create(user, "direct", [other], name=None, ref=None)
-
-
-async def group(
-    conversations: Conversations, user: str, *others: str, ref: str | None = None, name: str | None = "group"
-) -> tuple[ConversationView, bool]:
-    return await conversations.create(user, "group", list(others), name=name, ref=ref)
+@pytest.fixture
+def revisions(accounts: Accounts) -> Revisions:
+    return Revisions()
 
 
 async def last_seen(key: str, moment: datetime | None) -> None:
@@ -73,12 +55,6 @@ async def last_seen(key: str, moment: datetime | None) -> None:
         {"$unset": {"lastSeen": ""}} if moment is None else {"$set": {"lastSeen": moment}}
     )
     await Device.get_motor_collection().update_one({"_id": key}, change)
-
-
-async def refused(call: Awaitable[object]) -> str:
-    with pytest.raises(RelayError) as caught:
-        await call
-    return caught.value.code
 
 
 # Accounts
@@ -212,140 +188,82 @@ async def test_seen_moves_forward_only_and_touches_nobody_else(accounts: Account
 # Conversations
 
 
-async def test_a_new_conversation_has_its_members_and_their_roles(conversations: Conversations) -> None:
-    pair, new = await direct(conversations, "bob", "ann")
-    assert new
-    assert (pair.type, pair.name) == ("direct", None)
-    assert [(one.user, one.role) for one in pair.members] == [("ann", "member"), ("bob", "member")]
-    many, new = await group(conversations, "bob", "cleo", "ann", "cleo", name="trip")
-    assert new
-    assert (many.type, many.name) == ("group", "trip")
-    assert [(one.user, one.role) for one in many.members] == [
-        ("ann", "member"),
-        ("bob", "admin"),
-        ("cleo", "member"),
+async def everything(
+    conversations: Conversations, user: str, limit: int, q: str | None = None
+) -> tuple[list[str], int]:
+    """The ids of every page, and how many pages there were."""
+    found: list[str] = []
+    cursor: str | None = None
+    pages = 0
+    while True:
+        views, cursor = await conversations.page(user, limit=limit, cursor=cursor, q=q)
+        assert len(views) <= limit
+        found += [view.id for view in views]
+        pages += 1
+        if cursor is None:
+            return found, pages
+
+
+async def name_user(user: str, name: str | None = None, username: str | None = None) -> None:
+    given = {key: value for key, value in (("name", name), ("username", username)) if value is not None}
+    await User.get_motor_collection().update_one(
+        {"_id": user}, {"$set": {"createdAt": BASE, **given}}, upsert=True
+    )
+
+
+async def test_a_conversation_is_shown_with_its_members_and_what_it_is_to_the_one_who_asks(
+    conversations: Conversations, revisions: Revisions
+) -> None:
+    await name_user("ann", "Ann Archer", "ann.a")
+    await name_user("bob", username="bobby")
+    name, _ = await create(revisions, "ann", ["bob", "cleo"], name="trip")
+    view = await conversations.get(name, "bob")
+    assert (view.id, view.type, view.name, view.picture, view.description) == (name, "group", "trip", None, None)
+    assert (view.who_may_post, view.member_count) == ("members", 3)
+    assert [(one.user, one.role, one.name) for one in view.members] == [
+        ("ann", "admin", "Ann Archer"),
+        ("bob", "member", "bobby"),
+        ("cleo", "member", None),
     ]
-    assert abs(many.created_at - datetime.now(UTC).timestamp() * 1000) < 60_000
-    assert await conversations.get(many.id, "cleo") == many
-
-
-async def test_of_twenty_who_make_the_same_direct_conversation_at_once_one_does(
-    conversations: Conversations,
-) -> None:
-    found = await asyncio.gather(
-        *(direct(conversations, *(("ann", "bob") if number % 2 else ("bob", "ann"))) for number in range(20))
+    assert abs(view.created_at - datetime.now(UTC).timestamp() * 1000) < 60_000
+    assert {one.joined_at for one in view.members} == {view.created_at} == {view.me.joined_at}
+    me = view.me
+    assert (me.role, me.muted_until, me.pinned, me.archived, me.read_up_to) == (
+        "member",
+        None,
+        False,
+        False,
+        None,
     )
-    assert len({view.id for view, _ in found}) == 1
-    assert [new for _, new in found].count(True) == 1
-    for view, _ in found:
-        assert [one.user for one in view.members] == ["ann", "bob"]
-    assert await Conversation.get_motor_collection().count_documents({}) == 1
-    assert await Membership.get_motor_collection().count_documents({}) == 2
-    assert await Conversation.get_motor_collection().count_documents({"forming": {"$exists": True}}) == 0
+    assert (await conversations.get(name, "ann")).me.role == "admin"
 
 
-async def test_people_of_similar_names_do_not_share_a_direct_conversation(
-    conversations: Conversations,
+async def test_absent_and_not_yours_and_left_and_dissolved_look_the_same(
+    conversations: Conversations, revisions: Revisions
 ) -> None:
-    pairs = [("a", "b"), ("a", "b.c"), ("a.b", "c"), ("a", "B"), ("a", "a")]
-    found = [(await direct(conversations, *pair))[0].id for pair in pairs]
-    assert len(set(found)) == len(pairs)
-
-
-async def test_a_repeated_ref_finds_the_first_group(conversations: Conversations) -> None:
-    ref = str(uuid.uuid4())
-    first, new = await group(conversations, "ann", "bob", ref=ref, name="trip")
-    again, repeated = await group(conversations, "ann", "cleo", ref=ref, name="other")
-    assert (new, repeated) == (True, False)
-    assert again == first
-    other, new = await group(conversations, "bob", "ann", ref=ref)
-    assert new
-    assert other.id != first.id
-
-
-async def test_of_ten_who_use_one_ref_at_once_one_makes_the_group(conversations: Conversations) -> None:
-    ref = str(uuid.uuid4())
-    found = await asyncio.gather(*(group(conversations, "ann", "bob", "cleo", ref=ref) for _ in range(10)))
-    assert len({view.id for view, _ in found}) == 1
-    assert [new for _, new in found].count(True) == 1
-    assert {len(view.members) for view, _ in found} == {3}
-
-
-async def test_groups_without_a_ref_are_different_groups(conversations: Conversations) -> None:
-    first, _ = await group(conversations, "ann", "bob")
-    second, new = await group(conversations, "ann", "bob")
-    assert new
-    assert first.id != second.id
-
-
-async def killed_half_way(written: list[str]) -> str:
-    """A creation that died after it had written these memberships: ann's direct conversation with bob."""
-    name, moment = str(uuid.uuid4()), datetime.now(UTC)
-    await Conversation.get_motor_collection().insert_one(
-        {
-            "_id": name,
-            "type": "direct",
-            "createdBy": "ann",
-            "createdAt": moment,
-            "unique": "direct ann bob",
-            "forming": ["ann", "bob"],
-        }
-    )
-    for user in written:
-        await Membership.get_motor_collection().insert_one(
-            {
-                "_id": f"{name} {user}",
-                "conversationId": name,
-                "user": user,
-                "role": "member",
-                "joinedAt": moment,
-                "updatedAt": moment,
-            }
+    name, _ = await create(revisions, "ann", ["bob", "cleo"])
+    gone, _ = await create(revisions, "ann", ["bob"])
+    await change(revisions, name, "ann", always(Proposal("removed", ["cleo"])), ["cleo"])
+    await change(revisions, gone, "ann", always(Proposal("dissolved")), everybody=True)
+    for conversation, user in ((name, "dan"), ("none", "ann"), (name, "cleo"), (gone, "ann")):
+        assert await refused(conversations.get(conversation, user)) == "not_found"
+        assert await refused(conversations.check_member(conversation, user)) == "not_found"
+        assert (
+            await refused(conversations.members(conversation, user, limit=5, cursor=None)) == "not_found"
         )
-    return name
-
-
-@pytest.mark.parametrize("written", [[], ["ann"], ["bob"], ["ann", "bob"]])
-async def test_a_creation_that_died_half_way_is_finished_by_repair(
-    conversations: Conversations, written: list[str]
-) -> None:
-    name = await killed_half_way(written)
-    assert await conversations.repair() == 1
-    for user in ("ann", "bob"):
-        view = await conversations.get(name, user)
-        assert [one.user for one in view.members] == ["ann", "bob"]
-        assert [one.id for one in (await conversations.page(user, limit=5, cursor=None))[0]] == [name]
-    assert await conversations.repair() == 0
-
-
-@pytest.mark.parametrize("written", [[], ["ann"], ["ann", "bob"]])
-async def test_a_creation_that_died_half_way_is_finished_by_its_repetition(
-    conversations: Conversations, written: list[str]
-) -> None:
-    name = await killed_half_way(written)
-    view, new = await direct(conversations, "bob", "ann")
-    assert (view.id, new) == (name, False)
-    assert [one.user for one in view.members] == ["ann", "bob"]
-    assert await conversations.repair() == 0
-
-
-async def test_repair_changes_nothing_that_is_whole(conversations: Conversations) -> None:
-    view, _ = await group(conversations, "ann", "bob")
-    await Membership.get_motor_collection().delete_one({"_id": f"{view.id} bob"})
-    assert await conversations.repair() == 0
-    assert [one.user for one in (await conversations.get(view.id, "ann")).members] == ["ann"]
-
-
-async def test_absent_and_not_yours_look_the_same(conversations: Conversations) -> None:
-    view, _ = await direct(conversations, "ann", "bob")
-    assert await refused(conversations.get(view.id, "cleo")) == "not_found"
-    assert await refused(conversations.get("none", "ann")) == "not_found"
+        assert await refused(conversations.set_own(conversation, user, {"pinned": True})) == "not_found"
+        assert await refused(conversations.read(conversation, user, 5)) == "not_found"
+        assert await refused(conversations.member(conversation, user)) == "not_found"
+    assert await everything(conversations, "cleo", 5) == ([], 1)
+    assert await everything(conversations, "ann", 5) == ([name], 1)
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 7, 50])
-async def test_pages_are_complete_and_last_changed_first(conversations: Conversations, limit: int) -> None:
-    made = [(await group(conversations, "ann", "bob"))[0].id for _ in range(7)]
-    await group(conversations, "bob", "cleo")
+async def test_pages_are_complete_and_last_changed_first(
+    conversations: Conversations, revisions: Revisions, limit: int
+) -> None:
+    made = [(await create(revisions, "ann", ["bob"]))[0] for _ in range(7)]
+    await create(revisions, "bob", ["cleo"])
     # Ties are usual: several changes in one millisecond.
     start = datetime.now(UTC).replace(microsecond=0)
     changed = {name: start - timedelta(milliseconds=number // 3) for number, name in enumerate(made)}
@@ -353,22 +271,183 @@ async def test_pages_are_complete_and_last_changed_first(conversations: Conversa
         await Membership.get_motor_collection().update_one(
             {"_id": f"{name} ann"}, {"$set": {"updatedAt": moment}}
         )
-    found: list[str] = []
-    cursor: str | None = None
-    pages = 0
-    while True:
-        views, cursor = await conversations.page("ann", limit=limit, cursor=cursor)
-        found += [view.id for view in views]
-        pages += 1
-        assert len(views) <= limit
-        if cursor is None:
-            break
+    found, pages = await everything(conversations, "ann", limit)
     assert found == sorted(made, key=lambda name: (-changed[name].timestamp(), name))
     assert pages == -(-7 // limit)
 
 
+async def test_what_is_changed_comes_first_for_everybody_in_it(
+    conversations: Conversations, revisions: Revisions
+) -> None:
+    made = [(await create(revisions, "ann", ["bob"]))[0] for _ in range(3)]
+    await Membership.get_motor_collection().update_many({}, {"$set": {"updatedAt": BASE}})
+    await change(revisions, made[1], "ann", always(Proposal("changed", fields={"name": "new"})))
+    for user in ("ann", "bob"):
+        assert (await everything(conversations, user, 5))[0][0] == made[1]
+    await conversations.set_own(made[2], "bob", {"pinned": True})
+    assert (await everything(conversations, "bob", 5))[0][0] == made[2]
+    assert (await everything(conversations, "ann", 5))[0][0] == made[1], "a pin is one's own"
+
+
 async def test_a_page_of_nobody_is_empty(conversations: Conversations) -> None:
     assert await conversations.page("ann", limit=10, cursor=None) == ([], None)
+
+
+async def test_lists_show_everybody_of_small_conversations_and_oneself_of_large_ones(
+    conversations: Conversations, revisions: Revisions
+) -> None:
+    people = [f"u{number:02}" for number in range(16)]
+    small, _ = await create(revisions, "ann", people[:15])
+    large, _ = await create(revisions, "ann", people)
+    views, _ = await conversations.page("ann", limit=5, cursor=None)
+    shown = {view.id: view for view in views}
+    assert [one.user for one in shown[small].members] == ["ann", *people[:15]]
+    assert [one.user for one in shown[large].members] == ["ann"]
+    assert (shown[small].member_count, shown[large].member_count) == (16, 17)
+
+
+@pytest.mark.parametrize(
+    ("q", "wanted"),
+    [
+        ("tri", ["trip"]),
+        ("TRIP to", ["trip"]),
+        ("to oslo", ["trip"]),
+        ("slo", []),
+        ("bob", ["bob", "trip"]),
+        ("BOB builder", ["bob", "trip"]),
+        ("cl", ["cleo"]),
+        ("ann", ["anns"]),
+        ("caf", ["cafe"]),
+        ("nothing", []),
+        (".*", []),
+        ("$ne", []),
+    ],
+)
+@pytest.mark.parametrize("limit", [1, 10])
+async def test_q_finds_words_that_begin_so_in_names_of_conversations_and_of_other_members(
+    conversations: Conversations, revisions: Revisions, q: str, wanted: list[str], limit: int
+) -> None:
+    await name_user("ann", "Ann Archer")
+    await name_user("bob", "Bob Builder")
+    made = {
+        "trip": (await create(revisions, "ann", ["bob"], name="Trip to Oslo"))[0],
+        "cafe": (await create(revisions, "ann", ["dan"], name="CAFÉ"))[0],
+        "anns": (await create(revisions, "ann", ["dan"], name="Of Ann"))[0],
+        "bob": (await create(revisions, "ann", ["bob"], "direct"))[0],
+        "cleo": (await create(revisions, "ann", ["cleo"], "direct"))[0],
+    }
+    found, _ = await everything(conversations, "ann", limit, q)
+    assert sorted(found) == sorted(made[name] for name in wanted)
+
+
+async def test_a_search_goes_through_conversations_at_any_depth_in_bounded_steps(
+    conversations: Conversations, revisions: Revisions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.store.conversations._SCANNED", 3)
+    monkeypatch.setattr("relay.store.conversations._MOST_SCANNED", 6)
+    deep = [(await create(revisions, "ann", ["bob"], name="needle"))[0] for _ in range(2)]
+    for _ in range(20):
+        await create(revisions, "ann", ["bob"], name="hay")
+    views, cursor = await conversations.page("ann", limit=5, cursor=None, q="needle")
+    assert views == []
+    assert cursor is not None
+    found, pages = await everything(conversations, "ann", 5, "needle")
+    assert sorted(found) == sorted(deep)
+    assert pages == 4
+
+
+@pytest.mark.parametrize("limit", [1, 3, 7, 100])
+async def test_member_pages_are_complete_and_by_user(
+    conversations: Conversations, revisions: Revisions, limit: int
+) -> None:
+    name, _ = await create(revisions, "m", ["b", "a", "Z", "c.d", "c", "x"])
+    found: list[str] = []
+    cursor: str | None = None
+    while True:
+        page, cursor = await conversations.members(name, "a", limit=limit, cursor=cursor)
+        assert len(page) <= limit
+        found += [one.user for one in page]
+        if cursor is None:
+            break
+    assert found == sorted(["m", "b", "a", "Z", "c.d", "c", "x"])
+
+
+async def test_what_a_member_sets_for_themselves_is_kept_and_unset(
+    conversations: Conversations, revisions: Revisions
+) -> None:
+    name, _ = await create(revisions, "ann", ["bob"])
+    until = datetime(2027, 1, 1, tzinfo=UTC)
+    await conversations.set_own(name, "bob", {"mutedUntil": until, "pinned": True, "archived": True})
+    me = (await conversations.get(name, "bob")).me
+    assert (me.muted_until, me.pinned, me.archived) == (int(until.timestamp() * 1000), True, True)
+    other = (await conversations.get(name, "ann")).me
+    assert (other.muted_until, other.pinned, other.archived) == (None, False, False)
+    await conversations.set_own(name, "bob", {"mutedUntil": None, "pinned": None})
+    me = (await conversations.get(name, "bob")).me
+    assert (me.muted_until, me.pinned, me.archived) == (None, False, True)
+
+
+async def test_a_read_cursor_moves_forward_only(conversations: Conversations, revisions: Revisions) -> None:
+    name, _ = await create(revisions, "ann", ["bob"])
+    await asyncio.gather(*(conversations.read(name, "bob", up_to) for up_to in (5, 90, 7, 12)))
+    assert (await conversations.get(name, "bob")).me.read_up_to == 90
+    before = await row(name, "bob")
+    await conversations.read(name, "bob", 89)
+    assert await row(name, "bob") == before
+    assert (await conversations.get(name, "ann")).me.read_up_to is None
+
+
+async def test_who_comes_back_begins_anew(conversations: Conversations, revisions: Revisions) -> None:
+    name, _ = await create(revisions, "ann", ["bob"])
+    await conversations.set_own(name, "bob", {"pinned": True})
+    await conversations.read(name, "bob", 5)
+    first = (await conversations.get(name, "bob")).me
+    await change(revisions, name, "ann", always(Proposal("role", ["bob"], role="admin")), ["bob"])
+    await change(revisions, name, "ann", always(Proposal("removed", ["bob"])), ["bob"])
+    await asyncio.sleep(0.005)
+    await change(revisions, name, "ann", always(Proposal("added", ["bob"])), ["bob"])
+    me = (await conversations.get(name, "bob")).me
+    assert (me.role, me.pinned, me.read_up_to) == ("member", False, None)
+    assert me.joined_at > first.joined_at
+
+
+async def test_of_all_who_could_follow_an_admin_the_moderator_does_then_the_eldest(
+    conversations: Conversations, revisions: Revisions
+) -> None:
+    name, _ = await create(revisions, "ann", ["cleo"])
+    await asyncio.sleep(0.005)
+    await change(revisions, name, "ann", always(Proposal("added", ["bob", "dan"])), ["bob", "dan"])
+    assert await conversations.successor(name, "ann") == "cleo"
+    await change(revisions, name, "ann", always(Proposal("role", ["dan"], role="moderator")), ["dan"])
+    assert await conversations.successor(name, "ann") == "dan"
+    assert await conversations.successor(name, "dan") == "cleo"
+    await change(revisions, name, "ann", always(Proposal("removed", ["bob", "cleo", "dan"])), ["bob"])
+    assert await conversations.successor(name, "ann") is None
+
+
+async def test_the_conversations_of_a_user_come_in_bounded_pages(
+    conversations: Conversations, revisions: Revisions
+) -> None:
+    made = {(await create(revisions, "ann", ["bob"]))[0]: "group" for _ in range(5)}
+    made[(await create(revisions, "ann", ["bob"], "direct"))[0]] = "direct"
+    await create(revisions, "bob", ["cleo"])
+    found: list[tuple[str, str]] = []
+    while page := await conversations.of_user("ann", found[-1][0] if found else None, 2):
+        assert len(page) <= 2
+        found += page
+    assert dict(found) == made
+    assert len(found) == len(made)
+
+
+async def test_a_person_who_is_forgotten_is_found_by_no_key_of_theirs(
+    conversations: Conversations, revisions: Revisions
+) -> None:
+    group, _ = await create(revisions, "ann", ["bob"], ref="a-ref")
+    pair, _ = await create(revisions, "bob", ["ann"], "direct")
+    kept, _ = await create(revisions, "bob", ["ann"], ref="b-ref")
+    await conversations.forget_creator("ann", "nobody")
+    assert [(await document(name))["createdBy"] for name in (group, pair, kept)] == ["nobody", "bob", "bob"]
+    assert ["unique" in await document(name) for name in (group, pair, kept)] == [False, False, True]
 
 
 def cursor_of(value: object) -> str:
@@ -424,43 +503,30 @@ async def test_any_cursor_is_a_page_or_a_bad_request(conversations: Conversation
     assert code in ("", "bad_request")
 
 
-async def test_an_audience_is_the_members_with_their_active_devices(
-    accounts: Accounts, conversations: Conversations
-) -> None:
-    for user, device in (("ann", "phone"), ("ann", "tablet"), ("bob", "phone"), ("dan", "phone")):
-        await accounts.arrive(user, device, provision=True)
-    await last_seen("ann/tablet", datetime.now(UTC) - 2 * INACTIVE)
-    one, _ = await group(conversations, "ann", "bob", "cleo")
-    two, _ = await direct(conversations, "ann", "dan")
-    found = await conversations.audiences([one.id, two.id, "none"])
-    assert found == {
-        one.id: {"ann": ["ann/phone"], "bob": ["bob/phone"], "cleo": []},
-        two.id: {"ann": ["ann/phone"], "dan": ["dan/phone"]},
-    }
-
-
-async def test_many_audiences_are_complete(
-    conversations: Conversations, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("relay.store.conversations._LOAD", 3)
-    made = [(await group(conversations, "ann", f"u{number}"))[0].id for number in range(8)]
-    found = await conversations.audiences(made)
-    assert {name: set(members) for name, members in found.items()} == {
-        name: {"ann", f"u{number}"} for number, name in enumerate(made)
-    }
-
-
 async def test_both_backends_hold_the_same_documents(
-    backend: str, accounts: Accounts, conversations: Conversations
+    backend: str, accounts: Accounts, revisions: Revisions
 ) -> None:
     await accounts.arrive("ann", "phone", provision=True)
-    view, _ = await direct(conversations, "ann", "bob")
-    stored = await Conversation.get_motor_collection().find_one({"_id": view.id})
-    assert stored is not None
-    assert set(stored) == {"_id", "type", "createdBy", "createdAt", "unique"}, backend
-    member = await Membership.get_motor_collection().find_one({"_id": f"{view.id} bob"})
-    assert member is not None
-    assert set(member) == {"_id", "conversationId", "user", "role", "joinedAt", "updatedAt"}
-    parsed = await Membership.get(f"{view.id} bob")
+    name, _ = await create(revisions, "ann", ["bob"], "direct")
+    assert set(await document(name)) == {
+        "_id",
+        "type",
+        "createdBy",
+        "createdAt",
+        "unique",
+        "rev",
+        "memberCount",
+    }, backend
+    assert set(await row(name, "bob")) == {
+        "_id",
+        "conversationId",
+        "user",
+        "role",
+        "joinedAt",
+        "updatedAt",
+        "rev",
+    }
+    parsed = await Membership.get(f"{name} bob")
     assert parsed is not None
     assert parsed.user == "bob"
+    assert await Conversation.get(name) is not None

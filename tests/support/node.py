@@ -53,13 +53,31 @@ class Node:
         assert status in (200, 201), found
         return str(found["id"])
 
-    async def group(self, user: str, others: list[str], device: str = "phone") -> str:
-        """The id of a new group."""
+    async def group(
+        self, user: str, others: list[str], device: str = "phone", *, announced: bool = False
+    ) -> str:
+        """The id of a new group. Unless ``announced`` nobody is told of it by a system message: a test of messages counts
+        its own only."""
+        if not announced:
+            return await self._quiet_group(user, others, device)
         status, found = await self.request(
             "POST", "/v1/conversations", user, device, {"type": "group", "members": others, "name": "group"}
         )
         assert status == 201, found
         return str(found["id"])
+
+    async def _quiet_group(self, user: str, others: list[str], device: str) -> str:
+        # The device becomes known by asking, as it would by making the group.
+        status, found = await self.request("GET", "/v1/conversations?limit=1", user, device)
+        assert status == 200, found
+        ctx = self.relay.context
+        await ctx.accounts.add_users(others)
+        conv, revision, _ = await ctx.revisions.create(user, "group", others, name="group", ref=None)
+        assert revision is not None
+        await ctx.revisions.apply(revision)
+        await ctx.invalidation.tell(conversations=[conv])
+        await ctx.revisions.finish(revision)
+        return conv
 
     async def connect(self, user: str, device: str = "phone", *, welcome: bool = True) -> WireDevice:
         """A connected device; its ``welcome`` and the first ``drained`` are left for the test unless ``welcome``,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from handlers.http.schemas.base import Answer, ConversationId, MessageId, Request
+from relay.wire.clock import SEQ_LIMIT
 from relay.wire.frames import MAX_IDS
 
 
@@ -17,10 +18,18 @@ class AckGroup(Request):
     ids: list[MessageId] = Field(max_length=MAX_IDS)
 
 
+class ReadMark(Request):
+    """The caller has read a conversation up to this ``seq``; a mark never moves back."""
+
+    conv: ConversationId
+    up_to: Annotated[int, Field(ge=0, lt=SEQ_LIMIT, alias="upTo")]
+
+
 class Acknowledge(Request):
-    """Acknowledgements of several conversations."""
+    """Acknowledgements of several conversations, and how far they were read."""
 
     acks: list[AckGroup] = Field(max_length=256)
+    reads: list[ReadMark] | None = Field(default=None, max_length=256)
 
 
 class StoredAnswer(Answer):

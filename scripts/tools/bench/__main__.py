@@ -1,4 +1,4 @@
-"""``scripts/bench``: limit, live, idle, soak."""
+"""``scripts/bench``: limit, live, idle, soak, control."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import uvloop
 
 from relay.store.embedded import EmbeddedError
 from relay.store.mongo import MongoUnavailable, PyMongoError
+from scripts.tools.bench import control as plane
 from scripts.tools.bench import live as traffic
 from scripts.tools.bench import memory
 from scripts.tools.bench.limit import CYCLES_IN_FLIGHT, Limit
@@ -149,6 +150,43 @@ def soak(
     options = Options(pairs=pairs, window=window, size=size, mongo_uri=mongo_uri)
     found: Soak = _run(memory.soak(messages, options, screen))
     _finish(found, screen.soak, json, ok=found.ok)
+
+
+@app.command()
+def control(
+    users: Annotated[int, typer.Option(min=100, max=10_000_000)] = 100_000,
+    memberships: Annotated[int, typer.Option(min=100)] = 1_000_000,
+    contacts: Annotated[int, typer.Option(min=100)] = 400_000,
+    heavy: Annotated[
+        int,
+        typer.Option(
+            min=10, max=10_000, help="Conversations, and contacts, of the one whose lists are read."
+        ),
+    ] = 2000,
+    samples: Annotated[int, typer.Option(min=5, max=10_000, help="Requests timed at each depth.")] = 50,
+    seconds: Annotated[
+        float, typer.Option(min=0.5, max=600, help="Of each run of messages and log-ins.")
+    ] = 10,
+    pairs: Pairs = 100,
+    rate: Annotated[float, typer.Option(min=1, help="Messages/s of the open loop.")] = 500,
+    mongo_uri: MongoUri = None,
+    json: Json = None,
+) -> None:
+    """Lists, searches and log-ins among many generated people, and what log-ins do to messages."""
+    screen = Screen(json_on_stdout=json == "-")
+    options = plane.Options(
+        users=users,
+        memberships=memberships,
+        contacts=contacts,
+        heavy=heavy,
+        samples=samples,
+        seconds=seconds,
+        pairs=pairs,
+        rate=rate,
+        mongo_uri=mongo_uri,
+    )
+    found: plane.Control = _run(plane.run(options, screen))
+    _finish(found, lambda shown: plane.show(shown, screen), json, ok=found.ok)
 
 
 def _run(work: Coroutine[Any, Any, Found]) -> Found:

@@ -120,7 +120,7 @@ async def run(options: Options, screen: Screen) -> Live:
             target = await stack.enter_async_context(own_relay(uri, pids, directory))
         else:
             target = _given(options, pids)
-        found = await _drive(options, target, screen)
+        found = await drive(options, target, screen)
         await measure_raw()
         return _compared(found, limits)
 
@@ -210,7 +210,8 @@ def _given(options: Options, pids: dict[str, int]) -> Target:
     return Target(options.url.rstrip("/"), options.secret, pids, None, None)
 
 
-async def _drive(options: Options, target: Target, screen: Screen) -> Live:
+async def drive(options: Options, target: Target, screen: Screen) -> Live:
+    """Live traffic on a relay that runs, checked; without the raw cycle. Raises BenchError."""
     async with aiohttp.ClientSession() as http:
         before = await scrape(http, target.url)
         async with load_generator(make_order(target, options)) as load:

@@ -106,7 +106,7 @@ class Screen:
                 "relay's memory", "  ".join(f"{name} {_mb(size)}" for name, size in found.relay_rss.items())
             )
         self.out.print(table)
-        self._checks(found.checks)
+        self.checks(found.checks)
         for line in found.relay_log[:5]:
             self.out.print(Text(f"relay's log: {line[:300]}", style="yellow"))
 
@@ -119,7 +119,7 @@ class Screen:
         table.add_row("relay's memory", f"{_mb(found.rss_before)} before, {_mb(found.rss_after)} after")
         table.add_row("each", f"[bold]{found.bytes_per_connection / 1000:.1f} kB[/bold]")
         self.out.print(table)
-        self._checks(found.checks)
+        self.checks(found.checks)
 
     def soak(self, found: Soak) -> None:
         """Memory over many messages."""
@@ -127,7 +127,8 @@ class Screen:
         growth = "unknown" if found.growth_percent is None else f"{found.growth_percent:+.1f} %"
         self.out.print(f"relay's memory since {found.mark:,} messages: [bold]{growth}[/bold]")
 
-    def _checks(self, checks: list[Check]) -> None:
+    def checks(self, checks: list[Check]) -> None:
+        """What must be true, and whether it was."""
         for check in checks:
             if check.ok:
                 self.out.print(Text(f"ok      {check.name} ({check.found})", style="green"))

@@ -153,7 +153,7 @@ async def test_who_gives_up_makes_room() -> None:
     third = asyncio.create_task(passwords.verify(None, GOOD))
     await asyncio.sleep(0)
     watched.gate.set()
-    assert await asyncio.gather(first, third) == [False, False]
+    assert not any(await asyncio.gather(first, third))
     assert len(watched.verified) == 2, "what was given up is not worked on"
     passwords.close()
 

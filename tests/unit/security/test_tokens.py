@@ -568,6 +568,13 @@ def test_minting_refuses_a_session_that_no_verifier_would_accept(session: str) -
         mint(SECRET, "ann", "phone", audience="relay", lifetime=60, session=session)
 
 
+def test_a_session_of_an_issuer_with_a_key_of_its_own_is_not_ours(tmp_path: Path) -> None:
+    keys = loaded(public_key_file=write(tmp_path / "key.pem", pem(ED.public_key())))
+    for session in ("their-session", "their session", 5):
+        token = jwt.encode(claims(sid=session), ED, algorithm="EdDSA")
+        assert Verifier(keys, audience="relay").verify(token, NOW).session is None
+
+
 # --- the generated secret
 
 

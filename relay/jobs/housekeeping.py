@@ -1,0 +1,35 @@
+"""Finishes what was written down and not done to the end."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Final
+
+import structlog
+
+from handlers import erasing
+from handlers.context import Context
+from relay.store.erasure import Erasures
+from relay.store.mongo import PyMongoError, brief
+from relay.wire.errors import RelayError
+
+_AT_ONCE: Final = 1000
+
+log = structlog.get_logger(__name__)
+
+
+class InterruptedErasures:
+    """Ends erasures: of people whose time to settle is over, and of those whose node died. Safe on several nodes."""
+
+    def __init__(self, ctx: Context, *, settle: timedelta = erasing.SETTLE) -> None:
+        self._ctx = ctx
+        self._settle = settle
+
+    async def run(self) -> None:
+        """One round. One person whose erasure fails keeps nobody else's from ending."""
+        for intent in await Erasures(self._ctx.pseudonyms).pending(_AT_ONCE):
+            try:
+                if await erasing.resume(self._ctx, intent, self._settle):
+                    log.info("an erasure has ended")
+            except (PyMongoError, RelayError) as error:
+                log.warning("an erasure could not be finished; it is tried again", error=brief(error))

@@ -1,0 +1,184 @@
+"""Everything that is kept about a person, for them: asynchronous generators of plain values, times in milliseconds.
+
+A part holds the ids of what it is going to tell, never the things themselves; it reads them in pages, as fast as they are
+taken. What is changed meanwhile is told as it is when its page is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any, Final
+
+from models.accounts import Device, User
+from models.contacts import Contact, Report
+from models.conversations import Conversation, Membership
+from models.keys import PreKey, PublicKeys
+from models.messages import MESSAGES
+from relay.store.accounts import milliseconds
+from relay.store.mongo import MESSAGE_CODEC
+from relay.wire.ids import any_device_key
+
+_PAGE: Final = 200
+_SECRET_IN_USER: Final = frozenset({"password", "usernameKey", "nameKey", "phoneKey", "searches"})
+_SECRET_IN_SESSION: Final = frozenset({"current", "previous", "successor"})
+
+Value = dict[str, Any]
+
+
+class Exports:
+    """Reads what is kept about one person. Nobody else's phone number, address or profile is in it."""
+
+    async def profile(self, user: str) -> Value | None:
+        """The account without its password; None when there is no such person."""
+        document = await User.get_motor_collection().find_one({"_id": user})
+        return None if document is None else _plain(document, _SECRET_IN_USER)
+
+    async def searches(self, user: str) -> AsyncIterator[Value]:
+        """What they searched for last."""
+        document = await User.get_motor_collection().find_one({"_id": user}, {"searches": 1})
+        for search in (document or {}).get("searches") or ():
+            yield _plain(search)
+
+    async def devices(self, user: str) -> AsyncIterator[Value]:
+        """Their devices, without anything that a token could be made or checked with."""
+        async for document in _read(Device.get_motor_collection(), {"user": user}):
+            found = _plain(document)
+            if isinstance(found.get("session"), dict):
+                found["session"] = _plain(found["session"], _SECRET_IN_SESSION)
+            yield found
+
+    async def keys(self, user: str) -> AsyncIterator[Value]:
+        """The public keys of their devices."""
+        async for document in _read(PublicKeys.get_motor_collection(), {"user": user}):
+            yield _plain(document)
+
+    async def prekeys(self, user: str) -> AsyncIterator[Value]:
+        """The one-time prekeys of their devices: those that wait, and the marks of those that were handed out."""
+        for device in await _device_keys(user):
+            async for document in _read(PreKey.get_motor_collection(), {"device": device}):
+                yield _plain(document)
+
+    async def contacts(self, user: str) -> AsyncIterator[Value]:
+        """Whom they keep as a contact or have blocked, under the name they gave."""
+        async for document in _read(Contact.get_motor_collection(), {"owner": user}):
+            yield _plain(document, frozenset({"owner", "sortKey"}))
+
+    async def conversations(self, user: str) -> AsyncIterator[Value]:
+        """The conversations they are in, or left not long ago, with what they set there."""
+        collection = Membership.get_motor_collection()
+        names = [row["_id"] async for row in collection.find({"user": user}, {"_id": 1})]
+        for start in range(0, len(names), _PAGE):
+            rows = [row async for row in collection.find({"_id": {"$in": names[start : start + _PAGE]}})]
+            wanted = [row["conversationId"] for row in rows]
+            cursor = Conversation.get_motor_collection().find({"_id": {"$in": wanted}})
+            documents = {document["_id"]: document async for document in cursor}
+            for row in rows:
+                document = documents.get(row["conversationId"], {})
+                found = _plain(row, frozenset({"_id", "user", "rev"}))
+                found |= {
+                    "type": document.get("type"),
+                    "name": document.get("name"),
+                    "createdByYou": document.get("createdBy") == user,
+                }
+                other = _other_of(document, user)
+                yield found if other is None else {**found, "with": other}
+
+    async def reports(self, user: str) -> AsyncIterator[Value]:
+        """What they reported."""
+        async for document in _read(Report.get_motor_collection(), {"reporter": user}):
+            yield _plain(document, frozenset({"reporter"}))
+
+    async def waiting(self, user: str) -> AsyncIterator[Value]:
+        """The messages that wait for their devices, in order for each; ``mailbox`` is the device."""
+        for key in [*await _device_keys(user), any_device_key(user)]:
+            async for document in _waiting(key):
+                yield {"mailbox": key, **_message(document, key)}
+
+    async def sent(self, user: str) -> AsyncIterator[Value]:
+        """The messages they sent that still wait for somebody. There is no index by sender, and need not be one: what they
+        sent is in their conversations."""
+        collection = Membership.get_motor_collection()
+        cursor = collection.find({"user": user}, {"conversationId": 1})
+        for name in [row["conversationId"] async for row in cursor]:
+            async for document in _messages().find({"conversationId": name, "sender.user": user}):
+                yield {**_message(document, None), "awaiting": len(document.get("awaiting") or ())}
+
+
+async def _device_keys(user: str) -> list[str]:
+    return [row["_id"] async for row in Device.get_motor_collection().find({"user": user}, {"_id": 1})]
+
+
+async def _read(collection: Any, query: Mapping[str, Any]) -> AsyncIterator[Mapping[str, Any]]:
+    """Everything that matches, by id: a cursor would have to stay open as long as somebody takes to read."""
+    found = [row["_id"] async for row in collection.find(query, {"_id": 1})]
+    for start in range(0, len(found), _PAGE):
+        page = await collection.find({"_id": {"$in": found[start : start + _PAGE]}}).to_list(_PAGE)
+        for document in page:
+            yield document
+
+
+async def _waiting(key: str) -> AsyncIterator[Mapping[str, Any]]:
+    query: dict[str, Any] = {"awaiting": key}
+    while True:
+        cursor = _messages().find(query).sort([("seq", 1), ("_id", 1)]).limit(_PAGE)
+        page = await cursor.to_list(_PAGE)
+        for document in page:
+            yield document
+        if len(page) < _PAGE:
+            return
+        last = page[-1]
+        query = {
+            "awaiting": key,
+            "seq": {"$gte": last["seq"]},
+            "$or": [{"seq": {"$gt": last["seq"]}}, {"_id": {"$gt": last["_id"]}}],
+        }
+
+
+def _messages() -> Any:
+    database = User.get_motor_collection().database
+    return database.get_collection(MESSAGES, codec_options=MESSAGE_CODEC)
+
+
+def _message(document: Mapping[str, Any], mailbox: str | None) -> Value:
+    """A message as its mailbox gets it, or as its sender sent it (None): sealed contents are for one device each."""
+    found: Value = {
+        "id": document.get("id"),
+        "conversation": document.get("conversationId"),
+        "from": document.get("sender"),
+        "seq": document.get("seq"),
+        "at": int(document["createdAt"]) if "createdAt" in document else None,
+        "kind": document.get("kind"),
+    }
+    for name in ("body", "replyTo", "media"):
+        if document.get(name) is not None:
+            found[name] = document[name]
+    for entry in document.get("sealed") or ():
+        if entry["device"] == mailbox:
+            found["sealed"] = entry["data"]
+    return found
+
+
+def _other_of(document: Mapping[str, Any], user: str) -> str | None:
+    """The other person of a direct conversation."""
+    kind, *people = str(document.get("unique", "")).split(" ")
+    others = [person for person in people if person != user]
+    return others[0] if kind == "direct" and len(others) == 1 else None
+
+
+def _plain(document: Mapping[str, Any], without: frozenset[str] = frozenset()) -> Value:
+    found: Value = {}
+    for name, value in document.items():
+        if name not in without:
+            found["id" if name == "_id" else name] = _plain_value(value)
+    return found
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return milliseconds(value)
+    if isinstance(value, Mapping):
+        return _plain(value)
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_plain_value(item) for item in value]
+    return value

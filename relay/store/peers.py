@@ -1,0 +1,35 @@
+"""Which other relays run on this database. Every node says now and then that it lives, by MongoDB's clock."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from models.housekeeping import Node
+from relay.wire.ids import new_id
+
+BEAT_SECONDS: Final = 2.0
+# A node that is stopped for longer has lost its leases: it resolves recipients anew for what it had not yet committed.
+_ALIVE_MS: Final = 10_000
+
+
+class Peers:
+    """This node's entry among the others'. Call ``beat`` before it listens, and every two seconds."""
+
+    def __init__(self) -> None:
+        self._id = new_id()
+
+    async def beat(self) -> None:
+        """Says that this node lives."""
+        await Node.get_motor_collection().update_one(
+            {"_id": self._id}, {"$currentDate": {"at": True}}, upsert=True
+        )
+
+    async def leave(self) -> None:
+        """This node stops: nobody need wait for it."""
+        await Node.get_motor_collection().delete_one({"_id": self._id})
+
+    async def alone(self) -> bool:
+        """Whether no other node lives."""
+        alive: dict[str, Any] = {"$gt": ["$at", {"$subtract": ["$$NOW", _ALIVE_MS]}]}
+        other = await Node.get_motor_collection().find_one({"_id": {"$ne": self._id}, "$expr": alive}, {"_id": 1})
+        return other is None

@@ -1,0 +1,482 @@
+"""PROTOCOL 3: a person takes their data along, and is erased, whatever fails in between."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import zipfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import aiohttp
+import pytest
+
+from handlers import erasing
+from handlers.http import personal
+from relay.jobs.housekeeping import InterruptedErasures
+from relay.security.pseudonyms import Pseudonyms
+from relay.store.erasure import Erasures
+from tests.support.device import Closed, WireDevice, new_id
+from tests.support.failpoints import failing
+from tests.support.node import Node, NodeFactory
+
+ANN = "ann-8d1c"
+KEY = "a key for tests only, of more than 32 bytes"
+PSEUDONYM = Pseudonyms(KEY.encode()).of(ANN)
+AT_ONCE = timedelta(0)
+
+
+@pytest.fixture
+async def node(nodes: NodeFactory) -> Node:
+    return await nodes.start(pseudonym_key=KEY)
+
+
+class Life:
+    """What ann has at a relay: two devices, a direct conversation, a group she made, and what others have of her."""
+
+    def __init__(self, phone: WireDevice, bob: WireDevice, direct: str, group: str) -> None:
+        self.phone = phone
+        self.bob = bob
+        self.direct = direct
+        self.group = group
+
+
+async def live(node: Node) -> Life:
+    phone = await node.connect(ANN, "phone")
+    tablet = await node.connect(ANN, "tablet")
+    await tablet.close()
+    bob = await node.connect("bob", "phone")
+    direct = await node.direct(ANN, "bob")
+    group = await node.group(ANN, ["bob", "cleo"])
+    now = datetime.now(UTC)
+    await node.db.users.update_one(
+        {"_id": ANN},
+        {
+            "$set": {
+                "name": "Ann 8d1c",
+                "phone": "+4915112345678",
+                "username": "ann",
+                "usernameKey": "ann",
+                "password": "a hash",
+                "searches": [{"q": "bo", "at": now}],
+            }
+        },
+    )
+    await node.db.devices.update_one(
+        {"_id": f"{ANN}/phone"},
+        {
+            "$set": {
+                "name": "Ann's phone",
+                "session": {
+                    "id": "s1",
+                    "current": "hash-of-a-token",
+                    "successor": "sealed-token",
+                    "createdAt": now,
+                    "rotatedAt": now,
+                },
+            }
+        },
+    )
+    await node.db.contacts.insert_many(
+        [
+            {
+                "_id": f"{one} {other}",
+                "owner": one,
+                "user": other,
+                "name": f"what {one} calls {other}",
+                "sortKey": other,
+                "listed": True,
+                "blocked": False,
+                "createdAt": now,
+                "updatedAt": now,
+            }
+            for one, other in ((ANN, "bob"), ("bob", ANN), ("bob", "cleo"))
+        ]
+    )
+    await node.db.reports.insert_many(
+        [
+            {"_id": new_id(), "reporter": ANN, "user": "cleo", "reason": "spam", "createdAt": now},
+            {
+                "_id": new_id(),
+                "reporter": "bob",
+                "user": ANN,
+                "reason": "abuse",
+                "text": "she did",
+                "createdAt": now,
+            },
+        ]
+    )
+    key = {"id": 1, "key": "a2V5", "signature": "c2ln"}
+    await node.db.public_keys.insert_one(
+        {
+            "_id": f"{ANN}/phone",
+            "user": ANN,
+            "generation": "g",
+            "identityKey": "aWQ=",
+            "signedPreKey": key,
+            "history": [],
+            "updatedAt": now,
+        }
+    )
+    await node.db.prekeys.insert_one(
+        {
+            "_id": f"{ANN}/phone g one 1",
+            "device": f"{ANN}/phone",
+            "generation": "g",
+            "kind": "one",
+            "keyId": 1,
+            "key": "a2V5",
+        }
+    )
+    await node.relay.context.audit.record("contact.block", actor="bob", target=ANN, address="192.0.2.99")
+    await node.relay.context.audit.record(
+        "member.role", actor="bob", target=ANN, address="192.0.2.99", agent="bob's app"
+    )
+    await node.relay.context.audit.record(
+        "session.start", actor=ANN, target=ANN, address="192.0.2.7", agent="app/1"
+    )
+    # One message waits for her tablet, another for her phone too; one she sent waits for bob.
+    first = (await bob.sent(direct, "to ann"))["id"]
+    await phone.expect("msg", id=first)
+    await phone.ack(direct, first)
+    await bob.sent(group, "to the group")
+    await phone.sent(direct, "from ann")
+    return Life(phone, bob, direct, group)
+
+
+async def holding(node: Node, *names: str) -> dict[str, list[Any]]:
+    """Every document of the database that holds one of these, by collection."""
+    found: dict[str, list[Any]] = {}
+    for name in await node.db.list_collection_names():
+        async for document in node.db[name].find():
+            if any(text in repr(document) for text in names):
+                found.setdefault(name, []).append(document)
+    return found
+
+
+async def settle(node: Node) -> None:
+    """What the jobs do within a minute."""
+    await InterruptedErasures(node.relay.context, settle=AT_ONCE).run()
+    # The second run of a release comes after twenty seconds, and is its last.
+    past = datetime.now(UTC) - timedelta(minutes=1)
+    await node.db.releases.update_many({}, {"$set": {"dueAt": past, "at": past}})
+    await node.relay.context.releases.run_due()
+
+
+async def assert_gone(node: Node) -> None:
+    """Nothing names ann any more but what is said to."""
+    found = await holding(node, ANN, "Ann 8d1c", "Ann's phone", "4915112345678", "192.0.2.7'")
+    for document in found.pop("messages", []):
+        own = document["sender"]["user"] == ANN
+        told = document["sender"]["user"] == "$relay"
+        assert own or told, document
+        assert not any(ANN in key for key in document["awaiting"]), document
+        assert ANN not in repr(document.get("deliveredTo")), document
+        assert ANN not in repr(document.get("sealed")), document
+    found.pop("fates", None)
+    assert found == {}
+    assert (await node.relay.context.audit.verify()).holds
+    assert await node.db.tombstones.count_documents({"_id": PSEUDONYM}) == 1
+
+
+async def erase(node: Node, user: str = ANN, device: str = "phone") -> tuple[int, Any]:
+    return await node.request("DELETE", "/v1/me", user, device)
+
+
+@pytest.mark.parametrize("known", ["by a token", "as a whole life"])
+async def test_an_erased_person_leaves_nothing_but_a_pseudonym(node: Node, known: str) -> None:
+    if known == "as a whole life":
+        await live(node)
+    assert await erase(node) == (200, {"done": True})
+    # At the answer only the bare id is left, for half a minute.
+    user = await node.db.users.find_one({"_id": ANN})
+    assert set(user) == {"_id", "createdAt", "erasingAt"}
+    left = await holding(node, ANN)
+    assert set(left) <= {"users", "devices", "erasures", "releases", "messages", "fates"}
+    assert await holding(node, "Ann 8d1c", "Ann's phone", "4915112345678", "calls ann") == {}
+    await settle(node)
+    await assert_gone(node)
+    told = await node.db.audit.find_one({"act": "me.erase"})
+    assert (told["actorKey"], told["personal"]) == (PSEUDONYM, {})
+
+
+async def test_what_others_have_stays(node: Node) -> None:
+    life = await live(node)
+    await erase(node)
+    await settle(node)
+    assert [row["_id"] async for row in node.db.contacts.find()] == ["bob cleo"]
+    (report,) = [row async for row in node.db.reports.find()]
+    assert (report["user"], report["reporter"], "text" in report) == (PSEUDONYM, "bob", False)
+    status, group = await node.request("GET", f"/v1/conversations/{life.group}", "bob", "phone")
+    assert status == 200
+    assert {member["user"]: member["role"] for member in group["members"]}.get("bob") == "admin"
+    assert ANN not in str(group)
+    # The message she sent still reaches bob; the ones that waited for her wait for nobody.
+    assert (await life.bob.expect("msg", body="from ann"))["from"]["user"] == ANN
+    direct = await node.db.messages.find({"conversationId": life.direct}).to_list(10)
+    assert [message["body"] for message in direct] == ["from ann"]
+
+
+async def test_an_erased_persons_sockets_close_and_their_tokens_are_refused(nodes: NodeFactory) -> None:
+    node = await nodes.start(pseudonym_key=KEY)
+    other = await nodes.start(pseudonym_key=KEY)
+    phone = await node.connect(ANN, "phone")
+    elsewhere = await other.connect(ANN, "tablet")
+    old = node.headers(ANN, "phone")
+    await erase(node)
+    for device in (phone, elsewhere):
+        with pytest.raises(Closed) as closed:
+            while True:
+                await device.next(6)
+        assert closed.value.code == 4401
+    for finished in (False, True):
+        for where in (node, other):
+            async with where.http.get(where.url + "/v1/conversations", headers=old) as response:
+                assert response.status == 401, finished
+        await settle(node)
+    assert await holding(node, ANN) == {}
+
+
+async def test_a_token_issued_later_makes_a_new_account_of_the_same_id(node: Node) -> None:
+    life = await live(node)
+    await erase(node)
+    await settle(node)
+    await asyncio.sleep(1.1)
+    status, found = await node.request("GET", "/v1/conversations", ANN, "phone")
+    assert (status, found["items"]) == (200, [])
+    status, _ = await node.request("GET", f"/v1/conversations/{life.direct}", ANN, "phone")
+    assert status == 404
+    # A node that is late with the old erasure leaves the new account alone.
+    await settle(node)
+    assert (await node.db.users.find_one({"_id": ANN})).get("erasingAt") is None
+
+
+@pytest.mark.parametrize("done", range(len(erasing.STEPS) + 1))
+async def test_a_node_that_dies_between_two_steps_leaves_nothing_behind(node: Node, done: int) -> None:
+    await live(node)
+    ctx = node.relay.context
+    intent = await Erasures(ctx.pseudonyms).begin(ANN)
+    for step in erasing.STEPS[:done]:
+        await step(ctx, intent)
+    # The first round comes before everything has settled.
+    await InterruptedErasures(ctx).run()
+    assert await node.db.erasures.count_documents({}) == 1
+    await settle(node)
+    await assert_gone(node)
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+@pytest.mark.parametrize(
+    ("command", "collection"),
+    [
+        ("insert", "erasures"),
+        ("update", "tombstones"),
+        ("update", "users"),
+        ("update", "devices"),
+        ("delete", "public_keys"),
+        ("update", "memberships"),
+        ("update", "conversations"),
+        ("insert", "releases"),
+        ("find", "messages"),
+        ("update", "messages"),
+        ("delete", "contacts"),
+        ("delete", "reports"),
+        ("delete", "memberships"),
+        ("update", "audit"),
+    ],
+)
+async def test_a_database_that_fails_anywhere_only_delays_it(
+    node: Node, command: str, collection: str, skip: int
+) -> None:
+    await live(node)
+    async with failing(node, command, collection, skip=skip, errorCode=11600):
+        status, _ = await erase(node)
+    if status == 503:
+        # Nothing was decided: the account is as it was, and the person asks again.
+        assert collection == "erasures"
+        assert (await node.db.users.find_one({"_id": ANN}))["name"] == "Ann 8d1c"
+        status, _ = await erase(node)
+    assert status == 200
+    await settle(node)
+    await assert_gone(node)
+
+
+async def test_an_erasure_that_takes_long_is_answered_and_goes_on(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await live(node)
+    monkeypatch.setattr(erasing, "_PATIENCE_SECONDS", 0)
+    assert (await erase(node))[0] == 200
+    await settle(node)
+    await assert_gone(node)
+
+
+async def test_one_erasure_that_fails_keeps_no_other_from_ending(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for user in ("dan", ANN):
+        await node.request("GET", "/v1/conversations", user, "phone")
+        await Erasures(node.relay.context.pseudonyms).begin(user)
+    leave = erasing.leave_all
+
+    async def failing_for_dan(ctx: Any, user: str) -> None:
+        if user == "dan":
+            raise erasing.RelayError("unavailable", "not now")
+        await leave(ctx, user)
+
+    monkeypatch.setattr(erasing, "leave_all", failing_for_dan)
+    await settle(node)
+    assert [row["_id"] async for row in node.db.erasures.find()] == ["dan"]
+    monkeypatch.undo()
+    await settle(node)
+    assert await node.db.erasures.count_documents({}) == 0
+
+
+async def test_two_nodes_that_end_one_erasure_at_once_end_it(nodes: NodeFactory) -> None:
+    node = await nodes.start(pseudonym_key=KEY)
+    other = await nodes.start(pseudonym_key=KEY)
+    await live(node)
+    await Erasures(node.relay.context.pseudonyms).begin(ANN)
+    await asyncio.gather(
+        *(InterruptedErasures(each.relay.context, settle=AT_ONCE).run() for each in (node, other, node))
+    )
+    await settle(node)
+    await assert_gone(node)
+
+
+@pytest.mark.parametrize("path", ["/v1/me?all=1", "/v1/me/export?user=bob"])
+async def test_parameters_are_refused(node: Node, path: str) -> None:
+    method = "GET" if "export" in path else "DELETE"
+    status, found = await node.request(method, path, ANN, "phone")
+    assert (status, found["error"]["code"]) == (400, "bad_request")
+    async with node.http.request(method, node.url + path.partition("?")[0]) as response:
+        assert response.status == 401
+
+
+@asynccontextmanager
+async def exporting(node: Node, user: str = ANN) -> AsyncIterator[aiohttp.ClientResponse]:
+    async with node.http.get(node.url + "/v1/me/export", headers=node.headers(user, "phone")) as response:
+        yield response
+
+
+async def exported(node: Node, user: str = ANN) -> tuple[dict[str, Any], str]:
+    """The parsed files of an export, and its README."""
+    async with exporting(node, user) as response:
+        assert response.status == 200
+        assert response.headers["Content-Type"] == "application/zip"
+        data = await response.read()
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        assert archive.testzip() is None
+        files = {
+            name.removeprefix("relay-export/"): archive.read(name).decode() for name in archive.namelist()
+        }
+    readme = files.pop("README.txt")
+    return {name: json.loads(text) for name, text in files.items()}, readme
+
+
+async def test_an_export_holds_everything_kept_about_a_person(node: Node) -> None:
+    life = await live(node)
+    found, readme = await exported(node)
+    assert set(found) == set(personal._FILES)
+    assert all(name in readme for name in found)
+    assert "72 h" in readme
+    profile = found["profile.json"]
+    assert (profile["id"], profile["name"], profile["phone"]) == (ANN, "Ann 8d1c", "+4915112345678")
+    assert abs(profile["createdAt"] / 1000 - datetime.now(UTC).timestamp()) < 60
+    assert {device["id"] for device in found["devices.json"]} == {f"{ANN}/phone", f"{ANN}/tablet"}
+    assert [key["identityKey"] for key in found["keys.json"]] == ["aWQ="]
+    assert [key["keyId"] for key in found["prekeys.json"]] == [1]
+    assert [contact["user"] for contact in found["contacts.json"]] == ["bob"]
+    kept = {row["conversationId"]: row for row in found["conversations.json"]}
+    assert kept[life.direct]["with"] == "bob"
+    assert (kept[life.group]["role"], kept[life.group]["name"]) == ("admin", "group")
+    assert kept[life.group]["createdByYou"] is True
+    assert found["searches.json"][0]["q"] == "bo"
+    assert [report["user"] for report in found["reports.json"]] == ["cleo"]
+    waiting = {
+        (message["mailbox"], message["body"]) for message in found["waiting.json"] if message.get("body")
+    }
+    assert {
+        (f"{ANN}/phone", "to the group"),
+        (f"{ANN}/tablet", "to the group"),
+        (f"{ANN}/tablet", "to ann"),
+    } <= waiting
+    assert [message["body"] for message in found["sent.json"]] == ["from ann"]
+    acts = [entry["act"] for entry in found["audit.json"]]
+    assert {"me.export", "session.start", "member.role"} <= set(acts)
+    assert "contact.block" not in acts
+
+
+async def test_an_export_holds_no_secret_and_nobody_elses_data(node: Node) -> None:
+    await live(node)
+    text = json.dumps(await exported(node))
+    for secret in ("a hash", "hash-of-a-token", "sealed-token", "192.0.2.99", "bob's app", "calls ann"):
+        assert secret not in text, secret
+    theirs = json.dumps(await exported(node, "cleo"))
+    for secret in ("Ann 8d1c", "4915112345678", "to ann", "from ann", "192.0.2.7"):
+        assert secret not in theirs, secret
+
+
+async def test_an_export_of_somebody_who_has_nothing_is_empty(node: Node) -> None:
+    found, _ = await exported(node, "dan")
+    assert {name for name, value in found.items() if value} == {"profile.json", "devices.json", "audit.json"}
+    assert [entry["act"] for entry in found["audit.json"]][-1] == "me.export"
+
+
+async def test_a_large_export_is_streamed_in_pieces(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relay.store.export._PAGE", 50)
+    await live(node)
+    now = datetime.now(UTC)
+    await node.db.contacts.insert_many(
+        [
+            {"_id": f"{ANN} u{n}", "owner": ANN, "user": f"u{n}", "name": new_id() * 20, "createdAt": now}
+            for n in range(2000)
+        ]
+    )
+    held: list[int] = []
+    take = personal._Sink.take
+
+    def noted(self: personal._Sink) -> bytes:
+        held.append(self.size)
+        return take(self)
+
+    monkeypatch.setattr(personal._Sink, "take", noted)
+    found, _ = await exported(node)
+    assert len(found["contacts.json"]) == 2001
+    assert len(held) > 3
+    assert max(held) < 2 * personal._CHUNK
+
+
+async def test_an_export_that_breaks_off_does_not_look_complete(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await live(node)
+    async with failing(node, "find", "reports", errorCode=11600):
+        async with exporting(node) as response:
+            assert response.status == 200
+            with pytest.raises(aiohttp.ClientError):
+                await response.read()
+    assert len((await exported(node))[0]["reports.json"]) == 1
+
+
+async def test_an_export_that_the_store_cannot_begin_is_unavailable(node: Node) -> None:
+    await live(node)
+    async with failing(node, "find", "users", errorCode=11600), exporting(node) as response:
+        assert response.status == 503
+
+
+async def test_a_client_that_leaves_in_the_middle_harms_nobody(node: Node) -> None:
+    await live(node)
+    now = datetime.now(UTC)
+    await node.db.contacts.insert_many(
+        [
+            {"_id": f"{ANN} u{n}", "owner": ANN, "user": f"u{n}", "name": new_id() * 50, "createdAt": now}
+            for n in range(3000)
+        ]
+    )
+    async with exporting(node) as response:
+        await response.content.readexactly(10)
+    assert (await exported(node))[0]["profile.json"]["id"] == ANN
