@@ -8,8 +8,8 @@ from typing import Protocol
 from relay.metrics import Metrics
 from relay.routing.delivery import Delivery
 from relay.routing.hub import Hub
-from relay.routing.outbox import Outbox
 from relay.routing.invalidation import Invalidation
+from relay.routing.outbox import Outbox
 from relay.security.issuer import Issuer
 from relay.security.passwords import Passwords
 from relay.security.pseudonyms import Pseudonyms

@@ -45,13 +45,14 @@ async def erase(ctx: Context, user: str, *, address: str = "", agent: str = "") 
 
 
 async def resume(ctx: Context, intent: Intent, settle: timedelta = SETTLE) -> bool:
-    """Does every step again, and ends the erasure when ``settle`` has passed since it began; whether it has ended."""
+    """Does every step again, and ends the erasure when ``settle`` has passed since it began; whether it has ended.
+    A change of a conversation that stopped half-way is awaited: the repair job finishes it."""
     for step in STEPS:
         # Another node may have ended it, and the id may belong to somebody again.
         if not await _erasures(ctx).is_pending(intent):
             return True
         await step(ctx, intent)
-    if datetime.now(UTC) - intent.at < settle:
+    if datetime.now(UTC) - intent.at < settle or not await _erasures(ctx).is_complete(intent):
         return False
     await _erasures(ctx).finish(intent)
     return True

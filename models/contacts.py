@@ -70,7 +70,10 @@ class Report(Document):
         name = "reports"
         keep_nulls = False
         indexes: ClassVar[list[IndexModel]] = [
-            IndexModel([("createdAt", ASCENDING), ("_id", ASCENDING)], name="createdAt"),
+            IndexModel(
+                [("closedAt", ASCENDING), ("createdAt", ASCENDING), ("_id", ASCENDING)],
+                name="closedAt_createdAt",
+            ),
             IndexModel([("user", ASCENDING)], name="user"),
             IndexModel([("reporter", ASCENDING)], name="reporter"),
         ]

@@ -57,6 +57,7 @@ from relay.store.lanes import EndingLanes
 from relay.store.ledger import Ledger
 from relay.store.messages import Messages
 from relay.store.mongo import Mongo, MongoUnavailable
+from relay.store.peers import BEAT_SECONDS, Peers
 from relay.store.people import People
 from relay.store.releases import Releases
 from relay.store.revisions import Revisions
@@ -224,6 +225,9 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
         workers=settings.commits_in_flight,
         dead=dead,
     )
+    peers = Peers()
+    await peers.beat()
+    stack.push_async_callback(_leave, peers)
     audit = Audit(pseudonyms)
     stack.push_async_callback(audit.close)
     passwords = Passwords(threads=settings.password_threads, queue=settings.password_queue)
@@ -260,7 +264,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
         keys=Keys(),
         audit=audit,
         releases=Releases(messages, endings, settle_seconds=_SETTLE_SECONDS, now=clock.now),
-        invalidation=Invalidation(audiences, commits),
+        invalidation=Invalidation(audiences, commits, peers, commit_seconds=timeout),
         passwords=passwords,
         pseudonyms=pseudonyms,
         rates=rates,
@@ -292,6 +296,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
             Job("time to live", TimeToLive(mongo, messages).run, _TTL_SECONDS, 0.1),
             Job("revocations", Revocations(hub, accounts).run, _REVOCATIONS_SECONDS, 0.1),
             Job("doubts", Doubts(commits, acks).run, _DOUBTS_SECONDS, 0.1),
+            Job("peers", peers.beat, BEAT_SECONDS),
             Job("repair", Repair(context).run, _REPAIR_SECONDS, 0.2),
             Job("health", HealthCheck(mongo, health).run, _HEALTH_SECONDS),
         ]
@@ -349,6 +354,11 @@ async def _drain(
     left, context.hub.left = context.hub.left, set()
     with contextlib.suppress(Exception):
         await asyncio.wait_for(accounts.seen(left), 1)
+
+
+async def _leave(peers: Peers) -> None:
+    with contextlib.suppress(Exception):
+        await asyncio.wait_for(peers.leave(), 1)
 
 
 async def _close_quickly(mongo: Mongo) -> None:

@@ -27,6 +27,8 @@ from relay.store.sessions import Account, Installation, Reused, too_many_devices
 from relay.wire.errors import RelayError
 from relay.wire.ids import DEVICE_ID, device_key
 
+NOBODY: Final = "$nobody"
+"""Who an act is noted for that nobody has proven to be the author of."""
 _WRONG: Final = "wrong user name or password"
 _ENDED: Final = "this refresh token is not good any more; log in again"
 
@@ -61,6 +63,14 @@ async def login(ctx: Context, caller: Caller, request: web.Request) -> web.Respo
     hashed = None if account is None else account.password
     right = await ctx.passwords.verify(hashed, wanted.password)
     if not right or account is None or hashed is None or account.erasing:
+        # Noted for unknown names, too: the time it takes must not tell which exist.
+        await ctx.audit.record(
+            "session.refuse",
+            actor=NOBODY,
+            target=None if account is None else account.user,
+            address=caller.address,
+            agent=caller.agent,
+        )
         raise RelayError("unauthorized", _WRONG)
     if account.suspended:
         raise _suspended()

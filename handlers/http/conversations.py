@@ -75,8 +75,7 @@ async def check_welcome(
     listed = await ctx.contacts.lists(strict, caller.user) if strict else set()
     refused = {user for user in strict if user not in listed}
     if preference == "whoMayAdd":
-        blocks = await ctx.contacts.blocks_among([caller.user, *users])
-        refused |= {owner for owner, blocked in blocks if blocked == caller.user}
+        refused |= await ctx.contacts.blockers(users, caller.user)
     if refused:
         what = "be written to" if preference == "whoMayMessage" else "be added"
         raise RelayError(
@@ -88,7 +87,7 @@ async def index(ctx: Context, caller: Caller, request: web.Request) -> web.Respo
     """This user's conversations, last changed first."""
     only(request, "cursor", "limit", "q")
     q = request.query.get("q")
-    if q is not None and not (0 < len(q.strip()) and len(q) <= _LONGEST_Q):
+    if q is not None and not (len(q.strip()) > 0 and len(q) <= _LONGEST_Q):
         raise RelayError("bad_request", f"q has 1 to {_LONGEST_Q} characters")
     views, cursor = await ctx.conversations.page(
         caller.user,

@@ -64,8 +64,9 @@ async def _replace(ctx: Context, caller: Caller, key: str, upload: Upload) -> St
         stock = await ctx.keys.store(key, upload)
         await ctx.keys.relinked(key)
     finally:
+        # The former installation is none any more, whether or not the keys of this one could be stored.
         await ctx.invalidation.tell(users=[caller.user])
-    await ctx.releases.run(release)
+        await ctx.releases.run(release)
     return stock
 
 

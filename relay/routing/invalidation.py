@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 
-from relay.store.audience import Audiences
+from relay.store.audience import LEASE_SECONDS, Audiences
 from relay.store.commits import Commits
+from relay.store.mongo import PyMongoError
+from relay.store.peers import Peers
 
 
 class Invalidation:
-    """A node without Redis is alone: its own cache is all there is to tell."""
+    """This node forgets at once. Other nodes are not told: while any lives, their leases run out first. ``commit_seconds``
+    is the time limit of one commit."""
 
-    def __init__(self, audiences: Audiences, commits: Commits) -> None:
+    def __init__(
+        self, audiences: Audiences, commits: Commits, peers: Peers, *, commit_seconds: float
+    ) -> None:
         self._audiences = audiences
         self._commits = commits
+        self._peers = peers
+        self._lease = LEASE_SECONDS + commit_seconds
 
     async def tell(self, *, conversations: Iterable[str] = (), users: Iterable[str] = ()) -> None:
         """The members of these conversations, or the devices, blocks or preferences of these users, have changed. When
@@ -22,4 +30,13 @@ class Invalidation:
             self._audiences.changed(conversation=conversation)
         for user in users:
             self._audiences.changed(user=user)
-        await self._commits.barrier()
+        alone, _ = await asyncio.gather(self._alone(), self._commits.barrier())
+        if not alone:
+            await asyncio.sleep(self._lease)
+
+    async def _alone(self) -> bool:
+        try:
+            return await self._peers.alone()
+        except PyMongoError:
+            # Nobody knows; what may be true is taken for true.
+            return False

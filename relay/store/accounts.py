@@ -16,6 +16,8 @@ from relay.security.pseudonyms import Pseudonyms
 from relay.store.mongo import DuplicateKeyError
 from relay.wire.ids import device_key
 
+# As long as resolved recipients are believed, and a commit takes.
+_NEW: Final = timedelta(seconds=10)
 _BULK: Final = 1000
 _MAX_STANDINGS: Final = 100_000
 _MOST_ENDED: Final = 100_000
@@ -125,7 +127,9 @@ class Accounts:
             return_document=ReturnDocument.BEFORE,
         )
         if before is not None:
-            return _arrival(before.get("gap"), changed=False)
+            # Who came first may not have told the other nodes yet.
+            new = now - (before.get("since") or before["createdAt"]) < _NEW
+            return _arrival(before.get("gap"), changed=new)
         before = await _devices().find_one({"_id": key})
         if before is None:
             if not may_create:

@@ -147,6 +147,8 @@ class Contacts:
         found = (
             await Contact.get_motor_collection()
             .find(query)
+            # Left alone, MongoDB may read everybody's entries about the people whose ids follow.
+            .hint("owner_blocked")
             .sort([("user", 1)])
             .limit(limit + 1)
             .to_list(limit + 1)
@@ -159,19 +161,7 @@ class Contacts:
 
     async def blocks_among(self, users: Iterable[str]) -> set[tuple[str, str]]:
         """Who of these people has blocked whom of them, as pairs ``(owner, blocked)``, with one query."""
-        wanted = list(users)
-        if len(wanted) < 2:
-            return set()
-        cursor = (
-            Contact.get_motor_collection()
-            .find(
-                {"owner": {"$in": wanted}, "user": {"$in": wanted}, "blocked": True},
-                {"_id": 0, "owner": 1, "user": 1},
-            )
-            # Left alone, MongoDB may read everybody's entries about these people.
-            .hint("owner_blocked")
-        )
-        return {(row["owner"], row["user"]) async for row in cursor}
+        return await blocks_among(users)
 
     async def lists(self, owners: Iterable[str], user: str) -> set[str]:
         """Who of ``owners`` has ``user`` in their list and has not blocked them, with one query."""
@@ -273,6 +263,23 @@ class Contacts:
                 continue
             return after
         raise RelayError("unavailable", "this contact is being changed; try again", retry_after=200)
+
+
+async def blocks_among(users: Iterable[str]) -> set[tuple[str, str]]:
+    """Who of these people has blocked whom of them, as pairs ``(owner, blocked)``, with one query."""
+    wanted = list(users)
+    if len(wanted) < 2:
+        return set()
+    cursor = (
+        Contact.get_motor_collection()
+        .find(
+            {"owner": {"$in": wanted}, "user": {"$in": wanted}, "blocked": True},
+            {"_id": 0, "owner": 1, "user": 1},
+        )
+        # Left alone, MongoDB may read everybody's entries about these people.
+        .hint("owner_blocked")
+    )
+    return {(row["owner"], row["user"]) async for row in cursor}
 
 
 async def _places(owner: str, after: tuple[str, str] | None) -> list[tuple[str, dict[str, Any]]]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
-from models.accounts import User
 from models.conversations import Conversation, Membership
 from relay.store.accounts import milliseconds
+from relay.store.people import names_of
 from relay.wire.cursor import cursor_at, place_of
 from relay.wire.errors import RelayError
 
@@ -112,14 +112,14 @@ class Conversations:
         if cursor is not None:
             query["user"] = {"$gt": place_of(cursor)[1]}
         rows = await self._members(query, limit + 1)
-        names = await _names([row["user"] for row in rows[:limit]])
+        names = await names_of([row["user"] for row in rows[:limit]])
         page = [_member(row, names) for row in rows[:limit]]
         return page, cursor_at(0, page[-1].user) if len(rows) > limit else None
 
     async def member(self, conversation: str, user: str) -> Member:
         """One member. Raises RelayError ``not_found``."""
         row = await self._row(conversation, user)
-        return _member(row, await _names([user]))
+        return _member(row, await names_of([user]))
 
     async def set_own(self, conversation: str, user: str, fields: Mapping[str, Any]) -> None:
         """Sets what this member keeps for themselves (``mutedUntil`` a datetime, ``pinned``, ``archived``; None unsets).
@@ -249,7 +249,7 @@ class Conversations:
     async def _views(
         self, parts: Sequence[tuple[Mapping[str, Any], Mapping[str, Any], Sequence[Mapping[str, Any]]]]
     ) -> list[ConversationView]:
-        names = await _names([row["user"] for _, _, members in parts for row in members])
+        names = await names_of([row["user"] for _, _, members in parts for row in members])
         return [
             ConversationView(
                 id=document["_id"],
@@ -279,13 +279,6 @@ def own_of(row: Mapping[str, Any]) -> Own:
         read_up_to=row.get("readUpTo"),
         joined_at=milliseconds(row["joinedAt"]),
     )
-
-
-async def _names(users: Sequence[str]) -> dict[str, str | None]:
-    """Names for people; a user name stands in for an absent one."""
-    wanted = list(dict.fromkeys(users))
-    cursor = User.get_motor_collection().find({"_id": {"$in": wanted}}, {"name": 1, "username": 1})
-    return {row["_id"]: row.get("name") or row.get("username") async for row in cursor}
 
 
 def _member(row: Mapping[str, Any], names: Mapping[str, str | None]) -> Member:

@@ -17,7 +17,7 @@ from pymongo import UpdateOne
 
 from models.accounts import Device, User
 from models.contacts import Contact, Report
-from models.conversations import Membership
+from models.conversations import Conversation, Membership
 from models.housekeeping import Erasure, Tombstone
 from models.messages import MESSAGES
 from relay.security.pseudonyms import Pseudonyms
@@ -102,8 +102,20 @@ class Erasures:
         )
 
     async def drop_memberships(self, intent: Intent) -> None:
-        """What is left of their memberships, when they have left every conversation."""
-        await _delete(Membership.get_motor_collection(), {"user": intent.user})
+        """What is left of their memberships, when they have left every conversation. A row stays as long as a change of its
+        conversation is under way, which may name them."""
+        rows = Membership.get_motor_collection()
+        collection = Conversation.get_motor_collection()
+        names = [row["_id"] async for row in rows.find({"user": intent.user}, {"_id": 1})]
+        for start in range(0, len(names), _PAGE):
+            page = {name.partition(" ")[0]: name for name in names[start : start + _PAGE]}
+            changing = {"_id": {"$in": list(page)}, "pending.at": {"$exists": True}}
+            busy = {row["_id"] async for row in collection.find(changing, {"_id": 1})}
+            await rows.delete_many({"_id": {"$in": [name for key, name in page.items() if key not in busy]}})
+
+    async def is_complete(self, intent: Intent) -> bool:
+        """Whether nothing is under way any more that names them."""
+        return await Membership.get_motor_collection().find_one({"user": intent.user}, {"_id": 1}) is None
 
     async def rename_deliveries(self, intent: Intent, devices: Sequence[str]) -> None:
         """In messages of others that still wait: who has got them becomes a pseudonym, and what was sealed for their devices

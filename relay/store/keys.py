@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 
 from pymongo import ReturnDocument, UpdateOne
 
-from models.accounts import Device
+from models.accounts import Device, User
 from models.keys import PreKey, PublicKeys
 from relay.store.accounts import milliseconds
 from relay.store.mongo import BulkWriteError, DuplicateKeyError
@@ -31,7 +31,6 @@ _DUPLICATE: Final = 11000
 _UNCLAIMED: Final[dict[str, None]] = {"claimedAt": None}
 
 Kind = Literal["one", "kem"]
-_FIELDS: Final[Mapping[Kind, str]] = {"one": "one-time", "kem": "KEM"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +94,16 @@ class Keys:
     """The ``public_keys`` and ``prekeys`` collections, and the fields of ``devices`` that tell one installation from the
     next."""
 
-    async def forget(self, device: str, *, keep_claimed: bool = False) -> None:
-        """Drops the keys of a device (a device key): it is revoked, reset or erased. Safe to repeat. With ``keep_claimed``
-        the marks of what was handed out stay for their 90 days: should the same installation come back and publish its
-        keys again, none of them is given twice."""
+    async def forget(self, device: str) -> None:
+        """Drops the keys of a device (a device key): it is revoked, reset or erased. Safe to repeat. The marks of what was
+        handed out stay for their 90 days: should the same installation log in again and publish its keys once more, none
+        is given twice. Of a person who is being erased, or is, nothing stays."""
         await PublicKeys.get_motor_collection().delete_one({"_id": device})
         query: dict[str, Any] = {"device": device}
-        await PreKey.get_motor_collection().delete_many(query | _UNCLAIMED if keep_claimed else query)
+        stays = await User.get_motor_collection().find_one(
+            {"_id": user_of(device), "erasingAt": None}, {"_id": 1}
+        )
+        await PreKey.get_motor_collection().delete_many(query if stays is None else query | _UNCLAIMED)
 
     async def relinks(self, device: str, upload: Upload) -> bool | None:
         """Whether this upload comes from another installation than the stored keys; None when there are none yet."""
@@ -113,14 +115,8 @@ class Keys:
         the former one are told. Call before ``store``: a crash in between is repeated with the upload. False when the
         device is none any more."""
         now = datetime.now(UTC)
-        change: dict[str, Any] = {
-            "$set": {
-                "relinkedAt": now,
-                "since": now,
-                "gap": {"since": now, "why": "reset"},
-                "updatedAt": now,
-            }
-        }
+        gap = {"since": now, "why": "reset"}
+        change: dict[str, Any] = {"$set": {"relinkedAt": now, "since": now, "gap": gap, "updatedAt": now}}
         if registration is None:
             change["$unset"] = {"registrationId": ""}
         else:
@@ -237,8 +233,7 @@ class Keys:
 
 
 def _generation(identity: str, registration: int | None) -> str:
-    named = "" if registration is None else str(registration)
-    return hashlib.sha256(f"{identity}\n{named}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{identity}\n{registration}".encode()).hexdigest()[:16]
 
 
 def _same_installation(stored: Mapping[str, Any], upload: Upload) -> bool:
@@ -327,9 +322,7 @@ async def _check_room(device: str, generation: str, upload: Upload) -> None:
         known = [row["_id"] async for row in collection.find({"_id": {"$in": names}}, {"_id": 1})]
         waiting = await collection.count_documents(_waiting(device, generation, kind), limit=MAX_STOCK + 1)
         if len(known) < len(names) and waiting + len(names) - len(known) > MAX_STOCK:
-            raise RelayError(
-                "too_large", f"at most {MAX_STOCK} {_FIELDS[kind]} prekeys may wait to be claimed"
-            )
+            raise RelayError("too_large", f"at most {MAX_STOCK} prekeys of a kind may wait to be claimed")
 
 
 async def _add(device: str, generation: str, kind: Kind, keys: Sequence[KeyPair]) -> None:

@@ -31,5 +31,7 @@ class Peers:
     async def alone(self) -> bool:
         """Whether no other node lives."""
         alive: dict[str, Any] = {"$gt": ["$at", {"$subtract": ["$$NOW", _ALIVE_MS]}]}
-        other = await Node.get_motor_collection().find_one({"_id": {"$ne": self._id}, "$expr": alive}, {"_id": 1})
+        other = await Node.get_motor_collection().find_one(
+            {"_id": {"$ne": self._id}, "$expr": alive}, {"_id": 1}
+        )
         return other is None

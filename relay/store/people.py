@@ -133,8 +133,7 @@ class People:
     async def names(self, users: Iterable[str]) -> dict[str, str | None]:
         """What to call these people (their name, else their user name, else None), with one query. Unknown ones are
         absent."""
-        cursor = User.get_motor_collection().find({"_id": {"$in": list(users)}}, {"name": 1, "username": 1})
-        return {row["_id"]: row.get("name") or row.get("username") async for row in cursor}
+        return await names_of(users)
 
     async def restricted(self, users: Iterable[str]) -> dict[str, Restriction]:
         """Those of these people who do not let anybody write to them or add them, with one query."""
@@ -289,6 +288,13 @@ class People:
             if after is not None:
                 return dict(after)
         raise RelayError("unavailable", "the profile is being changed; try again", retry_after=200)
+
+
+async def names_of(users: Iterable[str]) -> dict[str, str | None]:
+    """What to call these people (their name, else their user name, else None), with one query. Unknown ones are
+    absent."""
+    cursor = User.get_motor_collection().find({"_id": {"$in": list(users)}}, {"name": 1, "username": 1})
+    return {row["_id"]: row.get("name") or row.get("username") async for row in cursor}
 
 
 def later_than(moment: datetime | None) -> datetime:

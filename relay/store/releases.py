@@ -136,7 +136,9 @@ class Releases:
             page = set(found) - stuck
             if not found:
                 return True
-            if page and not await self._endings.release(list(page), keys, deadline=monotonic() + _GIVE_UP_SECONDS):
+            if page and not await self._endings.release(
+                list(page), keys, deadline=monotonic() + _GIVE_UP_SECONDS
+            ):
                 return False
 
     async def _keys(self, mailbox: str) -> list[str]:

@@ -130,7 +130,8 @@ class Revisions:
         try:
             await collection.insert_one(document)
         except DuplicateKeyError:
-            found = await collection.find_one({"unique": unique})
+            # Without the type MongoDB would not use the partial index.
+            found = await collection.find_one({"unique": {"$eq": unique, "$type": "string"}})
             if found is None:
                 raise RelayError("unavailable", "the conversation is being changed; try again") from None
             return found["_id"], _pending(found), False

@@ -12,6 +12,7 @@ from models.contacts import Contact
 from models.conversations import Conversation, Membership
 from relay.store.accounts import milliseconds
 from relay.store.audience import Refusal, Roster
+from relay.store.contacts import blocks_among
 from relay.store.mongo import time_limit
 from relay.wire.ids import any_device_key
 
@@ -53,7 +54,7 @@ class Rosters:
             roles.setdefault(row["conversationId"], {})[row["user"]] = row["role"]
         users = list({user for members in roles.values() for user in members})
         devices, settings, blocks = await asyncio.gather(
-            self._devices(users), self._settings(list(roles)), self._blocks(users)
+            self._devices(users), self._settings(list(roles)), blocks_among(users)
         )
         direct = {name: roles[name] for name, one in settings.items() if one["type"] == "direct"}
         closed = await self._closed(direct)
@@ -96,11 +97,6 @@ class Rosters:
             {"_id": {"$in": list(conversations)}}, {"type": 1, "whoMayPost": 1}
         )
         return {row["_id"]: row async for row in cursor}
-
-    async def _blocks(self, users: Sequence[str]) -> list[tuple[str, str]]:
-        query = {"blocked": True, "owner": {"$in": list(users)}, "user": {"$in": list(users)}}
-        cursor = Contact.get_motor_collection().find(query, {"owner": 1, "user": 1})
-        return [(row["owner"], row["user"]) async for row in cursor]
 
     async def _closed(self, direct: Mapping[str, Collection[str]]) -> set[tuple[str, str]]:
         """(conversation, user) pairs: the other one takes messages from contacts only, and this user is none."""

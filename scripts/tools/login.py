@@ -45,8 +45,6 @@ def log_in(url: str, username: str, device: str, database: Path) -> Session:
         device=device if session is None else session.device,
         device_name=f"chat on {platform.node()}"[:64],
         platform=platform.system().lower() or "unknown",
-        # What was sent to a device of this name before is in a history that is gone.
-        reset=not database.exists(),
     )
     try:
         return asyncio.run(signing_in)

@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from beanie import init_beanie
 
-from models.accounts import Device
+from models.accounts import Device, User
 from models.keys import PreKey, PublicKeys
 from relay.store.embedded import EmbeddedMongo
 from relay.store.keys import MAX_STOCK, KeyPair, Keys, Stock, Upload
@@ -40,9 +40,10 @@ async def backend(request: pytest.FixtureRequest, mongod: EmbeddedMongo) -> Asyn
 
 @pytest.fixture
 async def keys(backend: str) -> Keys:
-    for document in (Device, PublicKeys, PreKey):
+    for document in (User, Device, PublicKeys, PreKey):
         await document.get_motor_collection().delete_many({})
     now = datetime.now(UTC)
+    await User.get_motor_collection().insert_one({"_id": "ann", "createdAt": now})
     for device in (PHONE, "ann/tablet"):
         await Device.get_motor_collection().insert_one({"_id": device, "user": "ann", "createdAt": now})
     return Keys()
@@ -286,7 +287,6 @@ async def test_forgotten_keys_are_gone_and_others_stay(keys: Keys) -> None:
     wanted = upload(one_time=one_time(1, 2), kem=kem(1), last_resort=LAST)
     for device in (PHONE, "ann/tablet"):
         await keys.store(device, wanted)
-    await claimed(keys)
     await keys.forget(PHONE)
     await keys.forget(PHONE)
     assert [entry.device for entry in await keys.directory([PHONE, "ann/tablet"])] == ["ann/tablet"]
@@ -295,14 +295,28 @@ async def test_forgotten_keys_are_gone_and_others_stay(keys: Keys) -> None:
     assert await keys.relinks(PHONE, wanted) is None
 
 
-async def test_marks_of_what_was_handed_out_can_outlive_a_device(keys: Keys) -> None:
+async def test_a_device_that_comes_back_with_its_keys_gives_none_of_them_twice(keys: Keys) -> None:
     wanted = upload(one_time=one_time(1, 2))
     await keys.store(PHONE, wanted)
     assert await claimed(keys) == (1, None)
-    await keys.forget(PHONE, keep_claimed=True)
+    await keys.forget(PHONE)
     assert await keys.directory([PHONE]) == []
     assert await keys.store(PHONE, wanted) == Stock(1, 0)
     assert await claimed(keys) == (2, None)
+
+
+@pytest.mark.parametrize("gone", [True, False])
+async def test_of_an_erased_person_not_even_a_mark_stays(keys: Keys, gone: bool) -> None:
+    await keys.store(PHONE, upload(one_time=one_time(1, 2)))
+    await claimed(keys)
+    users = User.get_motor_collection()
+    if gone:
+        await users.delete_one({"_id": "ann"})
+    else:
+        await users.update_one({"_id": "ann"}, {"$set": {"erasingAt": datetime.now(UTC)}})
+    await keys.forget(PHONE)
+    for document in (PublicKeys, PreKey):
+        assert await document.get_motor_collection().count_documents({}) == 0
 
 
 async def test_the_keys_of_a_person_can_be_exported(keys: Keys) -> None:

@@ -695,3 +695,58 @@ async def test_only_members_report_out_of_a_conversation(people: People) -> None
     await member("c1", "ann", datetime.now(UTC))
     assert (await Reports().add("ann", "bob", "abuse", conversation="c1"))[1]
     assert await refused(Reports().add("cleo", "bob", "abuse", conversation="c1")) == "not_found"
+
+
+async def test_every_list_is_read_in_the_order_of_an_index(
+    backend: str, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "memory":
+        pytest.skip("mongomock has no plans")
+    monkeypatch.setattr("relay.store.contacts._SCAN", 10)
+    contacts = Contacts(most=1000)
+    now = datetime.now(UTC)
+    rows = [
+        {"_id": f"u{number:03}", "createdAt": now, "username": f"ann{number}", "usernameKey": f"ann{number}"}
+        | {"name": "Ann", "nameKey": "ann", "phone": "+49305550100", "phoneKey": "+49305550100"}
+        for number in range(300)
+    ]
+    await User.get_motor_collection().insert_many(rows)
+    for number in range(60):
+        await add(contacts, "ann", f"u{number:03}", f"Bob {number % 7}")
+        await block(contacts, "ann", f"u{number:03}")
+        await block(contacts, f"u{number:03}", "u299")
+        await Reports().add("ann", f"u{number:03}", "spam")
+    database = User.get_motor_collection().database
+    await database.command("profile", 2)
+    try:
+        for q in ("ann", "+49305550100"):
+            await found_by(people, q, limit=20)
+        await all_pages(lambda cursor: contacts.page("ann", limit=7, cursor=cursor), 7)
+        await all_pages(lambda cursor: contacts.page("ann", limit=7, cursor=cursor, q="bob 3"), 7)
+        await all_pages(lambda cursor: contacts.blocked_page("ann", limit=7, cursor=cursor), 7)
+        await all_pages(lambda cursor: contacts.online_page("ann", lambda _: True, limit=7, cursor=cursor), 7)
+        await contacts.blocks_among([f"u{number:03}" for number in range(300)])
+        await contacts.lists(["ann", "bob"], "u001")
+        await add(contacts, "ann", "new")
+        await block(contacts, "ann", "new")
+        await people.last_seen(["ann", "bob"])
+        await people.share_conversation("ann", "bob")
+        await people.restricted(["u001", "u002"])
+        await Reports().open_page(10)
+        await Reports().add("ann", "bob", "spam")
+        await people.suspend("u001")
+    finally:
+        await database.command("profile", 0)
+    plans = 0
+    async for entry in database["system.profile"].find({"planSummary": {"$exists": True}}):
+        plans += 1
+        told = {
+            name: entry.get(name)
+            for name in ("op", "ns", "planSummary", "docsExamined", "nreturned", "command")
+        }
+        assert "COLLSCAN" not in entry["planSummary"], told
+        assert not entry.get("hasSortStage"), told
+        # A page reads little more than it shows, the last as the first.
+        if "limit" in entry.get("command", {}):
+            assert entry["keysExamined"] <= 2 * entry["nreturned"] + 5, told
+    assert plans > 50

@@ -116,6 +116,34 @@ def test_a_soak_ends_at_the_number_of_messages_and_says_how_memory_grew(tmp_path
     assert found["growth_percent"] == pytest.approx((memory["end"] / memory["mark"] - 1) * 100)
 
 
+def test_the_control_plane_is_measured_at_every_depth_and_log_ins_beside_messages(tmp_path: Path) -> None:
+    line = "control --users 400 --memberships 4000 --contacts 1500 --heavy 160 --samples 5 --seconds 0.5 --pairs 5 --rate 100"
+    # Whether goals of milliseconds are met is no matter of a test; whether the run is complete is.
+    done = subprocess.run(
+        command(f"{line} --json -"),
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=55,
+        check=False,
+    )
+    assert done.returncode in (0, 1), done.stderr[-2000:]
+    found = msgspec.json.decode(done.stdout)
+    lists = {one["name"]: one for one in found["lists"]}
+    for name in ("conversations of the heavy user", "contacts of the heavy user"):
+        depths = [place["depth"] for place in lists[name]["places"]]
+        assert depths[0] == 0
+        assert depths[-1] == 150
+        assert lists[name]["plans"]
+    checks = passed(found["checks"])
+    for name, ok in checks.items():
+        assert ok or name.startswith(("first page", "flat", "an index and no sort: changes")), name
+    assert found["storm"]["alone"] > 0
+    assert found["storm"]["beside_latency"] > 0
+    assert not list(tmp_path.iterdir()), "temporary files are left behind"
+
+
 def test_an_interrupt_ends_every_process_and_leaves_no_files(tmp_path: Path) -> None:
     process = subprocess.Popen(
         command("live --pairs 5 --seconds 60 --limit-seconds 0"),

@@ -42,7 +42,22 @@ def problem(found: tuple[int, Any]) -> tuple[int, str]:
 async def test_a_direct_conversation_is_made_once_whoever_asks(node: Node) -> None:
     status, made = await post(node, "ann", "/v1/conversations", {"type": "direct", "members": ["bob"]})
     assert status == 201
-    assert set(made) == {"id", "type", "name", "members", "createdAt"}
+    assert set(made) == {
+        "id",
+        "type",
+        "name",
+        "picture",
+        "description",
+        "settings",
+        "members",
+        "memberCount",
+        "createdAt",
+        "updatedAt",
+        "me",
+    }
+    assert {frozenset(member) for member in made["members"]} == {
+        frozenset(("user", "role", "name", "joinedAt"))
+    }
     assert abs(made["createdAt"] - time.time() * 1000) < 3000
     assert (made["type"], made["name"]) == ("direct", None)
     assert sorted(member["user"] for member in made["members"]) == ["ann", "bob"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.failpoints import MAJORITY_TIMEOUT, failing
 from tests.support.node import Node, NodeFactory
 
 KEY = "a2V5"
@@ -314,3 +315,38 @@ async def test_every_query_of_the_directory_uses_an_index_and_sorts_nothing_in_m
         walk(plan["queryPlanner"]["winningPlan"])
     assert not {"COLLSCAN", "SORT"} & set(stages)
     assert {"IXSCAN", "COUNT_SCAN"} & set(stages)
+
+
+@pytest.mark.parametrize(
+    ("command", "collection"),
+    [("update", "devices"), ("update", "public_keys"), ("delete", "prekeys"), ("update", "prekeys")],
+)
+async def test_a_replacement_that_fails_half_way_is_finished_by_its_repetition(
+    node: Node, command: str, collection: str
+) -> None:
+    await publish(node)
+    conv = await node.direct("bob", "ann")
+    bob = await node.connect("bob")
+    await bob.sent(conv, "for the former installation")
+    rev = (await node.request("GET", f"/v1/conversations/{conv}/devices", "bob", "phone"))[1]["devicesRev"]
+    async with failing(node, command, collection, errorCode=50):
+        found = await node.request("PUT", "/v1/keys", "ann", "phone", upload(registrationId=8))
+        assert code(found) == (503, "unavailable")
+    assert await publish(node, registrationId=8) == {"oneTime": 3, "kem": 1}
+    _, listed = await directory(node, "ann")
+    assert [one["registrationId"] for one in listed["devices"]] == [8]
+    assert await node.db.prekeys.count_documents({}) == 4
+    _, found = await node.request("GET", f"/v1/conversations/{conv}/devices", "bob", "phone")
+    assert found["devicesRev"] != rev
+    async with asyncio.timeout(15):
+        while await node.db.messages.count_documents({"awaiting": "ann/phone"}):
+            await asyncio.sleep(0.05)
+    assert (await node.connect("ann")).welcome["gap"]["why"] == "reset"
+
+
+async def test_a_claim_whose_answer_is_lost_wastes_a_key_and_repeats_none(node: Node) -> None:
+    await publish(node, oneTimePreKeys=[{"id": number, "key": KEY} for number in range(5)])
+    async with failing(node, "findAndModify", "prekeys", times=1, writeConcernError=MAJORITY_TIMEOUT):
+        assert code(await claim(node, "ann/phone")) == (503, "unavailable")
+    given = [(await claim(node, "ann/phone"))[1]["devices"][0]["oneTimePreKey"] for _ in range(5)]
+    assert [one["id"] for one in given if one] == [1, 2, 3, 4]

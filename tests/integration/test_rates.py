@@ -7,12 +7,15 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
 
 from relay.security.rates import Rates
 from relay.wire.errors import RelayError
+from relay.wire.ids import new_id
+from tests.support.node import NodeFactory
 from tests.support.valkey import Valkey, open_valkey
 
 RULES = {"search": "5/minute", "connect": "1000/10 seconds"}
@@ -135,3 +138,53 @@ async def test_a_password_and_a_unix_socket_are_understood(tmp_path: Path) -> No
         async with limits(f"redis://default:wrong@127.0.0.1:{server.port}") as rates:
             assert await allowed(rates, "ann", 10) == 5
             assert not rates.shared
+
+
+async def test_a_device_over_its_message_rate_is_told_when_to_come_back_and_others_are_not_slowed(
+    nodes: NodeFactory,
+) -> None:
+    node = await nodes.start(message_rate=50, message_burst=10)
+    ann, bob = await node.connect("ann"), await node.connect("bob")
+    conv = await node.direct("ann", "bob")
+    await ann.expect("drained")
+    sends = [{"t": "send", "id": new_id(), "conv": conv, "kind": "text", "body": str(n)} for n in range(30)]
+    await ann.put(*sends)
+    answers = [await ann.next() for _ in range(30)]
+    stored = {answer["id"] for answer in answers if answer["t"] == "stored"}
+    refused = {answer["id"]: answer for answer in answers if answer["t"] == "error"}
+    assert stored == {send["id"] for send in sends[: len(stored)]}, "a message was taken behind a refused one"
+    assert 10 <= len(stored) < 30
+    for error in refused.values():
+        assert error["code"] == "rate_limited"
+        assert error["retry"] is True
+        assert 0 < error["retryAfter"] <= 1000
+    await bob.sent(conv)
+    status, _ = await node.request("POST", "/v1/messages", "ann", "phone", {**_http(sends[-1])})
+    assert status == 429
+    status, _ = await node.request(
+        "POST", "/v1/messages", "ann", "tablet", {**_http(sends[-1]), "id": new_id()}
+    )
+    assert status == 201
+    await asyncio.sleep(1.05)
+    await ann.put({**sends[-1], "again": True})
+    await ann.expect("stored")
+
+
+def _http(operation: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in operation.items() if name != "t"}
+
+
+async def test_nodes_with_one_redis_count_together_and_answer_429_with_retry_after(
+    nodes: NodeFactory, valkey: Valkey
+) -> None:
+    settings: dict[str, Any] = {"redis_url": valkey.url, "rate_search": "3/minute"}
+    one, other = await nodes.start(**settings), await nodes.start(**settings)
+    statuses = []
+    for node in (one, other, one, other):
+        async with node.http.get(
+            f"{node.url}/v1/users?q=bob", headers=node.headers("ann", "phone")
+        ) as response:
+            statuses.append(response.status)
+            last = response
+    assert statuses == [200, 200, 200, 429]
+    assert 0 < int(last.headers["Retry-After"]) <= 61

@@ -88,7 +88,7 @@ class Node:
         found = WireDevice(socket, user, device)
         self._devices.append(found)
         if welcome:
-            found.welcome = await found.expect("welcome")
+            found.welcome = await found.expect("welcome", seconds=12)
         return found
 
     async def close(self) -> None:

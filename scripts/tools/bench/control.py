@@ -6,42 +6,31 @@ import asyncio
 import contextlib
 import os
 import tempfile
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
 from time import perf_counter
-from typing import Any, Final
-from urllib.parse import quote
+from typing import Final
 
-import aiohttp
 import msgspec
-from argon2 import PasswordHasher, Type
-from pymongo import MongoClient
 from rich.table import Table
 
-from relay.security.tokens import mint
-from scripts.tools.bench import live
+from scripts.tools.bench import listings, live
+from scripts.tools.bench.listings import SCANNED, SORTED, Listing
 from scripts.tools.bench.live import Live, Target
 from scripts.tools.bench.report import Check, Screen
-from scripts.tools.bench.stage import AUDIENCE, BenchError
+from scripts.tools.bench.stage import BenchError
+from scripts.tools.bench.storm import CLIENTS, HASHER, PASSWORD, Storm, hash_ms, storm
 from scripts.tools.generate import Generated, fill
-from scripts.tools.population import DEVICE, Plan
+from scripts.tools.population import Plan
 
 GOAL_MS: Final = 20.0
 FLAT: Final = 2.0
 # Below this the differences are those of the machine, not of the query.
 _SMALL_MS: Final = 5.0
-_PASSWORD: Final = "one password for all of them"
 _SEED: Final = 1
-_DEPTHS: Final = (0.25, 0.5, 0.75, 1.0)
-_MOST_PAGES: Final = 400
-_CLIENTS: Final = 16
-_HASHES: Final = 10
 _STORM_WARMUP: Final = 2.0
-_SORTED: Final = ", sorted in memory"
-_READS: Final = ("find", "getMore", "aggregate", "count", "distinct")
+_MESSAGES_WARMUP: Final = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,40 +46,6 @@ class Options:
     pairs: int = 100
     rate: float = 500
     mongo_uri: str | None = None
-
-
-class Place(msgspec.Struct, frozen=True):
-    """Pages at one depth (items before them), in ms. ``items`` is how many a page held."""
-
-    depth: int
-    items: int
-    p50: float
-    p99: float
-
-
-class Listing(msgspec.Struct, frozen=True):
-    """One list. ``flatness``: the slowest depth's median over the first page's. ``plans`` is how MongoDB found them, by
-    collection; ``examined`` the most keys and documents of one query, ``returned`` its results."""
-
-    name: str
-    places: list[Place]
-    flatness: float
-    plans: list[str]
-    examined: int
-    returned: int
-
-
-class Storm(msgspec.Struct, frozen=True):
-    """Log-ins. ``hash_ms``: one hash alone on this machine; ``alone`` and ``beside`` are log-ins/s without and with the
-    messages; ``p50`` of the former in ms, with ``clients`` asking at once."""
-
-    clients: int
-    hash_ms: float
-    alone: float
-    p50: float
-    beside_latency: float
-    beside_throughput: float
-    refused: int
 
 
 class Control(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,7 +73,7 @@ async def run(options: Options, screen: Screen) -> Control:
         heavy=options.heavy,
         seed=_SEED,
         now=datetime.now(UTC).replace(microsecond=0),
-        password=await asyncio.to_thread(PasswordHasher(2, 19_456, 1, type=Type.ID).hash, _PASSWORD),
+        password=await asyncio.to_thread(HASHER.hash, PASSWORD),
     )
     problem = plan.problem()
     if problem is not None:
@@ -133,7 +88,7 @@ async def run(options: Options, screen: Screen) -> Control:
         began = perf_counter()
         people = await _generate(uri, target.node.database, plan, screen)
         took = perf_counter() - began
-        lists = await _lists(options, target, people, screen)
+        lists = await listings.measure(target, people, options.samples, screen)
         return await _beside(options, target, people, took, lists, screen)
 
 
@@ -148,136 +103,6 @@ async def _generate(uri: str, database: str, plan: Plan, screen: Screen) -> Gene
         return await asyncio.to_thread(fill, uri, database, plan, advance)
 
 
-# -- lists
-
-
-async def _lists(options: Options, target: Target, people: Generated, screen: Screen) -> list[Listing]:
-    assert target.node is not None
-    assert target.mongo_uri is not None
-    user, username, name = people.examples[0]
-    token = mint(target.secret, user, DEVICE, audience=AUDIENCE, lifetime=86_400)
-    other = people.examples[1][2].split()[0].lower()
-    paths = {
-        "conversations of the heavy user": "/v1/conversations?limit=50",
-        "contacts of the heavy user": "/v1/contacts?limit=50",
-        "people, two letters": f"/v1/users?q={quote(username[:2])}&limit=20",
-        "people, four letters": f"/v1/users?q={quote(username[:4])}&limit=20",
-        "people, a whole name": f"/v1/users?q={quote(name)}&limit=20",
-        "conversations with somebody, by name": f"/v1/conversations?q={quote(other)}&limit=50",
-        "changes since the beginning": "/v1/changes",
-    }
-    found = []
-    with MongoClient[dict[str, Any]](target.mongo_uri) as client:
-        db = client[target.node.database]
-        async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {token}"}) as http:
-            for title, path in paths.items():
-                with screen.working(f"list: {title}") as show:
-                    pages = _Pages(http, target.url, path, options.samples, show)
-                    places = await pages.measure()
-                    plans = await pages.explain(db)
-                medians = [place.p50 for place in places]
-                found.append(
-                    Listing(
-                        name=title,
-                        places=places,
-                        flatness=max(medians) / medians[0],
-                        plans=sorted({_plan(entry) for entry in plans}),
-                        examined=max((_examined(entry) for entry in plans), default=0),
-                        returned=max((int(entry.get("nreturned", 0)) for entry in plans), default=0),
-                    )
-                )
-    return found
-
-
-class _Pages:
-    """The pages of one list."""
-
-    def __init__(
-        self, http: aiohttp.ClientSession, url: str, path: str, samples: int, show: Callable[[str], None]
-    ) -> None:
-        self._http = http
-        self._url = url + path
-        self._name = "since" if path.startswith("/v1/changes") else "cursor"
-        self._samples = samples
-        self._show = show
-        self._cursors: list[tuple[int, str | None]] = [(0, None)]
-
-    async def measure(self) -> list[Place]:
-        """Walks to the end, then times the first page and four others."""
-        depth, page = 0, await self._get(None)
-        while (following := page["next"]) is not None and len(self._cursors) < _MOST_PAGES:
-            if self._name == "since" and not page["more"]:
-                break
-            depth += _length(page)
-            self._cursors.append((depth, following))
-            page = await self._get(following)
-        last = len(self._cursors) - 1
-        chosen = sorted({0, *(round(last * part) for part in _DEPTHS)})
-        self._cursors = [self._cursors[place] for place in chosen]
-        return [await self._time(*place) for place in self._cursors]
-
-    async def _time(self, depth: int, cursor: str | None) -> Place:
-        self._show(f"{self._url.partition('?')[0]}: at depth {depth:,}")
-        times, items = [], 0
-        for _ in range(self._samples):
-            began = perf_counter()
-            page = await self._get(cursor)
-            times.append((perf_counter() - began) * 1000)
-            items = _length(page)
-        times.sort()
-        return Place(depth, items, median(times), times[min(len(times) - 1, int(len(times) * 0.99))])
-
-    async def explain(self, db: Any) -> list[dict[str, Any]]:
-        """What MongoDB noted of the queries behind those pages."""
-        found: list[dict[str, Any]] = []
-        for _, cursor in self._cursors:
-            async with _profiled(db):
-                await self._get(cursor)
-            found += await asyncio.to_thread(_noted, db)
-        return found
-
-    async def _get(self, cursor: str | None) -> dict[str, Any]:
-        url = self._url
-        if cursor is not None:
-            url += f"{'&' if '?' in url else '?'}{self._name}={quote(cursor)}"
-        async with self._http.get(url) as answer:
-            if answer.status != 200:
-                raise BenchError(f"the relay answered {answer.status}: {(await answer.text())[:200]}")
-            page: dict[str, Any] = await answer.json()
-            return page
-
-
-def _length(page: dict[str, Any]) -> int:
-    return sum(len(items) for items in page.values() if isinstance(items, list))
-
-
-@contextlib.asynccontextmanager
-async def _profiled(db: Any) -> AsyncIterator[None]:
-    await asyncio.to_thread(db.drop_collection, "system.profile")
-    await asyncio.to_thread(db.command, "profile", 2)
-    try:
-        yield
-    finally:
-        await asyncio.to_thread(db.command, "profile", 0)
-
-
-def _noted(db: Any) -> list[dict[str, Any]]:
-    reads = {"appName": "relay", "planSummary": {"$exists": True}}
-    entries: list[dict[str, Any]] = list(db["system.profile"].find(reads))
-    return [entry for entry in entries if entry["op"] == "query" or set(entry["command"]) & set(_READS)]
-
-
-def _plan(entry: dict[str, Any]) -> str:
-    collection = str(entry["ns"]).partition(".")[2]
-    # One part for each branch of an $or, mostly the same.
-    parts = dict.fromkeys(str(entry["planSummary"]).replace("}, ", "}; ").split("; "))
-    return f"{collection}: {' and '.join(parts)}" + (_SORTED if entry.get("hasSortStage") else "")
-
-
-def _examined(entry: dict[str, Any]) -> int:
-    return max(int(entry.get("keysExamined", 0)), int(entry.get("docsExamined", 0)))
-
-
 # -- log-ins beside messages
 
 
@@ -289,29 +114,31 @@ async def _beside(
     lists: list[Listing],
     screen: Screen,
 ) -> Control:
-    open_loop = live.Options(pairs=options.pairs, seconds=options.seconds, rate=options.rate)
-    closed_loop = live.Options(pairs=options.pairs, seconds=options.seconds)
+    closed_loop = live.Options(
+        pairs=options.pairs, seconds=options.seconds, warmup=min(_MESSAGES_WARMUP, options.seconds)
+    )
+    open_loop = replace(closed_loop, rate=options.rate)
     calm_latency = await live.drive(open_loop, target, screen)
     calm_throughput = await live.drive(closed_loop, target, screen)
-    hash_ms = await asyncio.to_thread(_hash_ms)
+    hashing = await asyncio.to_thread(hash_ms)
     names = [username for _, username, _ in people.examples]
     with screen.working(f"log-ins alone, {options.seconds:g} s"):
-        async with _storm(target.url, names) as storm:
-            await asyncio.sleep(_STORM_WARMUP)
-            alone = storm.mark()
+        async with storm(target.url, names) as logins:
+            await asyncio.sleep(min(_STORM_WARMUP, options.seconds))
+            alone = logins.mark()
             await asyncio.sleep(options.seconds)
-            rate, p50 = storm.since(alone)
+            rate, p50 = logins.since(alone)
     beside = []
     runs = []
-    refused = storm.refused
+    refused = logins.refused
     for loop in (open_loop, closed_loop):
-        async with _storm(target.url, names) as storm:
-            await asyncio.sleep(_STORM_WARMUP)
-            mark = storm.mark()
+        async with storm(target.url, names) as logins:
+            await asyncio.sleep(min(_STORM_WARMUP, options.seconds))
+            mark = logins.mark()
             runs.append(await live.drive(loop, target, screen))
-            beside.append(storm.since(mark)[0])
-        refused += storm.refused
-    found = Storm(_CLIENTS, hash_ms, rate, p50, beside[0], beside[1], refused)
+            beside.append(logins.since(mark)[0])
+        refused += logins.refused
+    found = Storm(CLIENTS, hashing, rate, p50, beside[0], beside[1], refused)
     checks = [*_list_checks(lists), *_storm_checks(found, [calm_latency, calm_throughput, *runs])]
     return Control(
         ok=all(check.ok for check in checks),
@@ -325,75 +152,6 @@ async def _beside(
         storm_throughput=runs[1],
         checks=checks,
     )
-
-
-class _Storm:
-    """Log-ins as fast as they are answered."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-        self.refused = 0
-
-    def mark(self) -> tuple[int, float]:
-        """Now, for ``since``."""
-        return len(self.times), perf_counter()
-
-    def since(self, mark: tuple[int, float]) -> tuple[float, float]:
-        """Log-ins a second and their median in ms."""
-        count, began = mark
-        times = self.times[count:]
-        return len(times) / (perf_counter() - began), median(times) if times else 0.0
-
-    async def log_in(self, http: aiohttp.ClientSession, url: str, username: str, device: str) -> None:
-        """One after the other, until it is cancelled."""
-        body = {
-            "username": username,
-            "password": _PASSWORD,
-            "device": {"id": device, "name": device, "platform": "bench"},
-        }
-        while True:
-            began = perf_counter()
-            async with http.post(f"{url}/v1/auth/login", json=body) as answer:
-                await answer.read()
-                if answer.status == 200:
-                    self.times.append((perf_counter() - began) * 1000)
-                else:
-                    self.refused += 1
-                    await asyncio.sleep(0.1)
-
-
-@contextlib.asynccontextmanager
-async def _storm(url: str, names: list[str]) -> AsyncIterator[_Storm]:
-    storm = _Storm()
-    connector = aiohttp.TCPConnector(limit=_CLIENTS)
-    async with aiohttp.ClientSession(connector=connector) as http:
-        tasks = [
-            asyncio.create_task(
-                storm.log_in(http, url, names[number % len(names)], f"storm-{number}"),
-                name=f"log-ins {number}",
-            )
-            for number in range(_CLIENTS)
-        ]
-        try:
-            yield storm
-        finally:
-            for task in tasks:
-                task.cancel()
-            failed = await asyncio.gather(*tasks, return_exceptions=True)
-    for error in failed:
-        if isinstance(error, aiohttp.ClientError):
-            raise error
-
-
-def _hash_ms() -> float:
-    hasher = PasswordHasher(2, 19_456, 1, type=Type.ID)
-    stored = hasher.hash(_PASSWORD)
-    times = []
-    for _ in range(_HASHES):
-        began = perf_counter()
-        hasher.verify(stored, _PASSWORD)
-        times.append((perf_counter() - began) * 1000)
-    return median(times)
 
 
 # -- what must be true, what is shown
@@ -412,7 +170,7 @@ def _list_checks(lists: list[Listing]) -> list[Check]:
             Check.that(f"flat at any depth: {one.name}", flat, f"{one.flatness:.2f} times the first page"),
         ]
     for one in lists:
-        bad = [plan for plan in one.plans if "COLLSCAN" in plan or plan.endswith(_SORTED)]
+        bad = [plan for plan in one.plans if SCANNED in plan or plan.endswith(SORTED)]
         found.append(
             Check.that(
                 f"an index and no sort: {one.name}",
@@ -423,10 +181,10 @@ def _list_checks(lists: list[Listing]) -> list[Check]:
     return found
 
 
-def _storm_checks(storm: Storm, runs: list[Live]) -> list[Check]:
+def _storm_checks(logins: Storm, runs: list[Live]) -> list[Check]:
     failed = [check for run in runs for check in run.checks if not check.ok]
     return [
-        Check.that("no log-in was refused", not storm.refused, f"{storm.refused} refused"),
+        Check.that("no log-in was refused", not logins.refused, f"{logins.refused} refused"),
         Check.that(
             "every message was accounted for, with and without log-ins",
             not failed,
@@ -450,7 +208,7 @@ def show(found: Control, screen: Screen) -> None:
                 title, f"{place.depth:,}", str(place.items), f"{place.p50:.1f}", f"{place.p99:.1f}", *extra
             )
     screen.out.print(table)
-    storm = found.storm
+    logins = found.storm
     table = Table(title="Log-ins beside messages", title_justify="left", title_style="bold")
     for column in ("", "calm", "log-ins"):
         table.add_column(column, justify="left" if not column else "right")
@@ -463,11 +221,11 @@ def show(found: Control, screen: Screen) -> None:
             times = [f"{getattr(run.delivered_ms, part):.1f}" for run in (calm, busy)]
             table.add_row(f"{name}: delivered {part} ms", *times)
     table.add_row(
-        "log-ins/s alone", "", f"{storm.alone:.1f} (p50 {storm.p50:.0f} ms, {storm.clients} at once)"
+        "log-ins/s alone", "", f"{logins.alone:.1f} (p50 {logins.p50:.0f} ms, {logins.clients} at once)"
     )
     table.add_row(
-        "log-ins/s beside messages", "", f"{storm.beside_latency:.1f} and {storm.beside_throughput:.1f}"
+        "log-ins/s beside messages", "", f"{logins.beside_latency:.1f} and {logins.beside_throughput:.1f}"
     )
-    table.add_row("one hash alone", "", f"{storm.hash_ms:.1f} ms")
+    table.add_row("one hash alone", "", f"{logins.hash_ms:.1f} ms")
     screen.out.print(table)
     screen.checks(found.checks)

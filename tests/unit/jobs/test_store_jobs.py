@@ -56,7 +56,6 @@ def sweep(store: Store, hub: Hub, *, ahead: int = 10_000) -> Sweep:
         hub,
         store.messages,
         store.endings,
-        store.conversations,
         store.metrics,
         lambda: store.clock.now() + ahead,
     )

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.store.ending_plan import EndingGroup, entry_of
-from relay.store.endings import Ack, Ending, Removal, Sole
+from relay.store.endings import Ack, Ending, Release, Removal, Sole
 from relay.store.ledger import Fate
 
 KEYS = ["ann/tablet", "bob/phone", "bob/laptop", "cleo/*", "dan/phone"]
@@ -41,6 +41,10 @@ def ack(key: str, *doc_ids: str, sole: bool = False, at: int = 2000) -> Ack:
 
 def removal(fate: Fate, *doc_ids: str) -> Removal:
     return Removal(doc_ids, fate, deadline=0)
+
+
+def release(keys: list[str], *doc_ids: str) -> Release:
+    return Release(doc_ids, keys, deadline=0, done=lambda _: None)
 
 
 def planned(batch: list[Ending], *documents: dict[str, Any]) -> EndingGroup:
@@ -170,6 +174,66 @@ def test_a_leftover_is_deleted_by_whoever_acknowledges_it_again() -> None:
     assert group.counts["acknowledged"] == 0
 
 
+def test_a_release_that_leaves_others_waiting_only_shrinks() -> None:
+    group = planned([release(["bob/phone", "bob/*"], IDS[0])], document(IDS[0], ["bob/phone", "dan/phone"]))
+    assert group.final == {}
+    assert group.shrunk == [IDS[0]]
+    assert group.counts["released"] == 1
+    assert group.settlement.released == [(IDS[0], "bob/phone")]
+    assert group.settlement.acknowledged == []
+
+
+def test_what_nobody_got_before_its_last_mailbox_was_released_is_released() -> None:
+    group = planned([release(["bob/phone", "bob/laptop"], IDS[0])], document(IDS[0], ["bob/phone", "bob/laptop"]))
+    assert group.final == {IDS[0]: 100}
+    assert (group.final_entries[0]["fate"], group.final_entries[0]["delivered"]) == ("released", [])
+    assert group.counts["released"] == 2
+
+
+@pytest.mark.parametrize("how", ["before", "beside"])
+def test_what_somebody_got_is_delivered_when_the_last_mailbox_is_released(how: str) -> None:
+    got = [{"user": "dan", "device": "phone", "at": 1}]
+    before = document(IDS[0], ["bob/phone"], deliveredTo=got)
+    beside = document(IDS[0], ["bob/phone", "dan/phone"])
+    batch: list[Ending] = [release(["bob/phone"], IDS[0])]
+    group = planned(batch if how == "before" else [*batch, ack("dan/phone", IDS[0])], before if how == "before" else beside)
+    assert group.final == {IDS[0]: 100}
+    assert (group.final_entries[0]["fate"], group.final_entries[0]["delivered"]) == ("delivered", ["dan"])
+    assert group.counts["released"] == 1
+
+
+def test_what_is_acknowledged_and_released_at_once_is_acknowledged() -> None:
+    group = planned(
+        [release(["bob/phone"], IDS[0]), ack("bob/phone", IDS[0])], document(IDS[0], ["bob/phone"])
+    )
+    assert (group.counts["acknowledged"], group.counts["released"]) == (1, 0)
+    assert [(one["fate"], one["delivered"]) for one in group.final_entries] == [("delivered", ["bob"])]
+
+
+def test_a_release_of_mailboxes_that_do_not_wait_changes_nothing() -> None:
+    group = planned([release(["eve/phone"], IDS[0], IDS[1])], document(IDS[0], ["bob/phone"]))
+    assert (group.final, group.updates, group.settlement.released) == ({}, [], [])
+    assert group.counts == dict.fromkeys(group.counts, 0)
+
+
+def test_the_only_recipients_acknowledgement_beside_a_release_is_looked_at_first() -> None:
+    group = planned(
+        [ack("bob/phone", IDS[0], sole=True), release(["bob/phone"], IDS[0])], document(IDS[0], ["bob/phone"])
+    )
+    assert not group.sole
+    assert group.counts["acknowledged"] + group.counts["released"] == 1
+    assert len(group.final_entries) == 1
+
+
+def test_a_removal_beside_a_release_is_the_fate() -> None:
+    group = planned(
+        [removal("withdrawn", IDS[0]), release(["bob/phone"], IDS[0])],
+        document(IDS[0], ["bob/phone", "dan/phone"]),
+    )
+    assert (group.counts["withdrawn"], group.counts["released"]) == (1, 1)
+    assert [one["fate"] for one in group.final_entries] == ["withdrawn"]
+
+
 def test_a_fate_has_no_content() -> None:
     entry = entry_of(document(IDS[0], [], body="secret", sealed=[]), "expired", ["bob"])
     assert set(entry) == {"id", "sender", "seq", "at", "fate", "delivered"}
@@ -177,11 +241,13 @@ def test_a_fate_has_no_content() -> None:
 
 @dataclass
 class Model:
-    """Takes endings one after the other; a removal takes effect after all acknowledgements of its group."""
+    """Takes endings one after the other; a release takes effect after all acknowledgements of its group, a removal after
+    all releases."""
 
     awaiting: dict[str, set[str]]
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FATES, 0) | {"acknowledged": 0})
     touched: set[str] = field(default_factory=set)
+    got: set[str] = field(default_factory=set)
     ended: dict[str, str] = field(default_factory=dict)
 
     def apply(self, batch: list[Ending]) -> None:
@@ -194,6 +260,22 @@ class Model:
                     self.counts["acknowledged"] += len(taken)
                     if taken:
                         self.touched.add(doc_id)
+                        self.got.add(doc_id)
+        dropped: set[str] = set()
+        for ending in batch:
+            if isinstance(ending, Release):
+                for doc_id in ending.doc_ids:
+                    waiting = self.awaiting.get(doc_id, set())
+                    taken = waiting & set(ending.keys)
+                    waiting -= taken
+                    self.counts["released"] += len(taken)
+                    if taken:
+                        self.touched.add(doc_id)
+                        dropped.add(doc_id)
+        removed = {doc_id for one in batch if isinstance(one, Removal) for doc_id in one.doc_ids}
+        for doc_id in dropped - self.got - removed:
+            if not self.awaiting[doc_id]:
+                self.ended[doc_id] = "released"
         for ending in batch:
             if isinstance(ending, Removal):
                 for doc_id in ending.doc_ids:
@@ -210,10 +292,15 @@ acks = st.builds(
 removals = st.builds(
     lambda fate, ids: removal(fate, *ids), st.sampled_from(FATES), st.lists(st.sampled_from(IDS), unique=True)
 )
+releases = st.builds(
+    lambda keys, ids: release(keys, *ids),
+    st.lists(st.sampled_from(KEYS), unique=True),
+    st.lists(st.sampled_from(IDS), unique=True),
+)
 mailboxes = st.dictionaries(st.sampled_from(IDS), st.lists(st.sampled_from(KEYS), unique=True, min_size=1))
 
 
-@given(mailboxes=mailboxes, batch=st.lists(acks | acks | removals, max_size=12))
+@given(mailboxes=mailboxes, batch=st.lists(acks | acks | releases | removals, max_size=12))
 def test_a_group_does_what_its_endings_would_do_one_after_the_other(
     mailboxes: dict[str, list[str]], batch: list[Ending]
 ) -> None:
@@ -244,7 +331,7 @@ def test_a_group_does_what_its_endings_would_do_one_after_the_other(
             assert any(found == doc_id and name.partition("/")[0] == user for found, name in released)
 
 
-@given(mailboxes=mailboxes, batch=st.lists(acks | removals, max_size=8))
+@given(mailboxes=mailboxes, batch=st.lists(acks | releases | removals, max_size=8))
 def test_every_message_is_read_first_unless_its_only_recipient_ends_it(
     mailboxes: dict[str, list[str]], batch: list[Ending]
 ) -> None:

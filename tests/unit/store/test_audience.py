@@ -19,6 +19,7 @@ class Directory:
 
     def __init__(self, conversations: Members) -> None:
         self.conversations = conversations
+        self.blocks: set[tuple[str, str]] = set()
         self.asked: list[list[str]] = []
         self.gate = asyncio.Event()
         self.gate.set()
@@ -27,7 +28,10 @@ class Directory:
     async def load(self, wanted: list[str]) -> Mapping[str, Roster]:
         self.asked.append(wanted)
         found = {
-            name: Roster({user: list(keys) for user, keys in self.conversations[name].items()})
+            name: Roster(
+                {user: list(keys) for user, keys in self.conversations[name].items()},
+                blocks=frozenset(self.blocks),
+            )
             for name in wanted
             if name in self.conversations
         }
@@ -67,6 +71,55 @@ def test_the_revision_follows_the_devices_and_nothing_else() -> None:
     assert one.devices_rev == same.devices_rev
     assert one.devices_rev != other.devices_rev
     assert len(one.devices_rev) == 16 + 2
+
+
+def test_the_revision_follows_the_newest_relink_and_tells_of_it() -> None:
+    devices = {"ann": ["ann/phone", "ann/tablet"], "bob": ["bob/phone"]}
+    never = Audience("talk", Roster(devices))
+    once = Audience("talk", Roster(devices, relinked={"bob/phone": 5000}))
+    again = Audience("talk", Roster(devices, relinked={"bob/phone": 7000, "ann/tablet": 6000}))
+    revisions = [one.devices_rev for one in (never, once, again)]
+    assert len(set(revisions)) == 3
+    assert never.relinked_since(revisions[0]) == []
+    assert once.relinked_since(revisions[0]) == ["bob/phone"]
+    assert once.relinked_since(revisions[1]) == []
+    assert again.relinked_since(revisions[0]) == again.relinked_since(revisions[1]) == ["ann/tablet", "bob/phone"]
+    assert again.relinked_since(revisions[2]) == []
+
+
+@pytest.mark.parametrize("rev", ["", "x", ".", "abc.", "abc.-1", "abc.ZZ", "abc." + "z" * 12, "\0", "a.b.c d"])
+def test_a_revision_that_is_none_of_ours_knows_of_no_relink(rev: str) -> None:
+    one = Audience("talk", Roster({"bob": ["bob/phone"]}, relinked={"bob/phone": 5000}))
+    assert one.relinked_since(rev) == ["bob/phone"]
+
+
+def test_a_device_that_was_relinked_and_is_gone_is_not_told() -> None:
+    one = Audience("talk", Roster({"bob": ["bob/phone"]}, relinked={"bob/old": 5000}))
+    assert one.devices_rev == Audience("talk", Roster({"bob": ["bob/phone"]})).devices_rev
+
+
+def test_who_has_blocked_the_sender_waits_under_a_name_that_nobody_drains() -> None:
+    members = {"ann": ["ann/phone", "ann/tablet"], "bob": ["bob/phone", "bob/tablet"], "cleo": []}
+    one = Audience("talk", Roster(members, blocks=frozenset({("bob", "ann"), ("cleo", "bob")})))
+    assert one.awaiting("ann/phone") == ["ann/tablet", "bob/!", "cleo/*"]
+    assert one.awaiting("bob/phone") == ["ann/phone", "ann/tablet", "bob/tablet", "cleo/!"]
+    assert one.awaiting("cleo/watch") == ["ann/phone", "ann/tablet", "bob/phone", "bob/tablet"]
+
+
+def test_who_is_blocked_sees_the_devices_that_everybody_sees() -> None:
+    members = {"ann": ["ann/phone"], "bob": ["bob/phone", "bob/tablet"]}
+    open_, blocked = (
+        Audience("talk", Roster(members, blocks=blocks)) for blocks in (frozenset(), frozenset({("bob", "ann")}))
+    )
+    assert blocked.others("ann/phone") == open_.others("ann/phone") == ["bob/phone", "bob/tablet"]
+    assert blocked.devices_rev == open_.devices_rev
+    assert blocked.keys == open_.keys
+
+
+def test_refusals_are_kept_by_member() -> None:
+    refusals = {"bob": ("blocked", "no")}
+    one = Audience("talk", Roster({"ann": [], "bob": []}, refusals=refusals))  # type: ignore[arg-type]
+    assert dict(one.refusals) == refusals
 
 
 async def test_a_known_audience_needs_no_query(directory: Directory) -> None:
@@ -141,6 +194,16 @@ async def test_a_change_of_a_users_devices_makes_all_their_conversations_stale(d
     audiences.changed(user="ann")
     assert [talk.stale, pair.stale] == [True, True]
     audiences.changed(user="nobody")
+
+
+async def test_a_block_is_seen_once_it_is_told(directory: Directory) -> None:
+    audiences = Audiences(directory.load)
+    before = await audiences.resolve("pair")
+    directory.blocks.add(("bob", "ann"))
+    assert (await audiences.resolve("pair")) is before
+    audiences.changed(user="bob")
+    assert before.stale
+    assert (await audiences.resolve("pair")).awaiting("ann/phone") == ["ann/tablet", "bob/!"]
 
 
 @pytest.mark.parametrize("what", ["conversation", "user"])
