@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-_CLIENT_VARIABLES = frozenset({"RELAY_URL", "RELAY_TOKEN"})
+_CLIENT_VARIABLES = frozenset({"RELAY_URL", "RELAY_TOKEN", "RELAY_PASSWORD"})
 
 _RATE = re.compile(r"[1-9][0-9]{0,6}/([1-9][0-9]{0,3} )?(second|minute|hour|day)s?")
 Positive = Annotated[int, Field(gt=0)]

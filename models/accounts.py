@@ -9,6 +9,8 @@ from beanie import Document
 from pydantic import BaseModel, Field
 from pymongo import ASCENDING, IndexModel
 
+# A removed device is remembered for longer than any token of a foreign issuer should live: an old one must not bring it back.
+REMOVED_SECONDS = 400 * 86_400
 Circle = Literal["anyone", "contacts"]
 
 
@@ -139,5 +141,8 @@ class Device(Document):
                 [("endedAt", ASCENDING)],
                 name="endedAt",
                 partialFilterExpression={"endedAt": {"$exists": True}},
+            ),
+            IndexModel(
+                [("removedAt", ASCENDING)], name="removedAt_ttl", expireAfterSeconds=REMOVED_SECONDS
             ),
         ]

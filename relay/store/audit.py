@@ -61,15 +61,16 @@ class _Act:
     tried: dict[str, int] = field(default_factory=dict)
 
 
-async def check_key(pseudonyms: Pseudonyms) -> None:
-    """Makes sure that every node, now and later, uses the same key. Raises ValueError with one line when this is another
-    one."""
+async def check_key(pseudonyms: Pseudonyms, *, adopt: bool = True) -> None:
+    """Makes sure that every node, now and later, uses the same key; the first one decides, if it may ``adopt`` its own.
+    Raises ValueError with one line when this is another one."""
     collection = Setting.get_motor_collection()
-    # Another node may start at the same moment; what stands there afterwards is what counts.
-    with contextlib.suppress(DuplicateKeyError):
-        await collection.update_one(
-            {"_id": _KEY_SETTING}, {"$setOnInsert": {"value": pseudonyms.fingerprint}}, upsert=True
-        )
+    if adopt:
+        # Another node may start at the same moment; what stands there afterwards is what counts.
+        with contextlib.suppress(DuplicateKeyError):
+            await collection.update_one(
+                {"_id": _KEY_SETTING}, {"$setOnInsert": {"value": pseudonyms.fingerprint}}, upsert=True
+            )
     found = await collection.find_one({"_id": _KEY_SETTING})
     if found is not None and found.get("value") != pseudonyms.fingerprint:
         raise ValueError(

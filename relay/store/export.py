@@ -34,6 +34,17 @@ class Exports:
         document = await User.get_motor_collection().find_one({"_id": user})
         return None if document is None else _plain(document, _SECRET_IN_USER)
 
+    async def counts(self, user: str) -> dict[str, int]:
+        """How much there is, for operators: each counted in an index."""
+        contacts, rows = Contact.get_motor_collection(), Membership.get_motor_collection()
+        return {
+            "contacts": await contacts.count_documents({"owner": user, "listed": True}),
+            "conversations": await rows.count_documents({"user": user, "removedAt": None}),
+            "open reports about them": await Report.get_motor_collection().count_documents(
+                {"user": user, "closedAt": None}
+            ),
+        }
+
     async def searches(self, user: str) -> AsyncIterator[Value]:
         """What they searched for last."""
         document = await User.get_motor_collection().find_one({"_id": user}, {"searches": 1})

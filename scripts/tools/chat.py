@@ -82,8 +82,9 @@ async def converse(options: Options) -> int:
     options.database.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     async def show(message: Message) -> None:
-        met = {} if options.as_json else await names.of(message.conv, concerned(message))
-        screen.on_message(message, met)
+        # Ids of elsewhere say more than names that their owners may choose, and scripts rely on them.
+        named = options.by_name and not options.as_json
+        screen.on_message(message, await names.of(message.conv, concerned(message)) if named else {})
 
     device = Device(options.url, options.database, options.token, on_message=show, on_event=screen.on_event)
     names = Names(device.request)

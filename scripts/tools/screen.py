@@ -63,7 +63,9 @@ class Screen:
             self.broken.set()
 
     def _show(self, message: Message, names: Mapping[str, str]) -> None:
-        sender, text = _printable(names.get(message.user, message.user)), _printable(_text(message, names))
+        # The first tab ends the sender.
+        sender = _printable(names.get(message.user, message.user)).replace("\t", " ")
+        text = _printable(_text(message, names))
         if self._out is None:
             print(f"{sender}\t{text}", flush=True)
             return
@@ -140,7 +142,7 @@ def _what_happened(body: Mapping[str, Any], names: Mapping[str, str]) -> str:
     if event == "created":
         return f"{who} made the group with {whom}" if whom else f"{who} made the group"
     if event in ("added", "removed"):
-        return f"{who} {event} {whom}"
+        return f"{who} {event} {whom}".rstrip()
     if event == "left":
         return f"{whom or who} left"
     if event == "role":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from time import monotonic
@@ -170,7 +170,7 @@ async def test_a_device_over_its_message_rate_is_told_when_to_come_back_and_othe
     await ann.expect("stored")
 
 
-def _http(operation: dict[str, object]) -> dict[str, object]:
+def _http(operation: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in operation.items() if name != "t"}
 
 

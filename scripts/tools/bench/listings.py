@@ -102,7 +102,7 @@ class _Pages:
         self._cursors: list[tuple[int, str | None]] = [(0, None)]
 
     async def measure(self) -> list[Place]:
-        """Walks to the end, then times the first page and four others."""
+        """Walks to the end, then times the first page and up to four others."""
         depth, page = 0, await self._get(None)
         while (following := page["next"]) is not None and len(self._cursors) < _MOST_PAGES:
             if self._name == "since" and not page["more"]:
@@ -113,18 +113,20 @@ class _Pages:
         last = len(self._cursors) - 1
         chosen = sorted({0, *(round(last * part) for part in _DEPTHS)})
         self._cursors = [self._cursors[place] for place in chosen]
-        return [await self._time(*place) for place in self._cursors]
-
-    async def _time(self, depth: int, cursor: str | None) -> Place:
-        self._show(f"{self._url.partition('?')[0]}: at depth {depth:,}")
-        times, items = [], 0
-        for _ in range(self._samples):
-            began = perf_counter()
-            page = await self._get(cursor)
-            times.append((perf_counter() - began) * 1000)
-            items = _length(page)
-        times.sort()
-        return Place(depth, items, median(times), times[min(len(times) - 1, int(len(times) * 0.99))])
+        times: list[list[float]] = [[] for _ in chosen]
+        items = [0 for _ in chosen]
+        # Turn by turn: what else the machine does then slows every depth alike.
+        for turn in range(self._samples):
+            self._show(f"{self._url.partition('?')[0]}: {turn} of {self._samples} at {len(chosen)} depths")
+            for place, (_, cursor) in enumerate(self._cursors):
+                began = perf_counter()
+                page = await self._get(cursor)
+                times[place].append((perf_counter() - began) * 1000)
+                items[place] = _length(page)
+        return [
+            Place(depth, count, median(found), sorted(found)[int(len(found) * 0.99)])
+            for (depth, _), count, found in zip(self._cursors, items, times, strict=True)
+        ]
 
     async def explain(self, db: Any) -> list[dict[str, Any]]:
         """What MongoDB noted of the queries behind those pages."""

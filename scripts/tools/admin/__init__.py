@@ -1,0 +1,1 @@
+"""``scripts/admin``: what operators do on the relay's database, beside running relays."""

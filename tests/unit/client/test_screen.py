@@ -1,0 +1,87 @@
+"""What scripts/chat prints: a line a message, what happened in a group in words, nothing that drives the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from relay.client import Disconnected, Message
+from scripts.tools.screen import Screen, concerned
+
+NAMES = {"u1": "Ann", "u2": "Bob", "u3": "Cleo"}
+
+
+def message(body: Any, kind: str = "text", user: str = "u1") -> Message:
+    return Message("c1", "m1", 1, 0, user, "phone", kind, body)
+
+
+def system(event: str, by: str = "u1", users: list[str] | None = None, **more: Any) -> Message:
+    return message({"event": event, "by": by, "users": users or [], **more}, "system", "$relay")
+
+
+@pytest.fixture
+def screen() -> Screen:
+    return Screen("http://relay", as_json=False, prompt=False)
+
+
+def printed(screen: Screen, shown: Message, capsys: pytest.CaptureFixture[str]) -> str:
+    screen.on_message(shown, NAMES)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("told", "line"),
+    [
+        (system("created", users=["u1", "u2", "u3"]), "Ann made the group with Bob, Cleo"),
+        (system("created", users=["u1"]), "Ann made the group"),
+        (system("added", users=["u2"]), "Ann added Bob"),
+        (system("removed", users=["u2", "u9"]), "Ann removed Bob, u9"),
+        (system("left", by="u2", users=["u2"]), "Bob left"),
+        (system("left", by="$relay", users=["u2"]), "Bob left"),
+        (system("role", users=["u2"], role="admin"), "Ann made Bob an admin"),
+        (system("role", users=["u1"], role="member"), "Ann made themselves a member"),
+        (system("role", by="$relay", users=["u2"], role="admin"), "the relay made Bob an admin"),
+        (system("changed"), "Ann changed the group"),
+        (system("dissolved", users=["u1", "u2"]), "Ann dissolved the group"),
+        (system("painted", users=["u2"]), "Ann: painted Bob"),
+        (message({}, "system", "$relay"), "the relay: None"),
+        (message(None, "system", "$relay"), "(system)"),
+        (message({"event": "added", "by": 7, "users": [1, None]}, "system", "$relay"), "7 added"),
+    ],
+)
+def test_what_happened_in_a_group_is_told_in_words(
+    screen: Screen, told: Message, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert printed(screen, told, capsys).rstrip() == f"$relay\t{line}"
+
+
+def test_of_many_people_only_some_are_named_and_looked_up(
+    screen: Screen, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = system("added", users=[f"n{number}" for number in range(100)])
+    assert len(concerned(told)) == 12
+    assert printed(screen, told, capsys).endswith("n9 and 90 more\n")
+
+
+def test_only_the_relay_itself_can_tell_what_happened(
+    screen: Screen, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forged = message({"event": "removed", "by": "u2", "users": ["u1"]}, "system", "u1")
+    assert printed(screen, forged, capsys).startswith("Ann\t{")
+
+
+def test_a_name_can_neither_drive_the_terminal_nor_pass_for_two_lines(
+    screen: Screen, capsys: pytest.CaptureFixture[str]
+) -> None:
+    screen.on_message(message("hi"), {"u1": "An\x1b[2Jn\nBob\thello"})
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "\x1b" not in out
+    assert out.count("\t") == 1
+
+
+def test_a_disk_that_refuses_the_session_is_not_told_as_an_absent_relay(
+    screen: Screen, capsys: pytest.CaptureFixture[str]
+) -> None:
+    screen.on_event(Disconnected(None, "cannot write the session file a: no space", 1.0))
+    assert capsys.readouterr().err == "cannot write the session file a: no space\n"
