@@ -139,6 +139,7 @@ class Settings(BaseSettings):
     rate_key_claim: Rate = Field("300/minute", description="One-time prekeys claimed of one device.")
     rate_conversation: Rate = Field("60/minute", description="Conversations made by one user.")
     rate_report: Rate = Field("20/hour", description="Reports by one user.")
+    rate_export: Rate = Field("10/hour", description="Exports of a person's data by one user.")
     message_rate: float = Field(
         500, ge=0, le=1_000_000, description="Messages a second of one device; 0: no limit."
     )

@@ -27,7 +27,7 @@ Decide = Callable[[Situation], Proposal | None]
 _RELAY_DEVICE: Final = "relay"
 _RELAY_KEY: Final = f"{RELAY_USER}/{_RELAY_DEVICE}"
 _MOST_TOLD: Final = 100
-_LEAVE_PAGE: Final = 100
+_MOST_LEFT: Final = 20_000
 
 
 async def change(
@@ -167,22 +167,16 @@ def dissolving(situation: Situation) -> Proposal | None:
 async def leave_all(ctx: Context, user: str) -> None:
     """Takes a person out of every conversation, as erasure does: groups that would be orphaned get another admin, empty
     ones are dissolved, direct conversations stay with the other person. May be repeated."""
-    after: str | None = None
-    while True:
-        page = await ctx.conversations.of_user(user, after, _LEAVE_PAGE)
-        if not page:
-            break
-        for conversation, kind in page:
-            after = conversation
-            try:
-                if kind == "group":
-                    await _leave_group(ctx, conversation, user)
-                else:
-                    await change(ctx, conversation, None, [user], lambda _: Proposal("left", [user]))
-            except RelayError as error:
-                # Dissolved, or left, in this very moment.
-                if error.code != "not_found":
-                    raise
+    for conversation, kind in await ctx.conversations.of_user(user, _MOST_LEFT):
+        try:
+            if kind == "group":
+                await _leave_group(ctx, conversation, user)
+            else:
+                await change(ctx, conversation, None, [user], lambda _: Proposal("left", [user]))
+        except RelayError as error:
+            # Dissolved, or left, in this very moment.
+            if error.code != "not_found":
+                raise
     await ctx.conversations.forget_creator(user, ctx.pseudonyms.of(user))
 
 

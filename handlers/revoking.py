@@ -30,7 +30,7 @@ async def revoke(
             target=user,
             address=address,
             agent=agent,
-            details={"device": device},
+            device=device,
         )
     await ctx.keys.forget(key)
     await ctx.invalidation.tell(users=[user])

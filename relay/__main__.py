@@ -83,7 +83,7 @@ def _greet(relay: app.Relay) -> None:
         "  Try it, in two more terminals:\n"
         "    scripts/chat --user ann --to bob\n"
         "    scripts/chat --user bob --to ann\n\n"
-        f"  Look at it:  {relay.url}/v1/info  {relay.url}/metrics\n"
+        f"  Look at it:  {relay.url}/docs  {relay.url}/metrics\n"
         "  Stop it:     Ctrl-C\n",
         flush=True,
     )

@@ -23,6 +23,7 @@ from relay.jobs.doubts import Doubts
 from relay.jobs.expiry import Expiry
 from relay.jobs.health import HealthCheck
 from relay.jobs.heartbeat import Heartbeat
+from relay.jobs.housekeeping import InterruptedErasures
 from relay.jobs.repair import Repair
 from relay.jobs.revocations import Revocations
 from relay.jobs.supervisor import Job, Supervisor
@@ -43,7 +44,7 @@ from relay.session.web import application
 from relay.store.accounts import Accounts
 from relay.store.acks import Acks
 from relay.store.audience import Audiences
-from relay.store.audit import Audit
+from relay.store.audit import Audit, check_key
 from relay.store.batcher import Batcher, BatcherClosed
 from relay.store.changes import Changes
 from relay.store.commits import Commits, Submission
@@ -86,6 +87,7 @@ _CLOSE_SECONDS: Final = 1.0
 _HEALTH_SECONDS: Final = 2.0
 _DOUBTS_SECONDS: Final = 1.0
 _REVOCATIONS_SECONDS: Final = 2.0
+_ERASURES_SECONDS: Final = 5.0
 _REPAIR_SECONDS: Final = 2.0
 _LAST_SEEN_SECONDS: Final = 10.0
 _TTL_SECONDS: Final = 60.0
@@ -145,6 +147,10 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
     except MongoUnavailable as error:
         raise StartError(str(error)) from None
 
+    try:
+        await check_key(pseudonyms)
+    except ValueError as error:
+        raise StartError(str(error)) from None
     metrics = Metrics({kind: str(kind.__struct_config__.tag) for kind in get_args(AnyOperation)})
     ledger = Ledger(metrics.registry)
     clock = Clock()
@@ -296,6 +302,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
             Job("time to live", TimeToLive(mongo, messages).run, _TTL_SECONDS, 0.1),
             Job("revocations", Revocations(hub, accounts).run, _REVOCATIONS_SECONDS, 0.1),
             Job("doubts", Doubts(commits, acks).run, _DOUBTS_SECONDS, 0.1),
+            Job("erasures", InterruptedErasures(context).run, _ERASURES_SECONDS, 0.2),
             Job("peers", peers.beat, BEAT_SECONDS),
             Job("repair", Repair(context).run, _REPAIR_SECONDS, 0.2),
             Job("health", HealthCheck(mongo, health).run, _HEALTH_SECONDS),
@@ -414,6 +421,7 @@ def _rules(settings: Settings) -> dict[str, str]:
         "key_claim": settings.rate_key_claim,
         "conversation": settings.rate_conversation,
         "report": settings.rate_report,
+        "export": settings.rate_export,
     }
 
 

@@ -26,9 +26,6 @@ REPLIES: Final[dict[str, tuple[str, ...]]] = {
     "status": ("status", "error"),
     "ping": ("pong", "error"),
     "auth": ("welcome", "authed", "error"),
-    "read": ("done", "error"),
-    "presence": ("presence", "error"),
-    "typing": ("error",),
 }
 """What answers an operation: by its ``ref``, or by ``conv`` and ``id``."""
 

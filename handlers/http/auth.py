@@ -95,7 +95,7 @@ async def refresh(ctx: Context, caller: Caller, request: web.Request) -> web.Res
             target=found.user,
             address=caller.address,
             agent=caller.agent,
-            details={"device": found.device},
+            device=found.device,
         )
         raise RelayError("unauthorized", _ENDED)
     account = await ctx.sessions.account_of(found.user)
@@ -167,7 +167,8 @@ async def _open(
         target=user,
         address=caller.address,
         agent=caller.agent,
-        details={"device": opened.device, "reset": device.reset},
+        device=opened.device,
+        details={"reset": device.reset},
     )
     if opened.too_many:
         await revoke(ctx, user, opened.device, address=caller.address, agent=caller.agent)

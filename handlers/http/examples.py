@@ -174,7 +174,6 @@ OPERATIONS: Final[dict[str, tuple[dict[str, Any], ...]]] = {
     "status": ({"t": "status", "conv": CONVERSATION, "ids": [MESSAGE]},),
     "ping": ({"t": "ping"},),
     "auth": ({"t": "auth", "token": "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJhbm4ifQ.c2lnbmF0dXJl"},),
-    "read": ({"t": "read", "conv": CONVERSATION, "upTo": _SEQ},),
 }
 FRAMES: Final[dict[str, tuple[dict[str, Any], ...]]] = {
     "welcome": (
@@ -230,7 +229,6 @@ FRAMES: Final[dict[str, tuple[dict[str, Any], ...]]] = {
     "authed": ({"t": "authed", "exp": 1_795_222_460},),
     "bye": ({"t": "bye", "retryAfter": 1500},),
     "keys": ({"t": "keys", "oneTime": 19},),
-    "done": ({"t": "done", "ref": "3"},),
     "error": (
         {
             "t": "error",

@@ -54,6 +54,7 @@ async def export(ctx: Context, caller: Caller, request: web.Request) -> web.Stre
     """A zip of JSON files, with a README.txt that says what is in each. It is made while it is sent: there is no length in
     advance, and an archive without its end means that the download failed."""
     only(request)
+    await ctx.rates.check("export", caller.user)
     exports = Exports()
     profile = await exports.profile(caller.user)
     if profile is None:
@@ -171,7 +172,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         "Everything kept about you, as a zip of JSON files",
         "people",
         {200: None},
-        errors=("bad_request", "not_found"),
+        errors=("bad_request", "not_found", "rate_limited"),
         media_type="application/zip",
     ),
     Route(

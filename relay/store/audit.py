@@ -98,9 +98,11 @@ class Audit:
         target: str | None = None,
         address: str = "",
         agent: str = "",
+        device: str | None = None,
         details: Mapping[str, str | int | bool] | None = None,
     ) -> None:
-        """Appends one entry, durably. ``details`` must hold nothing personal: they stay for ever.
+        """Appends one entry, durably. ``device`` is one of the target's. ``details`` must hold nothing personal: they stay
+        for ever.
 
         Raises RelayError ``unavailable`` when it could not be written in time (it may be written all the same).
         """
@@ -112,6 +114,7 @@ class Audit:
             target=target,
             address=address,
             agent=agent,
+            device=device,
             details=details or {},
         )
         # What cannot be stored fails here, alone, and not its whole group.
@@ -323,7 +326,7 @@ class Audit:
         """Drops the personal values of one person, everywhere. What stays are their pseudonym and salted hashes. Safe to
         repeat."""
         key = self._pseudonyms.of(user)
-        for role, names in (("actorKey", ("actor", "address", "agent")), ("targetKey", ("target",))):
+        for role, names in (("actorKey", ("actor", "address", "agent")), ("targetKey", ("target", "device"))):
             change = {"$unset": {f"personal.{name}": "" for name in names}}
             last = 0
             while numbers := [

@@ -44,10 +44,11 @@ def act_fields(
     target: str | None,
     address: str,
     agent: str,
+    device: str | None,
     details: Mapping[str, str | int | bool],
 ) -> dict[str, Any]:
     """An entry without its place in the chain. ``at`` counts in whole milliseconds, as it will be stored."""
-    values = {"actor": actor, "target": target, "address": address, "agent": agent}
+    values = {"actor": actor, "target": target, "address": address, "agent": agent, "device": device}
     personal = {name: _personal(value) for name, value in values.items() if value}
     fields: dict[str, Any] = {
         "at": at.replace(microsecond=at.microsecond // 1000 * 1000),

@@ -151,14 +151,13 @@ class Conversations:
             {"$set": {"readUpTo": up_to, "readAt": datetime.now(UTC)}},
         )
 
-    async def of_user(self, user: str, after: str | None, limit: int) -> list[tuple[str, str]]:
-        """Ids and types of the conversations that this user is in, by id, after one when given."""
-        query: dict[str, Any] = {"user": user, "removedAt": None}
-        if after is not None:
-            query["_id"] = {"$gt": f"{after} {user}"}
-        cursor = Membership.get_motor_collection().find(query, {"conversationId": 1}).sort([("_id", 1)])
+    async def of_user(self, user: str, limit: int) -> list[tuple[str, str]]:
+        """Ids and types of up to so many conversations that this user is in."""
+        cursor = Membership.get_motor_collection().find({"user": user, "removedAt": None}, {"conversationId": 1})
         names = [row["conversationId"] for row in await cursor.limit(limit).to_list(limit)]
-        documents = await self._documents(names)
+        documents: dict[str, Mapping[str, Any]] = {}
+        for start in range(0, len(names), _SCANNED):
+            documents.update(await self._documents(names[start : start + _SCANNED]))
         return [(name, documents[name]["type"]) for name in names if name in documents]
 
     async def successor(self, conversation: str, user: str) -> str | None:

@@ -172,9 +172,10 @@ def test_every_example_is_what_the_relay_takes_or_sends() -> None:
                 assert not isinstance(operation, Refused), name
             else:
                 check_server_frame(value)
-    assert {tag(kind) for kind in OPERATIONS} <= set(examples.OPERATIONS)
-    assert {tag(kind) for kind in OPERATIONS} <= set(REPLIES)
-    assert {tag(kind) for kind in FRAMES} <= set(examples.FRAMES)
+    assert {tag(kind) for kind in OPERATIONS} == set(examples.OPERATIONS)
+    assert {tag(kind) for kind in OPERATIONS} == set(REPLIES)
+    assert {tag(kind) for kind in FRAMES} == set(examples.FRAMES)
+    assert {reply for answers in REPLIES.values() for reply in answers} <= set(examples.FRAMES)
 
 
 def test_every_close_code_and_error_code_is_described() -> None:

@@ -194,7 +194,7 @@ async def closed(device: WireDevice) -> int | None:
     """The close code, after whatever comes before it."""
     try:
         while True:
-            await device.next(6)
+            await device.next(20)
     except Closed as error:
         return error.code
 
@@ -243,9 +243,9 @@ async def test_an_erased_persons_sockets_close_and_their_tokens_are_refused(node
     phone = await node.connect(ANN, "phone")
     elsewhere = await other.connect(ANN, "tablet")
     old = node.headers(ANN, "phone")
+    codes = asyncio.gather(closed(phone), closed(elsewhere))
     await erase(node)
-    for device in (phone, elsewhere):
-        assert await closed(device) == 4401
+    assert list(await codes) == [4401, 4401]
     for finished in (False, True):
         for where in (node, other):
             async with where.http.get(where.url + "/v1/conversations", headers=old) as response:
@@ -286,14 +286,9 @@ async def test_a_node_that_dies_between_two_steps_leaves_nothing_behind(node: No
     ("command", "collection"),
     [
         ("insert", "erasures"),
-        ("update", "tombstones"),
         ("update", "users"),
-        ("update", "devices"),
-        ("delete", "public_keys"),
         ("update", "memberships"),
-        ("update", "conversations"),
         ("insert", "releases"),
-        ("find", "messages"),
         ("update", "messages"),
         ("delete", "contacts"),
         ("delete", "reports"),
