@@ -118,8 +118,8 @@ class Settings(BaseSettings):
         description="Keys the pseudonyms in audit and tombstones, 32 bytes or more; the same on all nodes, for ever. "
         "Unset: one is generated in the data directory.",
     )
-    password_threads: int = Field(
-        1, ge=1, le=64, description="Passwords hashed at once; each takes 19 MiB and a core."
+    password_processes: int = Field(
+        1, ge=1, le=64, description="Passwords hashed at once, each in a process of low priority with 19 MiB."
     )
     password_queue: Positive = Field(
         200, description="Passwords waiting to be hashed before log-ins are told to come back."

@@ -236,7 +236,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
     stack.push_async_callback(_leave, peers)
     audit = Audit(pseudonyms)
     stack.push_async_callback(audit.close)
-    passwords = Passwords(threads=settings.password_threads, queue=settings.password_queue)
+    passwords = Passwords(processes=settings.password_processes, queue=settings.password_queue)
     stack.callback(passwords.close)
     rates = Rates(
         _rules(settings),

@@ -11,6 +11,7 @@ from aiohttp import web
 from handlers import changing
 from handlers.context import Context
 from handlers.http.pages import PAGE_QUERY, message_page
+from handlers.http.people import typed
 from handlers.http.route import Caller, Route, answer, json_text, only, page_limit, parsed
 from handlers.http.schemas.base import DoneAnswer
 from handlers.http.schemas.conversations import (
@@ -87,13 +88,11 @@ async def index(ctx: Context, caller: Caller, request: web.Request) -> web.Respo
     """This user's conversations, last changed first."""
     only(request, "cursor", "limit", "q")
     q = request.query.get("q")
-    if q is not None and not (len(q.strip()) > 0 and len(q) <= _LONGEST_Q):
-        raise RelayError("bad_request", f"q has 1 to {_LONGEST_Q} characters")
     views, cursor = await ctx.conversations.page(
         caller.user,
         limit=page_limit(request, _DEFAULT, _MOST),
         cursor=request.query.get("cursor"),
-        q=q,
+        q=None if q is None else typed(q),
     )
     return answer(ConversationPage(items=[shown(view) for view in views], next=cursor))
 

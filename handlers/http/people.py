@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any, Final
+from unicodedata import category
 
 from aiohttp import web
 
@@ -29,6 +30,8 @@ _DEFAULT: Final = 20
 _MOST: Final = 50
 _SHORTEST: Final = 2
 _LONGEST: Final = 64
+# Control characters, line and paragraph separators. Joiners are signs of format, and part of names in many languages.
+_NOT_TYPED: Final = frozenset({"Cc", "Zl", "Zp"})
 # Defaults are not stored: an absent preference is one.
 _DEFAULTS: Final[dict[str, str | bool]] = {
     "findableByName": True,
@@ -115,7 +118,7 @@ async def show(ctx: Context, caller: Caller, request: web.Request) -> web.Respon
 def typed(text: str, *, shortest: int = 1) -> str:
     """A search that somebody typed, without blanks around it. Raises RelayError ``bad_request``."""
     found = text.strip()
-    if not shortest <= len(found) <= _LONGEST or not found.isprintable():
+    if not shortest <= len(found) <= _LONGEST or any(category(sign) in _NOT_TYPED for sign in found):
         raise RelayError(
             "bad_request",
             f"q must be a text of {shortest} to {_LONGEST} characters without control characters",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -15,6 +15,7 @@ from relay.wire import codec
 from relay.wire.errors import Code, RelayError
 
 Model = TypeVar("Model", bound=BaseModel)
+_OBJECT: Final = "Input should be a JSON object"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,8 @@ async def body(request: web.Request) -> Any:
         raise RelayError("bad_request", "the request body is not UTF-8") from None
     except web.HTTPRequestEntityTooLarge:
         raise RelayError("too_large", "the request body is too large") from None
+    except web.RequestPayloadError:
+        raise RelayError("bad_request", "the request body is not encoded as its headers say") from None
     return codec.loads(text)
 
 
@@ -82,8 +85,11 @@ async def parsed(request: web.Request, model: type[Model]) -> Model:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         if first["type"] == "too_long" and isinstance(first["loc"][-1], str):
             raise RelayError("too_large", f"{first['loc'][-1]}: {first['msg']}") from None
+        text = _OBJECT if first["type"] == "model_type" else str(first["msg"]).removeprefix("Value error, ")
         place = ".".join(str(part) for part in first["loc"])[:80]
-        raise RelayError("bad_request", f"{place}: {first['msg']}" if place else str(first["msg"])) from None
+        # Names of unknown fields are as the client wrote them.
+        place = "".join(sign if sign.isprintable() else "?" for sign in place)
+        raise RelayError("bad_request", f"{place}: {text}" if place else text) from None
 
 
 def page_limit(request: web.Request, default: int, most: int) -> int:
@@ -97,7 +103,10 @@ def page_limit(request: web.Request, default: int, most: int) -> int:
 
 
 def only(request: web.Request, *names: str) -> None:
-    """Refuses unknown query parameters. Raises RelayError."""
-    unknown = sorted(set(request.query) - set(names))
+    """Refuses query parameters that are unknown, or given twice. Raises RelayError."""
+    given = set(request.query)
+    unknown = sorted(given - set(names))
     if unknown:
         raise RelayError("bad_request", f"unknown parameter {unknown[0][:40]!r}")
+    if len(request.query) > len(given):
+        raise RelayError("bad_request", "a parameter is given twice")

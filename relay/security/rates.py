@@ -37,6 +37,7 @@ _WHAT: Final = {
     "key_claim": "keys claimed of this device",
     "conversation": "new conversations",
     "report": "reports",
+    "export": "exports",
 }
 _REDIS_SECONDS: Final = 0.2
 _REDIS_PAUSE: Final = 1.0

@@ -153,7 +153,9 @@ class Conversations:
 
     async def of_user(self, user: str, limit: int) -> list[tuple[str, str]]:
         """Ids and types of up to so many conversations that this user is in."""
-        cursor = Membership.get_motor_collection().find({"user": user, "removedAt": None}, {"conversationId": 1})
+        cursor = Membership.get_motor_collection().find(
+            {"user": user, "removedAt": None}, {"conversationId": 1}
+        )
         names = [row["conversationId"] for row in await cursor.limit(limit).to_list(limit)]
         documents: dict[str, Mapping[str, Any]] = {}
         for start in range(0, len(names), _SCANNED):

@@ -19,6 +19,7 @@ from relay.store.changes import Changes, ChangesPage
 from relay.store.conversations import Conversations
 from relay.store.embedded import EmbeddedMongo
 from relay.store.revisions import Proposal, Revisions
+from relay.wire.errors import RelayError
 from tests.support.control import (
     BACKENDS,
     always,
@@ -153,7 +154,9 @@ async def test_contacts_devices_and_the_own_profile_are_told(changes: Changes, r
     await contact("bob", "ann", listed=True, updatedAt=old)
     first = await changes.since("bob", None)
     assert first.me
-    assert [(one.id, one.name, one.platform, one.removed) for one in sorted(first.devices, key=lambda one: one.id)] == [
+    assert [
+        (one.id, one.name, one.platform, one.removed) for one in sorted(first.devices, key=lambda one: one.id)
+    ] == [
         ("old", None, None, False),
         ("phone", "Phone", "ios", False),
     ]
@@ -313,7 +316,7 @@ async def test_a_cursor_older_than_removals_are_kept_must_begin_anew(
         days = 30.0
 
         @classmethod
-        def now(cls, tz: Any = None) -> datetime:
+        def now(cls, tz: Any = None) -> Any:
             return datetime.now(tz) + timedelta(days=cls.days)
 
     monkeypatch.setattr(module, "datetime", Later)
@@ -354,11 +357,15 @@ async def test_a_cursor_that_is_none_of_ours_is_a_bad_request(changes: Changes, 
 async def test_any_place_in_a_cursor_of_ours_is_a_page_or_refused(changes: Changes) -> None:
     real = json.loads(base64.urlsafe_b64decode((await changes.since("bob", None)).next))
     for place, value in enumerate(real):
-        for other in ([0, 253_402_300_799_999, -1, 10**30, "x", None] if type(value) is int else ["", "z\0", "\U0010ffff", 1, None]):
+        for other in (
+            [0, 253_402_300_799_999, -1, 10**30, "x", None]
+            if type(value) is int
+            else ["", "z\0", "\U0010ffff", 1, None]
+        ):
             changed = [*real[:place], other, *real[place + 1 :]]
             code = ""
             try:
                 await changes.since("bob", cursor_of(changed))
-            except module.RelayError as error:
+            except RelayError as error:
                 code = error.code
             assert code in ("", "bad_request", "resync"), (place, other)

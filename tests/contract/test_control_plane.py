@@ -21,7 +21,17 @@ from relay.store.conversations import Conversations
 from relay.store.embedded import EmbeddedMongo
 from relay.store.revisions import Proposal, Revisions
 from relay.wire.errors import RelayError
-from tests.support.control import BACKENDS, always, change, clear, create, document, open_control, refused, row
+from tests.support.control import (
+    BACKENDS,
+    always,
+    change,
+    clear,
+    create,
+    document,
+    open_control,
+    refused,
+    row,
+)
 
 INACTIVE = timedelta(days=30)
 BASE = datetime(2026, 1, 1, tzinfo=UTC)
@@ -218,7 +228,13 @@ async def test_a_conversation_is_shown_with_its_members_and_what_it_is_to_the_on
     await name_user("bob", username="bobby")
     name, _ = await create(revisions, "ann", ["bob", "cleo"], name="trip")
     view = await conversations.get(name, "bob")
-    assert (view.id, view.type, view.name, view.picture, view.description) == (name, "group", "trip", None, None)
+    assert (view.id, view.type, view.name, view.picture, view.description) == (
+        name,
+        "group",
+        "trip",
+        None,
+        None,
+    )
     assert (view.who_may_post, view.member_count) == ("members", 3)
     assert [(one.user, one.role, one.name) for one in view.members] == [
         ("ann", "admin", "Ann Archer"),
@@ -248,9 +264,7 @@ async def test_absent_and_not_yours_and_left_and_dissolved_look_the_same(
     for conversation, user in ((name, "dan"), ("none", "ann"), (name, "cleo"), (gone, "ann")):
         assert await refused(conversations.get(conversation, user)) == "not_found"
         assert await refused(conversations.check_member(conversation, user)) == "not_found"
-        assert (
-            await refused(conversations.members(conversation, user, limit=5, cursor=None)) == "not_found"
-        )
+        assert await refused(conversations.members(conversation, user, limit=5, cursor=None)) == "not_found"
         assert await refused(conversations.set_own(conversation, user, {"pinned": True})) == "not_found"
         assert await refused(conversations.read(conversation, user, 5)) == "not_found"
         assert await refused(conversations.member(conversation, user)) == "not_found"

@@ -40,9 +40,7 @@ def releases(store: Store) -> Releases:
     return Releases(store.messages, store.endings, settle_seconds=SETTLE, now=store.clock.now)
 
 
-async def member(
-    conv: str, user: str, *, removed: bool = False, joined: datetime | None = None
-) -> None:
+async def member(conv: str, user: str, *, removed: bool = False, joined: datetime | None = None) -> None:
     now = datetime.now(UTC)
     row: dict[str, Any] = {
         "conversationId": conv,
@@ -138,7 +136,9 @@ async def test_what_somebody_got_before_is_delivered_and_not_released(
     await balance(store)
 
 
-async def test_the_message_that_tells_of_the_removal_is_not_released(store: Store, releases: Releases) -> None:
+async def test_the_message_that_tells_of_the_removal_is_not_released(
+    store: Store, releases: Releases
+) -> None:
     await device("bob/phone")
     await member("talk", "bob", removed=True)
     system = await store.put(["bob/phone", "cleo/phone"], user=RELAY_USER, device="relay")
@@ -170,7 +170,9 @@ async def test_many_messages_are_released_page_by_page(
 ) -> None:
     monkeypatch.setattr(module, "_PAGE", 3)
     await member("talk", "bob", removed=True)
-    await store.send(*(store.envelope(["bob/*"] if number % 2 else ["bob/*", "cleo/*"]) for number in range(20)))
+    await store.send(
+        *(store.envelope(["bob/*"] if number % 2 else ["bob/*", "cleo/*"]) for number in range(20))
+    )
     await releases.run(await releases.plan("bob", conversation="talk"))
     assert await store.mongo.messages.count_documents({"awaiting": "bob/*"}) == 0
     assert await store.waiting_deliveries() == 10
@@ -278,7 +280,11 @@ async def test_a_release_that_could_not_be_committed_stays_planned(
         "configureFailPoint",
         "failCommand",
         mode="alwaysOn",
-        data={"failCommands": ["delete"], "namespace": f"{store.mongo.database.name}.messages", "errorCode": 50},
+        data={
+            "failCommands": ["delete"],
+            "namespace": f"{store.mongo.database.name}.messages",
+            "errorCode": 50,
+        },
     )
     try:
         await releases.run(name)

@@ -223,7 +223,12 @@ async def test_a_change_that_died_half_way_is_finished_by_who_changes_next(
     stuck, own = await revisions.begin(group, None, [], always(Proposal("changed", fields={"about": "x"})))
     assert (own, stuck is not None) == (False, True)
     assert stuck is not None
-    assert (stuck.id, stuck.event, stuck.users, stuck.number) == (left.id, left.event, left.users, left.number)
+    assert (stuck.id, stuck.event, stuck.users, stuck.number) == (
+        left.id,
+        left.event,
+        left.users,
+        left.number,
+    )
     await carry_out(revisions, stuck)
     assert await roles(group) == AFTER[event]
     found = await document(group)
@@ -285,7 +290,9 @@ async def test_an_author_who_wakes_up_late_changes_nothing(revisions: Revisions,
 
     await stalls(Proposal("added", ["dan"]), ["dan"], Proposal("removed", ["dan"]))
     await stalls(Proposal("removed", ["bob"]), ["bob"], Proposal("added", ["bob"]))
-    await stalls(Proposal("role", ["cleo"], role="admin"), ["cleo"], Proposal("role", ["cleo"], role="member"))
+    await stalls(
+        Proposal("role", ["cleo"], role="admin"), ["cleo"], Proposal("role", ["cleo"], role="member")
+    )
     await stalls(Proposal("left", ["bob"]), ["bob"], Proposal("added", ["bob"]))
     await change(revisions, group, "ann", always(Proposal("role", ["bob"], role="moderator")), ["bob"])
     expected = {"ann": "admin", "bob": "moderator", "cleo": "member"}
@@ -376,7 +383,9 @@ async def test_fields_are_set_and_unset(revisions: Revisions, group: str) -> Non
     assert found["rev"] == 3
 
 
-async def test_every_change_moves_the_conversation_up_for_all_members(revisions: Revisions, group: str) -> None:
+async def test_every_change_moves_the_conversation_up_for_all_members(
+    revisions: Revisions, group: str
+) -> None:
     for event, (proposal, how) in EVENTS.items():
         old = datetime(2026, 1, 1, tzinfo=UTC)
         await Membership.get_motor_collection().update_many({}, {"$set": {"updatedAt": old}})

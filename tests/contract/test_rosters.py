@@ -47,9 +47,7 @@ async def device(key: str, away: timedelta | None = timedelta(0), **fields: Any)
 
 
 async def strict(user: str, **preferences: str) -> None:
-    await User.get_motor_collection().insert_one(
-        {"_id": user, "createdAt": datetime.now(UTC), **preferences}
-    )
+    await User.get_motor_collection().insert_one({"_id": user, "createdAt": datetime.now(UTC), **preferences})
 
 
 async def test_members_come_with_their_active_devices(revisions: Revisions, rosters: Rosters) -> None:

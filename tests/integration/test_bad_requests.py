@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any, Final
 
 import pytest
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from yarl import URL
 
 from handlers.http.openapi import document
@@ -181,8 +181,18 @@ PROGRAM_WORDS: Final = re.compile(
 )
 
 
-def endpoints(chosen: Mapping[str, Route]) -> Any:
+def endpoints(chosen: Mapping[str, Route]) -> pytest.MarkDecorator:
+    """Once for each of these endpoints."""
     return pytest.mark.parametrize("name", list(chosen))
+
+
+def good(name: str, **values: str) -> dict[str, Any]:
+    """A good body with these values."""
+    text = json.dumps(GOOD[name])
+    for place in ("group", "rev", "refresh"):
+        text = text.replace(f"{{{place}}}", values.get(place, MESSAGE))
+    found: dict[str, Any] = json.loads(text)
+    return found
 
 
 class Scene:
@@ -221,11 +231,7 @@ class Scene:
 
     def good(self, name: str) -> dict[str, Any]:
         """A body that is taken."""
-        text = json.dumps(GOOD[name])
-        for place in ("group", "rev", "refresh"):
-            text = text.replace(f"{{{place}}}", getattr(self, place))
-        found: dict[str, Any] = json.loads(text)
-        return found
+        return good(name, group=self.group, rev=self.rev, refresh=self.refresh)
 
     def path(self, name: str, **parts: str) -> str:
         """The path of an endpoint about things that are there; ``parts`` are put in as they are."""
@@ -376,25 +382,25 @@ def test_the_good_bodies_have_every_field_of_every_endpoint() -> None:
         assert set(body) == set(schemas[request.__name__]["properties"]), name
 
 
+def texts_that_may_be(value: str) -> set[str]:
+    """Which texts of all bodies may be this one, as described."""
+    found = set()
+    for name in GOOD:
+        check, body = validator(name), good(name)
+        assert check.is_valid(body), name
+        for at, one in places(body):
+            if isinstance(one, str) and check.is_valid(replaced(body, at, value)):
+                found.add(label(name, at))
+    return found
+
+
 def test_only_fields_without_a_form_may_hold_control_characters() -> None:
-    formless = set()
-    for name, body in GOOD.items():
-        check = validator(name)
-        for at, value in places(body):
-            if isinstance(value, str) and check.is_valid(replaced(body, at, "x\0y")):
-                formless.add(label(name, at))
-    assert formless == FORMLESS
+    assert texts_that_may_be("x\0y") == FORMLESS
 
 
 def test_every_text_has_a_limit() -> None:
-    unlimited = set()
-    for name, body in GOOD.items():
-        check = validator(name)
-        for at, value in places(body):
-            if isinstance(value, str) and check.is_valid(replaced(body, at, "a" * 200_000)):
-                unlimited.add(label(name, at))
     # The limit of a message's body is the operator's to set, and told by `/v1/info`.
-    assert unlimited == UNLIMITED | {"POST /v1/messages body"}
+    assert texts_that_may_be("a" * 200_000) == UNLIMITED | {"POST /v1/messages body"}
 
 
 @endpoints(WITH_BODY)
@@ -629,6 +635,22 @@ async def test_parameters_that_are_wrong_unknown_or_given_twice_are_refused(scen
             refused(found, place, 400)
 
 
+async def test_what_a_name_may_hold_may_be_searched_for(scene: Scene) -> None:
+    ask = scene.node.request
+    for user, name in (
+        ("zwnj", "\u0639\u0644\u06cc\u200c\u0631\u0636\u0627"),
+        ("zwj", "\U0001f468\u200d\U0001f33e Joe"),
+    ):
+        status, found = await ask("PATCH", "/v1/me", user, "phone", {"name": name})
+        assert status == 200, found
+        await ask("POST", "/v1/contacts", "ann", "phone", {"user": user})
+        await scene.node.group("ann", [user])
+        for path in ("/v1/users", "/v1/contacts", "/v1/conversations"):
+            status, found = await ask("GET", str(URL(path) % {"q": name}), "ann", "phone")
+            assert status == 200, found
+            assert len(found["items"]) == 1, (path, found)
+
+
 async def test_of_two_registrations_of_one_name_at_once_one_is_refused(scene: Scene) -> None:
     name = "POST /v1/auth/register"
     bodies = [{**GOOD[name], "username": spelling, "name": spelling} for spelling in ("Twin", "tWIN")]
@@ -650,7 +672,7 @@ async def test_changes_of_different_fields_at_once_all_last(scene: Scene) -> Non
     await scene.node.request("POST", "/v1/contacts", "ann", "phone", {"user": "dora"})
     group = f"/v1/conversations/{scene.group}"
     until = 1_795_221_560_000
-    for path, fields, shown in (
+    changes: list[tuple[str, list[dict[str, Any]], str]] = [
         (
             "/v1/me",
             [{"name": "Anna"}, {"about": "away"}, {"picture": "p2"}, {"phone": "+493055501"}],
@@ -659,13 +681,15 @@ async def test_changes_of_different_fields_at_once_all_last(scene: Scene) -> Non
         (group, [{"name": "Both"}, {"description": "last"}, {"picture": "p3"}], group),
         (f"{group}/me", [{"pinned": True}, {"archived": True}, {"mutedUntil": until}], group),
         ("/v1/contacts/dora", [{"name": "Dodo"}, {"blocked": True}], "/v1/contacts?blocked=true"),
-    ):
+    ]
+    for path, fields, shown in changes:
         found = await together(scene, [("PATCH", path, field) for field in fields])
         assert [status for status, _ in found] == [200] * len(fields), found
         _, after = await scene.node.request("GET", shown, "ann", "phone")
         if "items" in after:
             (after,) = [item for item in after["items"] if item["user"] == "dora"]
-        after = {**after, **after.get("me", {})} if path.endswith("/me") else after
+        if path.endswith("/me") and path != shown:
+            after = after["me"]
         for field in fields:
             assert field.items() <= after.items(), (path, field, after)
 
@@ -695,19 +719,20 @@ async def test_what_is_made_twice_at_once_is_made_once(scene: Scene) -> None:
             {"id": message},
             [201] * 10,
         ),
-        (
-            "/v1/reports",
-            {"user": "cleo", "reason": "abuse", "text": "once"},
-            db.reports,
-            {"text": "once"},
-            [200] * 9 + [201],
-        ),
     ):
         found = await together(scene, [("POST", path, body)] * 10)
         assert sorted(status for status, _ in found) == statuses, found
         same = {json.dumps([answer.get("id"), answer.get("user"), answer.get("seq")]) for _, answer in found}
         assert len(same) == 1, found
         assert await counted.count_documents(wanted) == 1
+
+
+async def test_the_same_report_at_once_is_kept_once(scene: Scene) -> None:
+    body = {"user": "cleo", "reason": "abuse", "text": "once"}
+    found = await together(scene, [("POST", "/v1/reports", body)] * 10)
+    assert sorted(status for status, _ in found) == [200] * 9 + [201], found
+    assert len({answer["id"] for _, answer in found}) == 1
+    assert await scene.node.db.reports.count_documents({"text": "once"}) == 1
 
 
 async def test_keys_published_at_once_are_never_mixed(scene: Scene) -> None:

@@ -118,7 +118,9 @@ async def test_read_cursors_contacts_devices_and_preferences_are_told(node: Node
     assert (await ask(node, "bob", "DELETE", "/v1/auth/devices/old"))[0] == 200
     assert (await ask(node, "bob", "PATCH", "/v1/me", {"name": "Bob"}))[0] == 200
     found = await changes(node, "bob", quiet["next"])
-    assert [{**one, "at": 0} for one in found["reads"]] == [{"conv": conv, "user": "ann", "upTo": 17, "at": 0}]
+    assert [{**one, "at": 0} for one in found["reads"]] == [
+        {"conv": conv, "user": "ann", "upTo": 17, "at": 0}
+    ]
     assert found["contacts"] == [{"user": "ann", "name": None, "listed": False, "blocked": True}]
     assert [(one["id"], one["removed"]) for one in found["devices"]] == [("old", True)]
     assert found["me"] is True
@@ -154,6 +156,14 @@ async def test_an_old_cursor_must_begin_anew_and_garbage_is_a_bad_request(node: 
     assert (await ask(node, "bob", "GET", f"/v1/changes?since={aged(29.9)}"))[0] == 200
     status, found = await ask(node, "bob", "GET", f"/v1/changes?since={aged(30.1)}")
     assert (status, found["error"]["code"]) == (410, "resync")
-    for query in ("since=", "since=x", "since=%00", "since=W10=", "since[$gt]=", "cursor=x", f"since={'A' * 3000}"):
+    for query in (
+        "since=",
+        "since=x",
+        "since=%00",
+        "since=W10=",
+        "since[$gt]=",
+        "cursor=x",
+        f"since={'A' * 3000}",
+    ):
         status, found = await ask(node, "bob", "GET", f"/v1/changes?{query}")
         assert (status, found["error"]["code"]) == (400, "bad_request"), query

@@ -11,12 +11,16 @@ import pytest
 
 from handlers import changing
 from relay.jobs.repair import Repair
+from relay.routing import invalidation
 from relay.routing.invalidation import Invalidation
+from relay.store import audience
 from relay.store.releases import Releases
 from relay.store.revisions import Proposal, Revision, Revisions
 from relay.wire.codec import loads
+from relay.wire.errors import RelayError
 from tests.support.device import new_id
 from tests.support.node import Node, NodeFactory
+from tests.support.waiting import until
 
 
 async def ask(node: Node, user: str, method: str, path: str, body: Any = None) -> tuple[int, Any]:
@@ -49,7 +53,9 @@ async def crew(node: Node) -> str:
 async def balanced(node: Node) -> None:
     """Accepted is what has ended and what really waits."""
     ledger = node.relay.context.ledger
-    waiting = [one async for one in await node.db.messages.aggregate([{"$project": {"n": {"$size": "$awaiting"}}}])]
+    waiting = [
+        one async for one in await node.db.messages.aggregate([{"$project": {"n": {"$size": "$awaiting"}}}])
+    ]
     assert ledger.waiting == sum(one["n"] for one in waiting)
 
 
@@ -191,12 +197,18 @@ async def test_twenty_who_make_one_conversation_at_once_are_told_once(node: Node
     assert len({answer["id"] for _, answer in found}) == 1
     assert all(answer["memberCount"] == 3 == len(answer["members"]) for _, answer in found)
     (created,) = await told(node, found[0][1]["id"])
-    assert (created["event"], created["by"], sorted(created["users"])) == ("created", "ann", ["ann", "bob", "cleo"])
+    assert (created["event"], created["by"], sorted(created["users"])) == (
+        "created",
+        "ann",
+        ["ann", "bob", "cleo"],
+    )
 
 
 @pytest.mark.parametrize("how", ["asked again", "repair"])
 @pytest.mark.parametrize("kind", ["direct", "group"])
-async def test_a_creation_that_died_after_its_first_write_is_finished(node: Node, kind: Any, how: str) -> None:
+async def test_a_creation_that_died_after_its_first_write_is_finished(
+    node: Node, kind: Any, how: str
+) -> None:
     ctx, ref = node.relay.context, None if kind == "direct" else new_id()
     await ctx.accounts.add_users(["ann", "bob"])
     conv, _, _ = await ctx.revisions.create("ann", kind, ["bob"], name=None, ref=ref)
@@ -217,13 +229,20 @@ async def test_a_creation_that_died_after_its_first_write_is_finished(node: Node
 # Races and crashes
 
 
-async def test_twenty_changes_at_once_end_consistent_and_each_is_told_once(nodes: NodeFactory) -> None:
-    one, two = await nodes.start(), await nodes.start()
+@pytest.mark.parametrize("count", [1, 2])
+async def test_twenty_changes_at_once_end_consistent_and_each_is_told_once(
+    nodes: NodeFactory, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    # While another node lives every change waits for the leases that it may hold.
+    for place in (audience, invalidation):
+        monkeypatch.setattr(place, "LEASE_SECONDS", 0.1)
+    running = [await nodes.start(commit_timeout_seconds=0.5) for _ in range(count)]
+    one = running[0]
     conv = await one.group("ann", [f"u{number}" for number in range(6)])
     await one.connect("ann")
 
     async def act(number: int) -> tuple[int, Any]:
-        node, user = (one, two)[number % 2], f"u{number % 9}"
+        node, user = running[number % count], f"u{number % 9}"
         if number % 3 == 0:
             return await ask(node, "ann", "POST", at(conv, "/members"), {"users": [user, f"{user}b"]})
         if number % 3 == 1:
@@ -231,10 +250,16 @@ async def test_twenty_changes_at_once_end_consistent_and_each_is_told_once(nodes
         return await ask(node, "ann", "PATCH", at(conv), {"name": f"name {number}"})
 
     found = await asyncio.gather(*(act(number) for number in range(20)))
-    assert {status for status, _ in found} <= {200, 404}, found
+    # Others may be at it for longer than one waits.
+    assert {status for status, _ in found} <= ({200, 404} if count == 1 else {200, 404, 503}), found
+    assert [status for status, _ in found].count(200) >= 3
+
+    async def over() -> bool:
+        return "pending" not in await one.db.conversations.find_one({"_id": conv})
+
+    await until(over, 10, "the last change is carried out")
     stored = await one.db.conversations.find_one({"_id": conv})
     present = await roles(one, conv)
-    assert "pending" not in stored
     assert stored["memberCount"] == len(present)
     events = await told(one, conv)
     assert len(events) == stored["rev"] - 1
@@ -396,7 +421,7 @@ async def test_one_change_that_cannot_be_finished_does_not_hold_up_the_others(
 
     async def carry_out(context: Any, revision: Revision) -> None:
         if revision.conversation == made[0]:
-            raise changing.RelayError("unavailable", "not now")
+            raise RelayError("unavailable", "not now")
         await real(context, revision)
 
     with monkeypatch.context() as patch:
@@ -414,7 +439,13 @@ async def test_members_and_those_concerned_are_told_by_system_messages(node: Nod
     conv = await node.group("ann", ["bob", "cleo"], announced=True)
     told_of: list[tuple[str, str, Any, dict[str, Any], set[str]]] = [
         ("POST", "/members", {"users": ["dan", "bob"]}, {"event": "added", "users": ["dan"]}, set(devices)),
-        ("PATCH", "/members/bob", {"role": "moderator"}, {"event": "role", "users": ["bob"], "role": "moderator"}, set(devices)),
+        (
+            "PATCH",
+            "/members/bob",
+            {"role": "moderator"},
+            {"event": "role", "users": ["bob"], "role": "moderator"},
+            set(devices),
+        ),
         ("PATCH", "", {"name": "new"}, {"event": "changed", "users": []}, set(devices)),
         ("DELETE", "/members/dan", None, {"event": "removed", "users": ["dan"]}, set(devices)),
         ("DELETE", "", None, {"event": "dissolved", "users": ["ann", "bob", "cleo"]}, set(devices) - {"dan"}),
@@ -444,7 +475,11 @@ async def test_members_and_those_concerned_are_told_by_system_messages(node: Nod
 
 async def test_leaving_is_told_to_those_who_stay_and_to_ones_own_devices(node: Node) -> None:
     conv = await node.group("ann", ["bob"])
-    ann, phone, tablet = await node.connect("ann"), await node.connect("bob"), await node.connect("bob", "tablet")
+    ann, phone, tablet = (
+        await node.connect("ann"),
+        await node.connect("bob"),
+        await node.connect("bob", "tablet"),
+    )
     assert (await ask(node, "bob", "DELETE", at(conv, "/members/bob")))[0] == 200
     for device in (ann, phone, tablet):
         assert (await device.expect("msg"))["body"] == {"event": "left", "by": "bob", "users": ["bob"]}
@@ -475,10 +510,10 @@ async def test_a_group_has_no_more_members_than_it_may(nodes: NodeFactory) -> No
         assert found[0] == status
     conv = await node.group("ann", ["a", "b"])
     assert (await ask(node, "ann", "POST", at(conv, "/members"), {"users": ["c", "d"]}))[0] == 413
-    found = await asyncio.gather(
+    raced = await asyncio.gather(
         *(ask(node, "ann", "POST", at(conv, "/members"), {"users": [user]}) for user in "cdefgh")
     )
-    assert sorted(status for status, _ in found) == [200] + [413] * 5
+    assert sorted(status for status, _ in raced) == [200] + [413] * 5
     assert len(await roles(node, conv)) == 4
     many = {"users": [f"u{number}" for number in range(1001)]}
     assert (await ask(node, "ann", "POST", at(conv, "/members"), many))[0] == 413
@@ -506,7 +541,14 @@ async def test_malformed_changes_are_refused_and_change_nothing(node: Node) -> N
         ),
         *(
             ("PATCH", "/members/bob", body)
-            for body in (None, {}, {"role": "owner"}, {"role": None}, {"role": {"$ne": 1}}, {"role": "admin", "x": 1})
+            for body in (
+                None,
+                {},
+                {"role": "owner"},
+                {"role": None},
+                {"role": {"$ne": 1}},
+                {"role": "admin", "x": 1},
+            )
         ),
         *(
             ("PATCH", "", body)
@@ -548,8 +590,8 @@ async def test_malformed_changes_are_refused_and_change_nothing(node: Node) -> N
         status, found = await ask(node, "ann", method, at(conv, suffix), body)
         assert (status, found["error"]["code"]) in ((400, "bad_request"), (413, "too_large")), (suffix, body)
     for path in (at(conv, "/members/%24ne"), at(conv, "/members/a%20b"), at("%24ne", "/members/bob")):
-        for method, body in (("DELETE", None), ("PATCH", {"role": "member"})):
-            assert (await ask(node, "ann", method, path, body))[0] == 404, path
+        assert (await ask(node, "ann", "DELETE", path))[0] == 404, path
+        assert (await ask(node, "ann", "PATCH", path, {"role": "member"}))[0] == 404, path
     assert (await node.db.conversations.find_one({"_id": conv}), await roles(node, conv)) == before
 
 

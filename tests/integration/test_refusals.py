@@ -191,7 +191,9 @@ async def test_who_may_be_added_by_contacts_only_is_not_added_by_others(node: No
     assert await node.db.memberships.count_documents({"user": {"$in": ["bob", "dan"]}}) == 0
     await ask(node, "bob", "POST", "/v1/contacts", {"user": "ann"})
     assert (await ask(node, "ann", "POST", add, {"users": ["dan", "bob"]}))[0] == 200
-    assert (await ask(node, "ann", "POST", "/v1/conversations", {"type": "group", "members": ["bob"]}))[0] == 201
+    assert (await ask(node, "ann", "POST", "/v1/conversations", {"type": "group", "members": ["bob"]}))[
+        0
+    ] == 201
     await node.direct("dan", "bob")
 
 
@@ -201,7 +203,9 @@ async def test_nobody_is_added_to_a_group_by_whom_they_blocked(node: Node) -> No
     await block(node, "bob", "ann")
     status, found = await ask(node, "ann", "POST", f"/v1/conversations/{conv}/members", {"users": ["bob"]})
     assert (status, found["error"]["code"]) == (403, "forbidden")
-    assert (await ask(node, "ann", "POST", "/v1/conversations", {"type": "group", "members": ["bob"]}))[0] == 403
+    assert (await ask(node, "ann", "POST", "/v1/conversations", {"type": "group", "members": ["bob"]}))[
+        0
+    ] == 403
 
 
 async def test_in_a_closed_group_only_admins_and_moderators_write(node: Node) -> None:
@@ -307,5 +311,7 @@ async def test_a_blocked_senders_list_of_devices_looks_unblocked(node: Node) -> 
     message = await ann.sent(conv, None, sealed=sealed("bob/phone"), devicesRev=rev)
     assert await awaiting(node, message["id"]) == ["bob/!"]
     await node.connect("bob", "tablet")
-    assert (await mismatch(ann, conv, sealed=sealed("bob/phone"), devicesRev=rev))["missing"] == ["bob/tablet"]
+    assert (await mismatch(ann, conv, sealed=sealed("bob/phone"), devicesRev=rev))["missing"] == [
+        "bob/tablet"
+    ]
     await bob.nothing("msg", 0.1)

@@ -79,9 +79,7 @@ async def change(
     """Brings a proposal about, in its turn."""
     async with revisions.turn(conversation):
         while True:
-            revision, own = await revisions.begin(
-                conversation, actor, concerned, decide, everybody=everybody
-            )
+            revision, own = await revisions.begin(conversation, actor, concerned, decide, everybody=everybody)
             if revision is None:
                 return None
             await carry_out(revisions, revision)
@@ -123,7 +121,16 @@ async def contact(owner: str, user: str, **fields: Any) -> None:
     """Writes what one person keeps of another."""
     await Contact.get_motor_collection().update_one(
         {"_id": f"{owner} {user}"},
-        {"$set": {"owner": owner, "user": user, "sortKey": user, "listed": False, "blocked": False, **fields}},
+        {
+            "$set": {
+                "owner": owner,
+                "user": user,
+                "sortKey": user,
+                "listed": False,
+                "blocked": False,
+                **fields,
+            }
+        },
         upsert=True,
     )
 

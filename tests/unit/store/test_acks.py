@@ -184,7 +184,9 @@ def test_a_release_that_leaves_others_waiting_only_shrinks() -> None:
 
 
 def test_what_nobody_got_before_its_last_mailbox_was_released_is_released() -> None:
-    group = planned([release(["bob/phone", "bob/laptop"], IDS[0])], document(IDS[0], ["bob/phone", "bob/laptop"]))
+    group = planned(
+        [release(["bob/phone", "bob/laptop"], IDS[0])], document(IDS[0], ["bob/phone", "bob/laptop"])
+    )
     assert group.final == {IDS[0]: 100}
     assert (group.final_entries[0]["fate"], group.final_entries[0]["delivered"]) == ("released", [])
     assert group.counts["released"] == 2
@@ -196,7 +198,10 @@ def test_what_somebody_got_is_delivered_when_the_last_mailbox_is_released(how: s
     before = document(IDS[0], ["bob/phone"], deliveredTo=got)
     beside = document(IDS[0], ["bob/phone", "dan/phone"])
     batch: list[Ending] = [release(["bob/phone"], IDS[0])]
-    group = planned(batch if how == "before" else [*batch, ack("dan/phone", IDS[0])], before if how == "before" else beside)
+    group = planned(
+        batch if how == "before" else [*batch, ack("dan/phone", IDS[0])],
+        before if how == "before" else beside,
+    )
     assert group.final == {IDS[0]: 100}
     assert (group.final_entries[0]["fate"], group.final_entries[0]["delivered"]) == ("delivered", ["dan"])
     assert group.counts["released"] == 1

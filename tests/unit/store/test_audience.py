@@ -83,11 +83,17 @@ def test_the_revision_follows_the_newest_relink_and_tells_of_it() -> None:
     assert never.relinked_since(revisions[0]) == []
     assert once.relinked_since(revisions[0]) == ["bob/phone"]
     assert once.relinked_since(revisions[1]) == []
-    assert again.relinked_since(revisions[0]) == again.relinked_since(revisions[1]) == ["ann/tablet", "bob/phone"]
+    assert (
+        again.relinked_since(revisions[0])
+        == again.relinked_since(revisions[1])
+        == ["ann/tablet", "bob/phone"]
+    )
     assert again.relinked_since(revisions[2]) == []
 
 
-@pytest.mark.parametrize("rev", ["", "x", ".", "abc.", "abc.-1", "abc.ZZ", "abc." + "z" * 12, "\0", "a.b.c d"])
+@pytest.mark.parametrize(
+    "rev", ["", "x", ".", "abc.", "abc.-1", "abc.ZZ", "abc." + "z" * 12, "\0", "a.b.c d"]
+)
 def test_a_revision_that_is_none_of_ours_knows_of_no_relink(rev: str) -> None:
     one = Audience("talk", Roster({"bob": ["bob/phone"]}, relinked={"bob/phone": 5000}))
     assert one.relinked_since(rev) == ["bob/phone"]
@@ -109,7 +115,8 @@ def test_who_has_blocked_the_sender_waits_under_a_name_that_nobody_drains() -> N
 def test_who_is_blocked_sees_the_devices_that_everybody_sees() -> None:
     members = {"ann": ["ann/phone"], "bob": ["bob/phone", "bob/tablet"]}
     open_, blocked = (
-        Audience("talk", Roster(members, blocks=blocks)) for blocks in (frozenset(), frozenset({("bob", "ann")}))
+        Audience("talk", Roster(members, blocks=blocks))
+        for blocks in (frozenset(), frozenset({("bob", "ann")}))
     )
     assert blocked.others("ann/phone") == open_.others("ann/phone") == ["bob/phone", "bob/tablet"]
     assert blocked.devices_rev == open_.devices_rev
