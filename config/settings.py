@@ -137,7 +137,7 @@ class Settings(BaseSettings):
     rate_search: Rate = Field("60/minute", description="Searches for people by one user.")
     rate_search_phone: Rate = Field("30/hour", description="Searches by phone number by one user.")
     rate_key_claim: Rate = Field("300/minute", description="One-time prekeys claimed of one device.")
-    rate_conversation: Rate = Field("60/minute", description="Conversations made by one user.")
+    rate_conversation: Rate = Field("60/minute", description="Conversations made, and additions to groups, by one user.")
     rate_report: Rate = Field("20/hour", description="Reports by one user.")
     rate_export: Rate = Field("10/hour", description="Exports of a person's data by one user.")
     message_rate: float = Field(

@@ -17,17 +17,28 @@ from bson.errors import BSONError
 from handlers.context import Context
 from relay.store.batcher import BatcherClosed
 from relay.store.commits import Stored, Submission
-from relay.store.revisions import Proposal, Revision, Situation
+from relay.store.revisions import NOWHERE, Event, Origin, Proposal, Revision, Situation
 from relay.wire.codec import dumps
 from relay.wire.envelope import Envelope
 from relay.wire.errors import RelayError
 from relay.wire.ids import RELAY_USER
 
+_ACTS: Final[dict[Event, str]] = {
+    "created": "conversation.create",
+    "added": "member.add",
+    "removed": "member.remove",
+    "left": "member.leave",
+    "role": "member.role",
+    "changed": "conversation.change",
+    "dissolved": "conversation.dissolve",
+}
+_ON_PEOPLE: Final = frozenset({"added", "removed", "left", "role"})
 Decide = Callable[[Situation], Proposal | None]
 _RELAY_DEVICE: Final = "relay"
 _RELAY_KEY: Final = f"{RELAY_USER}/{_RELAY_DEVICE}"
 _MOST_TOLD: Final = 100
 _MOST_LEFT: Final = 20_000
+_LEFT_AT_ONCE: Final = 32
 
 
 async def change(
@@ -38,13 +49,14 @@ async def change(
     decide: Decide,
     *,
     everybody: bool = False,
+    origin: Origin = NOWHERE,
 ) -> Revision | None:
     """Brings about what ``decide`` proposes for this actor (None: the relay), durably and told; None when nothing was to
     do. Raises RelayError."""
     async with ctx.revisions.turn(conversation):
         while True:
             revision, own = await ctx.revisions.begin(
-                conversation, actor, concerned, decide, everybody=everybody
+                conversation, actor, concerned, decide, everybody=everybody, origin=origin
             )
             if revision is None:
                 return None
@@ -56,6 +68,7 @@ async def change(
 async def carry_out(ctx: Context, revision: Revision) -> None:
     """Does every step of a revision. May be repeated, also by several at once. Raises RelayError when the store does not
     take the system message; the repair job goes on later."""
+    await _audit(ctx, revision)
     releases: list[str] = []
     if revision.event in ("removed", "left"):
         releases = [
@@ -167,17 +180,24 @@ def dissolving(situation: Situation) -> Proposal | None:
 async def leave_all(ctx: Context, user: str) -> None:
     """Takes a person out of every conversation, as erasure does: groups that would be orphaned get another admin, empty
     ones are dissolved, direct conversations stay with the other person. May be repeated."""
-    for conversation, kind in await ctx.conversations.of_user(user, _MOST_LEFT):
-        try:
-            if kind == "group":
-                await _leave_group(ctx, conversation, user)
-            else:
-                await change(ctx, conversation, None, [user], lambda _: Proposal("left", [user]))
-        except RelayError as error:
-            # Dissolved, or left, in this very moment.
-            if error.code != "not_found":
-                raise
+    conversations = await ctx.conversations.of_user(user, _MOST_LEFT)
+    for start in range(0, len(conversations), _LEFT_AT_ONCE):
+        await asyncio.gather(
+            *(_leave(ctx, name, kind, user) for name, kind in conversations[start : start + _LEFT_AT_ONCE])
+        )
     await ctx.conversations.forget_creator(user, ctx.pseudonyms.of(user))
+
+
+async def _leave(ctx: Context, conversation: str, kind: str, user: str) -> None:
+    try:
+        if kind == "group":
+            await _leave_group(ctx, conversation, user)
+        else:
+            await change(ctx, conversation, None, [user], lambda _: Proposal("left", [user]))
+    except RelayError as error:
+        # Dissolved, or left, in this very moment.
+        if error.code != "not_found":
+            raise
 
 
 async def _leave_group(ctx: Context, conversation: str, user: str) -> None:
@@ -194,6 +214,31 @@ async def _leave_group(ctx: Context, conversation: str, user: str) -> None:
 
 def _crowning(heir: str) -> Decide:
     return lambda _: Proposal("role", [heir], role="admin")
+
+
+async def _audit(ctx: Context, revision: Revision) -> None:
+    """Before anything is done: an act that is carried out again is noted again, none is left out."""
+    if revision.type != "group":
+        return
+    details: dict[str, str | int | bool] = {"conversation": revision.conversation}
+    if revision.role is not None:
+        details["role"] = revision.role
+    targets: Sequence[str | None] = revision.users if revision.event in _ON_PEOPLE else [None]
+    if targets == [None]:
+        details["members"] = len(revision.users)
+    await asyncio.gather(
+        *(
+            ctx.audit.record(
+                _ACTS[revision.event],
+                actor=revision.by,
+                target=target,
+                address=revision.address,
+                agent=revision.agent,
+                details=details,
+            )
+            for target in targets
+        )
+    )
 
 
 async def _announce(ctx: Context, revision: Revision) -> None:

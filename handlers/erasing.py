@@ -86,6 +86,9 @@ async def _release(ctx: Context, intent: Intent) -> None:
 async def _drop_people(ctx: Context, intent: Intent) -> None:
     await _erasures(ctx).drop_contacts(intent)
     await _erasures(ctx).drop_reports(intent)
+
+
+async def _drop_memberships(ctx: Context, intent: Intent) -> None:
     await _erasures(ctx).drop_memberships(intent)
 
 
@@ -94,7 +97,17 @@ async def _forget(ctx: Context, intent: Intent) -> None:
 
 
 Step = Callable[[Context, Intent], Awaitable[None]]
-STEPS: Final[tuple[Step, ...]] = (_close_account, _end_devices, _leave, _release, _drop_people, _forget)
+# Leaving many groups takes longest, and is noted in the trail: what is personal there goes before and after it.
+STEPS: Final[tuple[Step, ...]] = (
+    _close_account,
+    _end_devices,
+    _drop_people,
+    _forget,
+    _leave,
+    _release,
+    _drop_memberships,
+    _forget,
+)
 
 
 def _erasures(ctx: Context) -> Erasures:

@@ -101,8 +101,8 @@ class Membership(Document):
                 [("user", ASCENDING), ("updatedAt", ASCENDING), ("_id", ASCENDING)], name="user_changes"
             ),
             IndexModel(
-                [("conversationId", ASCENDING), ("readAt", ASCENDING)],
-                name="conversation_readAt",
+                [("conversationId", ASCENDING), ("readAt", ASCENDING), ("_id", ASCENDING)],
+                name="conversation_readAt_id",
                 partialFilterExpression={"readAt": {"$exists": True}},
             ),
             IndexModel(

@@ -12,7 +12,7 @@ from aiohttp import web
 from handlers.context import Context
 from handlers.http.examples import FRAMES, OPERATIONS
 from handlers.http.openapi import plain_schema
-from handlers.http.route import Caller, Route, json_text, only
+from handlers.http.route import Caller, Route, json_text
 from relay import __version__
 from relay.wire import codec, errors
 from relay.wire.errors import CODES, Close
@@ -115,7 +115,6 @@ def closes() -> list[Close]:
 
 async def asyncapi(_: Context, __: Caller, request: web.Request) -> web.Response:
     """The WebSocket's operations, frames, close codes and error codes, as AsyncAPI 3.0."""
-    only(request)
     return json_text(_text())
 
 

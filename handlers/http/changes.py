@@ -8,7 +8,7 @@ from aiohttp import web
 
 from handlers.context import Context
 from handlers.http.conversations import shown
-from handlers.http.route import Caller, Route, answer, only
+from handlers.http.route import Caller, Route, answer
 from handlers.http.schemas.changes import (
     ChangesAnswer,
     ContactChangeAnswer,
@@ -19,7 +19,6 @@ from handlers.http.schemas.changes import (
 
 async def index(ctx: Context, caller: Caller, request: web.Request) -> web.Response:
     """A page of changes."""
-    only(request, "since")
     page = await ctx.changes.since(caller.user, request.query.get("since"))
     return answer(
         ChangesAnswer(

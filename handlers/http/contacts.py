@@ -9,7 +9,7 @@ from aiohttp import web
 
 from handlers.context import Context
 from handlers.http.people import profile_answer, typed, user_named
-from handlers.http.route import Caller, Route, answer, only, page_limit, parsed
+from handlers.http.route import Caller, Route, answer, page_limit, parsed
 from handlers.http.schemas.base import DoneAnswer
 from handlers.http.schemas.contacts import (
     AddContact,
@@ -40,7 +40,6 @@ async def add(ctx: Context, caller: Caller, request: web.Request) -> web.Respons
 
 async def index(ctx: Context, caller: Caller, request: web.Request) -> web.Response:
     """One's contacts by name, or whom one has blocked."""
-    only(request, "cursor", "limit", "q", "blocked")
     limit = page_limit(request, _DEFAULT, _MOST)
     cursor = request.query.get("cursor")
     q = request.query.get("q")
@@ -102,7 +101,6 @@ async def remove(ctx: Context, caller: Caller, request: web.Request) -> web.Resp
 
 async def online(ctx: Context, caller: Caller, request: web.Request) -> web.Response:
     """Which contacts are connected to this node."""
-    only(request, "cursor", "limit")
     limit = page_limit(request, _DEFAULT, _MOST)
     users, following = await ctx.contacts.online_page(
         caller.user,

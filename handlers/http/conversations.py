@@ -12,7 +12,7 @@ from handlers import changing
 from handlers.context import Context
 from handlers.http.pages import PAGE_QUERY, message_page
 from handlers.http.people import typed
-from handlers.http.route import Caller, Route, answer, json_text, only, page_limit, parsed
+from handlers.http.route import Caller, Route, answer, json_text, page_limit, parsed
 from handlers.http.schemas.base import DoneAnswer
 from handlers.http.schemas.conversations import (
     ChangeConversation,
@@ -27,6 +27,7 @@ from handlers.http.schemas.conversations import (
 )
 from handlers.http.schemas.messages import MessagePage
 from relay.store.conversations import ConversationView, Member
+from relay.store.revisions import Origin
 from relay.wire.errors import RelayError
 from relay.wire.ids import CONVERSATION_ID, is_placeholder
 
@@ -49,7 +50,7 @@ async def create(ctx: Context, caller: Caller, request: web.Request) -> web.Resp
     await know(ctx, caller, others)
     await check_welcome(ctx, caller, others, "whoMayMessage" if wanted.type == "direct" else "whoMayAdd")
     conversation, revision, created = await ctx.revisions.create(
-        caller.user, wanted.type, others, name=wanted.name, ref=wanted.ref
+        caller.user, wanted.type, others, name=wanted.name, ref=wanted.ref, origin=origin(caller)
     )
     if revision is not None:
         await changing.carry_out(ctx, revision)
@@ -86,7 +87,6 @@ async def check_welcome(
 
 async def index(ctx: Context, caller: Caller, request: web.Request) -> web.Response:
     """This user's conversations, last changed first."""
-    only(request, "cursor", "limit", "q")
     q = request.query.get("q")
     views, cursor = await ctx.conversations.page(
         caller.user,
@@ -114,17 +114,16 @@ async def edit(ctx: Context, caller: Caller, request: web.Request) -> web.Respon
     }
     if wanted.settings is not None and wanted.settings.who_may_post is not None:
         fields["whoMayPost"] = wanted.settings.who_may_post
-    revision = await changing.change(ctx, conversation, caller.user, [], changing.editing(fields))
-    if revision is not None:
-        await _note(ctx, caller, "conversation.change", conversation)
+    await changing.change(ctx, conversation, caller.user, [], changing.editing(fields), origin=origin(caller))
     return answer(shown(await ctx.conversations.get(conversation, caller.user)))
 
 
 async def dissolve(ctx: Context, caller: Caller, request: web.Request) -> web.Response:
     """Ends a group for everybody."""
     conversation = named(request)
-    await changing.change(ctx, conversation, caller.user, [], changing.dissolving, everybody=True)
-    await _note(ctx, caller, "conversation.dissolve", conversation)
+    await changing.change(
+        ctx, conversation, caller.user, [], changing.dissolving, everybody=True, origin=origin(caller)
+    )
     return answer(DoneAnswer())
 
 
@@ -207,14 +206,9 @@ def shown_member(member: Member) -> MemberAnswer:
     )
 
 
-async def _note(ctx: Context, caller: Caller, act: str, conversation: str) -> None:
-    await ctx.audit.record(
-        act,
-        actor=caller.user,
-        address=caller.address,
-        agent=caller.agent,
-        details={"conversation": conversation},
-    )
+def origin(caller: Caller) -> Origin:
+    """Where the caller acts from."""
+    return Origin(caller.address, caller.agent)
 
 
 PAGING: Final[dict[str, dict[str, Any]]] = {

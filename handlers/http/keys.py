@@ -8,7 +8,7 @@ from typing import Final
 from aiohttp import web
 
 from handlers.context import Context
-from handlers.http.route import Caller, Route, answer, only, parsed
+from handlers.http.route import Caller, Route, answer, parsed
 from handlers.http.schemas.keys import (
     ClaimAnswer,
     ClaimedKeys,
@@ -37,7 +37,6 @@ async def publish(ctx: Context, caller: Caller, request: web.Request) -> web.Res
 
     Another identity key or registration id says that the app was installed anew under this device id: prekeys start anew,
     what waited for the former installation is released, and this one is shown a `gap`."""
-    only(request)
     upload = _upload(await parsed(request, PublishKeys))
     key = device_key(caller.user, caller.device)
     relinked = await ctx.keys.relinks(key, upload)
@@ -73,7 +72,6 @@ async def _replace(ctx: Context, caller: Caller, key: str, upload: Upload) -> St
 async def directory(ctx: Context, caller: Caller, request: web.Request) -> web.Response:
     """The keys of a person's devices that no reading uses up: identity key, registration id and signed prekey. Devices that
     have published none, or get no messages any more, are left out."""
-    only(request)
     user: str = request.match_info["id"]
     if not USER_ID.fullmatch(user) or not await ctx.accounts.exists(user):
         raise RelayError("not_found", "no such user")
@@ -85,7 +83,6 @@ async def claim(ctx: Context, caller: Caller, request: web.Request) -> web.Respo
     """Hands out one one-time prekey and one KEM prekey of each device, to nobody else ever again. When the KEM prekeys have
     run out the last-resort key comes instead. When claims of one of the devices come too often, nothing is handed out and
     the error's `details.devices` names those to leave out."""
-    only(request)
     wanted = await parsed(request, ClaimKeys)
     await _check_rates(ctx, wanted.devices)
     claims = await ctx.keys.claim(wanted.devices)
@@ -98,7 +95,6 @@ async def claim(ctx: Context, caller: Caller, request: web.Request) -> web.Respo
 
 async def count(ctx: Context, caller: Caller, request: web.Request) -> web.Response:
     """How many prekeys of this device are left to be claimed."""
-    only(request)
     return answer(_shown(await ctx.keys.stock(device_key(caller.user, caller.device))))
 
 

@@ -8,8 +8,8 @@ from aiohttp import web
 
 from handlers import changing
 from handlers.context import Context
-from handlers.http.conversations import PAGING, check_welcome, know, named, shown, shown_member
-from handlers.http.route import Caller, Route, answer, only, page_limit, parsed
+from handlers.http.conversations import PAGING, check_welcome, know, named, origin, shown, shown_member
+from handlers.http.route import Caller, Route, answer, page_limit, parsed
 from handlers.http.schemas.base import DoneAnswer
 from handlers.http.schemas.conversations import (
     AddMembers,
@@ -27,7 +27,6 @@ _MOST: Final = 200
 
 async def index(ctx: Context, caller: Caller, request: web.Request) -> web.Response:
     """The members, by user id."""
-    only(request, "cursor", "limit")
     page, cursor = await ctx.conversations.members(
         named(request),
         caller.user,
@@ -46,14 +45,19 @@ async def add(ctx: Context, caller: Caller, request: web.Request) -> web.Respons
     view = await ctx.conversations.get(conversation, caller.user)
     if view.type != "group" or view.me.role not in ("admin", "moderator"):
         raise RelayError("forbidden", "only admins and moderators of a group may add people")
+    if view.member_count >= ctx.limits.members or len(users) > ctx.limits.members:
+        raise RelayError("too_large", f"a group has at most {ctx.limits.members} members")
+    await ctx.rates.check("conversation", caller.user)
     await know(ctx, caller, users)
     await check_welcome(ctx, caller, [user for user in users if user != caller.user], "whoMayAdd")
-    revision = await changing.change(
-        ctx, conversation, caller.user, users, changing.adding(users, ctx.limits.members)
+    await changing.change(
+        ctx,
+        conversation,
+        caller.user,
+        users,
+        changing.adding(users, ctx.limits.members),
+        origin=origin(caller),
     )
-    if revision is not None:
-        for user in revision.users:
-            await _note(ctx, caller, "member.add", conversation, user)
     return answer(shown(await ctx.conversations.get(conversation, caller.user)))
 
 
@@ -61,11 +65,14 @@ async def promote(ctx: Context, caller: Caller, request: web.Request) -> web.Res
     """Gives a member another role."""
     conversation, user = named(request), _member(request)
     wanted = await parsed(request, ChangeMember)
-    revision = await changing.change(
-        ctx, conversation, caller.user, [user], changing.promoting(caller.user, user, wanted.role)
+    await changing.change(
+        ctx,
+        conversation,
+        caller.user,
+        [user],
+        changing.promoting(caller.user, user, wanted.role),
+        origin=origin(caller),
     )
-    if revision is not None:
-        await _note(ctx, caller, "member.role", conversation, user, wanted.role)
     found = await ctx.conversations.member(conversation, user)
     return answer(shown_member(found))
 
@@ -73,8 +80,14 @@ async def promote(ctx: Context, caller: Caller, request: web.Request) -> web.Res
 async def remove(ctx: Context, caller: Caller, request: web.Request) -> web.Response:
     """Removes a member, or leaves. When this answers nothing new is committed for them any more."""
     conversation, user = named(request), _member(request)
-    await changing.change(ctx, conversation, caller.user, [user], changing.removing(caller.user, user))
-    await _note(ctx, caller, "member.leave" if user == caller.user else "member.remove", conversation, user)
+    await changing.change(
+        ctx,
+        conversation,
+        caller.user,
+        [user],
+        changing.removing(caller.user, user),
+        origin=origin(caller),
+    )
     return answer(DoneAnswer())
 
 
@@ -83,22 +96,6 @@ def _member(request: web.Request) -> str:
     if not USER_ID.fullmatch(user):
         raise RelayError("not_found", "no such member")
     return user
-
-
-async def _note(
-    ctx: Context, caller: Caller, act: str, conversation: str, user: str, role: str | None = None
-) -> None:
-    details = {"conversation": conversation}
-    if role is not None:
-        details["role"] = role
-    await ctx.audit.record(
-        act,
-        actor=caller.user,
-        target=user,
-        address=caller.address,
-        agent=caller.agent,
-        details=details,
-    )
 
 
 ROUTES: Final = (
@@ -120,7 +117,7 @@ ROUTES: Final = (
         "conversations",
         {200: ConversationAnswer},
         request=AddMembers,
-        errors=("bad_request", "forbidden", "not_found", "too_large"),
+        errors=("bad_request", "forbidden", "not_found", "too_large", "rate_limited"),
     ),
     Route(
         "PATCH",

@@ -16,7 +16,7 @@ from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from handlers.context import Context
 from handlers.http.examples import CONVERSATION, OPERATIONS, REQUESTS, sample
-from handlers.http.route import Caller, Route, json_text, only
+from handlers.http.route import Caller, Route, json_text
 from handlers.http.schemas.base import ErrorAnswer
 from relay import __version__
 from relay.wire import codec, ids
@@ -117,7 +117,6 @@ def route_of(routes: Sequence[Route]) -> Route:
 
     async def openapi(_: Context, __: Caller, request: web.Request) -> web.Response:
         """The HTTP side, as OpenAPI 3.1. `/docs` shows it."""
-        only(request)
         return json_text(text())
 
     own = Route(
@@ -156,8 +155,10 @@ def codes_of(route: Route) -> list[Code]:
         found["unauthorized"] = None
     if route.query:
         found["bad_request"] = None
+    # Any route refuses query parameters that it does not know.
+    found["bad_request"] = None
     if route.request is not None:
-        found |= {"bad_request": None, "too_large": None}
+        found["too_large"] = None
     found |= dict.fromkeys(route.errors)
     if not route.open or route.request is not None:
         found |= {"unavailable": None, "internal": None}

@@ -8,7 +8,7 @@ from typing import Any, Final
 from aiohttp import web
 
 from handlers.context import Context
-from handlers.http.route import Caller, only, page_limit
+from handlers.http.route import Caller, page_limit
 from relay.wire import codec
 from relay.wire.cursor import cursor_at, place_of
 from relay.wire.ids import any_device_key, device_key
@@ -26,7 +26,6 @@ async def message_page(
     ctx: Context, caller: Caller, request: web.Request, conversation: str | None
 ) -> tuple[list[str], str]:
     """The encoded messages of a page, and its encoded ``next``. Raises RelayError."""
-    only(request, "cursor", "limit")
     limit = page_limit(request, _DEFAULT, _MOST)
     cursor = request.query.get("cursor")
     key = device_key(caller.user, caller.device)

@@ -8,7 +8,7 @@ from unicodedata import category
 from aiohttp import web
 
 from handlers.context import Context
-from handlers.http.route import Caller, Route, answer, only, page_limit, parsed
+from handlers.http.route import Caller, Route, answer, page_limit, parsed
 from handlers.http.schemas.base import DoneAnswer
 from handlers.http.schemas.people import (
     OwnProfileAnswer,
@@ -90,7 +90,6 @@ async def clear_searches(ctx: Context, caller: Caller, _: web.Request) -> web.Re
 
 async def search(ctx: Context, caller: Caller, request: web.Request) -> web.Response:
     """People by the beginning of name or user name, or by phone number."""
-    only(request, "q", "cursor", "limit")
     q = typed(request.query.get("q", ""), shortest=_SHORTEST)
     limit = page_limit(request, _DEFAULT, _MOST)
     cursor = request.query.get("cursor")
@@ -183,6 +182,7 @@ _PAGING: Final[dict[str, dict[str, Any]]] = {
     "limit": {"type": "integer", "minimum": 1, "maximum": _MOST, "default": _DEFAULT},
 }
 _Q: Final[dict[str, Any]] = {
+    "required": True,
     "type": "string",
     "minLength": _SHORTEST,
     "maxLength": _LONGEST,

@@ -15,7 +15,7 @@ from aiohttp import web
 
 from handlers import erasing
 from handlers.context import Context
-from handlers.http.route import Caller, Route, answer, only
+from handlers.http.route import Caller, Route, answer
 from handlers.http.schemas.base import DoneAnswer
 from relay.store.export import Exports, Value
 from relay.store.mongo import PyMongoError, brief
@@ -53,7 +53,6 @@ log = structlog.get_logger(__name__)
 async def export(ctx: Context, caller: Caller, request: web.Request) -> web.StreamResponse:
     """A zip of JSON files, with a README.txt that says what is in each. It is made while it is sent: there is no length in
     advance, and an archive without its end means that the download failed."""
-    only(request)
     await ctx.rates.check("export", caller.user)
     exports = Exports()
     profile = await exports.profile(caller.user)
@@ -87,7 +86,6 @@ async def erase(ctx: Context, caller: Caller, request: web.Request) -> web.Respo
     """Erases the account with everything in it: devices, keys, contacts, memberships, what waits for the devices, and the
     name in other people's lists. It cannot be undone. Tokens are refused from here on; what is left to do when this is
     answered is done within a minute. Messages sent before stay with those who received them."""
-    only(request)
     await erasing.erase(ctx, caller.user, address=caller.address, agent=caller.agent)
     return answer(DoneAnswer())
 

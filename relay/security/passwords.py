@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import threading
 import unicodedata
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Final, TypeVarTuple, TypeVar
+from typing import Final, TypeVar, TypeVarTuple
 
 from argon2.exceptions import InvalidHashError
 
@@ -40,7 +41,7 @@ class Passwords:
         self._processes = processes
         self._most = processes + queue
         self._under_way = 0
-        self._closed = False
+        self._closed = threading.Event()
         self._pool: ProcessPoolExecutor | None = None
 
     async def hash(self, password: str) -> str:
@@ -62,12 +63,12 @@ class Passwords:
 
     def close(self) -> None:
         """Ends the processes; what waits is refused. Takes as long as one hash."""
-        self._closed = True
+        self._closed.set()
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
     async def _run(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
-        if self._closed or self._under_way >= self._most:
+        if self._closed.is_set() or self._under_way >= self._most:
             raise _busy()
         self._under_way += 1
         pool = self._started()
@@ -80,7 +81,7 @@ class Passwords:
             raise _busy() from None
         except asyncio.CancelledError:
             task = asyncio.current_task()
-            if self._closed and (task is None or not task.cancelling()):
+            if self._closed.is_set() and (task is None or not task.cancelling()):
                 raise _busy() from None
             raise
         finally:

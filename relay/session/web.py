@@ -10,7 +10,7 @@ import structlog
 from aiohttp import web
 
 from handlers.context import Context
-from handlers.http.route import Caller, Route
+from handlers.http.route import Caller, Route, only
 from relay.session.addresses import Addresses
 from relay.session.admission import Admission, bearer
 from relay.session.gateway import Gateway
@@ -59,6 +59,7 @@ def _serve(
                 raise RelayError("unauthorized", "this needs a token: Authorization: Bearer <token>")
             identity = await admission.admit(token)
             caller = replace(caller, user=identity.user, device=identity.device, session=identity.session)
+        only(request, *route.query)
         return await route.handler(ctx, caller, request)
 
     return serve

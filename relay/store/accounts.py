@@ -128,8 +128,8 @@ class Accounts:
         )
         if before is not None:
             # Who came first may not have told the other nodes yet.
-            new = now - (before.get("since") or before["createdAt"]) < _NEW
-            return _arrival(before.get("gap"), changed=new)
+            began = before.get("since") or before.get("createdAt")
+            return _arrival(before.get("gap"), changed=began is not None and now - began < _NEW)
         before = await _devices().find_one({"_id": key})
         if before is None:
             if not may_create:
@@ -150,7 +150,7 @@ class Accounts:
         if gap is None:
             gap = {"since": before["lastSeen"] + self._inactive, "why": "inactive"}
             await _devices().update_one({"_id": key, "gap": None}, {"$set": {"gap": gap}})
-        await _devices().update_one({"_id": key}, here)
+        await _devices().update_one({"_id": key}, {"$set": {"lastSeen": now, "since": now}})
         return _arrival(gap, changed=True)
 
     async def _arrive_beside(

@@ -164,14 +164,9 @@ class Contacts:
         return await blocks_among(users)
 
     async def lists(self, owners: Iterable[str], user: str) -> set[str]:
-        """Who of ``owners`` has ``user`` in their list and has not blocked them, with one query."""
+        """Who of ``owners`` has ``user`` in their list, blocked or not, with one query."""
         cursor = Contact.get_motor_collection().find(
-            {
-                "_id": {"$in": [_id(owner, user) for owner in owners]},
-                "listed": True,
-                "blocked": {"$ne": True},
-            },
-            {"owner": 1},
+            {"_id": {"$in": [_id(owner, user) for owner in owners]}, "listed": True}, {"owner": 1}
         )
         return {row["owner"] async for row in cursor}
 

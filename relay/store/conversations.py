@@ -17,7 +17,7 @@ ConversationType = Literal["direct", "group"]
 _SHOWN_IN_LISTS: Final = 16
 _SHOWN: Final = 100
 _SCANNED: Final = 200
-_MOST_SCANNED: Final = 2000
+_MOST_SCANNED: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)

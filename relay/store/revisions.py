@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from time import monotonic
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from pymongo import ReturnDocument, UpdateOne
 
@@ -29,6 +29,16 @@ ConversationType = Literal["direct", "group"]
 _PATIENCE_SECONDS: Final = 3.0
 _STALLED: Final = timedelta(seconds=5)
 _REPAIR: Final = 100
+
+
+class Origin(NamedTuple):
+    """Where somebody acts from, for the audit trail."""
+
+    address: str
+    agent: str
+
+
+NOWHERE: Final = Origin("", "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +77,8 @@ class Revision:
     users: tuple[str, ...]
     role: str | None
     at: datetime
+    address: str = ""
+    agent: str = ""
 
 
 class Revisions:
@@ -97,6 +109,7 @@ class Revisions:
         *,
         name: str | None,
         ref: str | None,
+        origin: Origin = NOWHERE,
     ) -> tuple[str, Revision | None, bool]:
         """Makes a conversation, or finds the one that exists: the direct one of the same pair, or the one that this user
         made with the same ``ref``. Its id, its unfinished revision if any, and whether it is new."""
@@ -120,6 +133,7 @@ class Revisions:
                 "by": creator,
                 "users": people,
                 "at": moment,
+                **origin._asdict(),
             },
         }
         if name is not None:
@@ -145,6 +159,7 @@ class Revisions:
         decide: Callable[[Situation], Proposal | None],
         *,
         everybody: bool = False,
+        origin: Origin = NOWHERE,
     ) -> tuple[Revision | None, bool]:
         """Writes down what ``decide`` proposes, and returns it to be carried out, and True; None when there is nothing to
         do. False comes with an unfinished revision of somebody gone: carry it out and begin again. ``actor`` None is the
@@ -174,7 +189,9 @@ class Revisions:
             proposal = decide(situation)
             if proposal is None:
                 return None, True
-            begun = await self._write(document, actor, proposal, people if everybody else proposal.users)
+            begun = await self._write(
+                document, actor, proposal, people if everybody else proposal.users, origin
+            )
             if begun is not None:
                 return begun, True
 
@@ -244,7 +261,12 @@ class Revisions:
         return Situation(document["type"], own, roles, admins, count), sorted(roles)
 
     async def _write(
-        self, document: Mapping[str, Any], actor: str | None, proposal: Proposal, users: Sequence[str]
+        self,
+        document: Mapping[str, Any],
+        actor: str | None,
+        proposal: Proposal,
+        users: Sequence[str],
+        origin: Origin,
     ) -> Revision | None:
         before = document.get("rev")
         number = (before or 0) + 1
@@ -255,6 +277,7 @@ class Revisions:
             "by": ids.RELAY_USER if actor is None else actor,
             "users": list(users),
             "at": datetime.now(UTC),
+            **origin._asdict(),
         }
         if proposal.role is not None:
             pending["role"] = proposal.role
@@ -309,4 +332,6 @@ def _pending(document: Mapping[str, Any]) -> Revision | None:
         users=tuple(found["users"]),
         role=found.get("role"),
         at=found["at"] if found["at"].tzinfo else found["at"].replace(tzinfo=UTC),
+        address=found.get("address", ""),
+        agent=found.get("agent", ""),
     )

@@ -67,6 +67,12 @@ async def last_seen(key: str, moment: datetime | None) -> None:
     await Device.get_motor_collection().update_one({"_id": key}, change)
 
 
+async def came(key: str, seconds: float) -> None:
+    """Sets when a device came, so many seconds ago."""
+    moment = datetime.now(UTC) - timedelta(seconds=seconds)
+    await Device.get_motor_collection().update_one({"_id": key}, {"$set": {"since": moment}})
+
+
 # Accounts
 
 
@@ -100,6 +106,7 @@ async def test_an_unknown_device_arrives_only_when_it_may_be_created(accounts: A
 async def test_a_known_device_arrives_unchanged_and_is_seen(accounts: Accounts) -> None:
     await accounts.arrive("ann", "phone", provision=True)
     await last_seen("ann/phone", datetime.now(UTC) - INACTIVE + timedelta(minutes=1))
+    await came("ann/phone", 11)
     before = datetime.now(UTC) - timedelta(seconds=1)
     arrival = await accounts.arrive("ann", "phone", provision=False)
     assert arrival is not None
@@ -107,6 +114,18 @@ async def test_a_known_device_arrives_unchanged_and_is_seen(accounts: Accounts) 
     found = await Device.get_motor_collection().find_one({"_id": "ann/phone"})
     assert found is not None
     assert found["lastSeen"] >= before
+
+
+async def test_a_device_that_has_just_come_counts_as_new_as_long_as_resolved_recipients_are_believed(
+    accounts: Accounts,
+) -> None:
+    await accounts.arrive("ann", "phone", provision=True)
+    again = await accounts.arrive("ann", "phone", provision=True)
+    await came("ann/phone", 11)
+    later = await accounts.arrive("ann", "phone", provision=True)
+    assert again is not None
+    assert later is not None
+    assert (again.changed, later.changed) == (True, False)
 
 
 async def test_one_device_that_arrives_many_times_at_once_is_one_device(accounts: Accounts) -> None:
@@ -131,6 +150,7 @@ async def test_a_gap_is_told_until_the_device_has_drained(accounts: Accounts) ->
     await accounts.arrive("ann", "phone", provision=True)
     await last_seen("ann/phone", datetime.now(UTC) - INACTIVE - timedelta(days=5))
     first = await accounts.arrive("ann", "phone", provision=True)
+    await came("ann/phone", 11)
     second = await accounts.arrive("ann", "phone", provision=True)
     assert first is not None
     assert second is not None

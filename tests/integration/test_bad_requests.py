@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import copy
+import gzip
 import json
 import re
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -469,6 +470,26 @@ async def test_what_is_no_json_object_is_refused_and_changes_nothing(scene: Scen
     refused(await scene.ask(name, scene.path(name), b" " * (LARGEST + 1)), (name, "blanks"), 413)
     large = good[:-1] + b',"surplus":"' + b"a" * LARGEST + b'"}'
     refused(await scene.ask(name, scene.path(name), large), (name, "large"), 413)
+    assert await scene.stored() == before
+
+
+@endpoints(WITH_BODY)
+async def test_a_body_that_is_not_encoded_as_it_says_or_bursts_is_refused(scene: Scene, name: str) -> None:
+    await scene.renew()
+    text = json.dumps(scene.good(name)).encode()
+    bomb = gzip.compress(text[:-1] + b" " * (20 * LARGEST) + b"}")
+    before = await scene.stored()
+    for encoding, data, status in (
+        ("gzip", text, 400),
+        ("deflate", text, 400),
+        ("gzip", bomb[:-200], 413),
+        ("gzip", bomb, 413),
+    ):
+        # The relay hangs up on who sends such a body: nothing else may come on that connection.
+        headers = {"Content-Encoding": encoding, "Connection": "close", **scene.node.headers("ann", "phone")}
+        url = scene.node.url + scene.path(name)
+        async with scene.node.http.request(ENDPOINTS[name].method, url, data=data, headers=headers) as answer:
+            refused((answer.status, await answer.text()), (name, encoding), status)
     assert await scene.stored() == before
 
 

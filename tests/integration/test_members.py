@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -150,7 +150,8 @@ async def test_nobody_changes_a_direct_conversation(node: Node) -> None:
 
 async def test_the_last_admin_stays_admin_until_there_is_another(node: Node) -> None:
     conv = await node.group("ann", ["bob"])
-    for method, body in (("DELETE", None), ("PATCH", {"role": "member"}), ("PATCH", {"role": "moderator"})):
+    refused: list[tuple[str, Any]] = [("PATCH", {"role": role}) for role in ("member", "moderator")]
+    for method, body in [("DELETE", None), *refused]:
         status, found = await ask(node, "ann", method, at(conv, "/members/ann"), body)
         assert (status, found["error"]["code"]) == (409, "conflict")
     assert await roles(node, conv) == {"ann": "admin", "bob": "member"}
@@ -522,70 +523,59 @@ async def test_a_group_has_no_more_members_than_it_may(nodes: NodeFactory) -> No
 async def test_malformed_changes_are_refused_and_change_nothing(node: Node) -> None:
     conv = await node.group("ann", ["bob"])
     before = await node.db.conversations.find_one({"_id": conv}), await roles(node, conv)
-    bad: list[tuple[str, str, Any]] = [
-        *(
-            ("POST", "/members", body)
-            for body in (
-                None,
-                {},
-                [],
-                {"users": []},
-                {"users": "cleo"},
-                {"users": [1]},
-                {"users": [{"$ne": None}]},
-                {"users": ["a b"]},
-                {"users": [""]},
-                {"users": ["$relay"]},
-                {"users": ["cleo"], "role": "admin"},
-            )
-        ),
-        *(
-            ("PATCH", "/members/bob", body)
-            for body in (
-                None,
-                {},
-                {"role": "owner"},
-                {"role": None},
-                {"role": {"$ne": 1}},
-                {"role": "admin", "x": 1},
-            )
-        ),
-        *(
-            ("PATCH", "", body)
-            for body in (
-                {"name": None},
-                {"name": ""},
-                {"name": "n" * 129},
-                {"name": "a\0"},
-                {"name": "a\nb"},
-                {"name": {"$ne": 1}},
-                {"picture": "../x"},
-                {"picture": 1},
-                {"description": "d" * 1025},
-                {"description": "\x01"},
-                {"settings": {"whoMayPost": "nobody"}},
-                {"settings": {"whoMayPost": {"$ne": 1}}},
-                {"settings": {"x": 1}},
-                {"settings": "x"},
-                {"type": "direct"},
-                {"rev": 7},
-                {"pending": None},
-            )
-        ),
-        *(
-            ("PATCH", "/me", body)
-            for body in (
-                {"pinned": "yes"},
-                {"pinned": 1},
-                {"archived": {"$ne": 1}},
-                {"mutedUntil": -1},
-                {"mutedUntil": 10**18},
-                {"mutedUntil": "x"},
-                {"mutedUntil": 1.5},
-                {"role": "admin"},
-            )
-        ),
-    ]
+    bodies: dict[tuple[str, str], list[Any]] = {
+        ("POST", "/members"): [
+            None,
+            {},
+            [],
+            {"users": []},
+            {"users": "cleo"},
+            {"users": [1]},
+            {"users": [{"$ne": None}]},
+            {"users": ["a b"]},
+            {"users": [""]},
+            {"users": ["$relay"]},
+            {"users": ["cleo"], "role": "admin"},
+        ],
+        ("PATCH", "/members/bob"): [
+            None,
+            {},
+            {"role": "owner"},
+            {"role": None},
+            {"role": {"$ne": 1}},
+            {"role": "admin", "x": 1},
+        ],
+        ("PATCH", ""): [
+            {"name": None},
+            {"name": ""},
+            {"name": "n" * 129},
+            {"name": "a\0"},
+            {"name": "a\nb"},
+            {"name": {"$ne": 1}},
+            {"picture": "../x"},
+            {"picture": 1},
+            {"description": "d" * 1025},
+            {"description": "\x01"},
+            {"settings": {"whoMayPost": "nobody"}},
+            {"settings": {"whoMayPost": {"$ne": 1}}},
+            {"settings": {"x": 1}},
+            {"settings": "x"},
+            {"type": "direct"},
+            {"rev": 7},
+            {"pending": None},
+        ],
+        ("PATCH", "/me"): [
+            {"pinned": "yes"},
+            {"pinned": 1},
+            {"archived": {"$ne": 1}},
+            {"mutedUntil": -1},
+            {"mutedUntil": 10**18},
+            {"mutedUntil": "x"},
+            {"mutedUntil": 1.5},
+            {"role": "admin"},
+        ],
+    }
+    bad = [(method, suffix, body) for (method, suffix), all_ in bodies.items() for body in all_]
     for method, suffix, body in bad:
         status, found = await ask(node, "ann", method, at(conv, suffix), body)
         assert (status, found["error"]["code"]) in ((400, "bad_request"), (413, "too_large")), (suffix, body)
@@ -596,7 +586,7 @@ async def test_malformed_changes_are_refused_and_change_nothing(node: Node) -> N
 
 
 async def test_lists_page_with_limits_and_q(node: Node) -> None:
-    await node.db.users.insert_one({"_id": "bob", "createdAt": None, "name": "Bob Builder"})
+    await node.db.users.insert_one({"_id": "bob", "createdAt": datetime.now(UTC), "name": "Bob Builder"})
     trip = await node.group("ann", ["bob", "cleo", "dan"])
     await ask(node, "ann", "PATCH", at(trip), {"name": "Trip to Oslo"})
     other = await node.group("ann", ["cleo"])
@@ -634,8 +624,9 @@ async def test_lists_page_with_limits_and_q(node: Node) -> None:
 async def test_strangers_learn_nothing_about_the_people_they_name(nodes: NodeFactory) -> None:
     node = await nodes.start(auto_provision=False)
     for user in ("ann", "bob", "zoe"):
-        await node.db.users.insert_one({"_id": user, "createdAt": None})
-        await node.db.devices.insert_one({"_id": f"{user}/phone", "user": user, "createdAt": None})
+        known_since = {"createdAt": datetime.now(UTC)}
+        await node.db.users.insert_one({"_id": user, **known_since})
+        await node.db.devices.insert_one({"_id": f"{user}/phone", "user": user, **known_since})
     conv = await node.group("ann", ["bob"])
     known = await ask(node, "zoe", "POST", at(conv, "/members"), {"users": ["bob"]})
     unknown = await ask(node, "zoe", "POST", at(conv, "/members"), {"users": ["nobody"]})

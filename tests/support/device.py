@@ -10,6 +10,8 @@ from typing import Any
 
 import aiohttp
 
+from relay.wire.server_frames import check_server_frame
+
 
 def new_id() -> str:
     """A message id."""
@@ -65,7 +67,10 @@ class WireDevice:
             if message.type is not aiohttp.WSMsgType.TEXT:
                 raise Closed(self.socket.close_code)
             value = json.loads(message.data)
-            self._queue.extend(value if isinstance(value, list) else [value])
+            operations = value if isinstance(value, list) else [value]
+            for operation in operations:
+                check_server_frame(operation)
+            self._queue.extend(operations)
         return self._queue.popleft()
 
     async def expect(self, name: str, seconds: float = 5, **fields: Any) -> dict[str, Any]:
