@@ -132,12 +132,29 @@ class Settings(BaseSettings):
     rate_login_address: Rate = Field("20/minute", description="Log-ins from one address.")
     rate_login_account: Rate = Field("10/minute", description="Log-ins to one account.")
     rate_register: Rate = Field("20/minute", description="Registrations from one address.")
-    rate_refresh: Rate = Field("60/minute", description="Renewals of sessions from one address.")
+    # Nobody guesses 256 random bits, and the phones of a whole network may have one address.
+    rate_refresh: Rate = Field("1000/minute", description="Renewals of sessions from one address.")
     rate_connect: Rate = Field("1000/10 seconds", description="New WebSockets from one address.")
     rate_search: Rate = Field("60/minute", description="Searches for people by one user.")
     rate_search_phone: Rate = Field("30/hour", description="Searches by phone number by one user.")
+    rate_search_phone_address: Rate = Field(
+        "60/hour", description="Searches by phone number from one address."
+    )
     rate_key_claim: Rate = Field("300/minute", description="One-time prekeys claimed of one device.")
-    rate_conversation: Rate = Field("60/minute", description="Conversations made, and additions to groups, by one user.")
+    rate_key_claim_pair: Rate = Field(
+        "120/minute", description="One-time prekeys claimed of one device by one user."
+    )
+    rate_key_claim_caller: Rate = Field(
+        "1000/minute", description="Devices that one user claims keys of; 256 at once must fit."
+    )
+    rate_key_change: Rate = Field("30/minute", description="Changes of one device's published keys.")
+    rate_contact_change: Rate = Field("120/minute", description="Blocks and unblocks by one user.")
+    rate_profile_change: Rate = Field(
+        "120/minute", description="Changes of profile and push address by one user."
+    )
+    rate_conversation: Rate = Field(
+        "60/minute", description="Conversations made, and additions to groups, by one user."
+    )
     rate_report: Rate = Field("20/hour", description="Reports by one user.")
     rate_export: Rate = Field("10/hour", description="Exports of a person's data by one user.")
     message_rate: float = Field(

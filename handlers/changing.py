@@ -17,6 +17,7 @@ from bson.errors import BSONError
 from handlers.context import Context
 from relay.store.batcher import BatcherClosed
 from relay.store.commits import Stored, Submission
+from relay.store.releases import Planned
 from relay.store.revisions import NOWHERE, Event, Origin, Proposal, Revision, Situation
 from relay.wire.codec import dumps
 from relay.wire.envelope import Envelope
@@ -68,14 +69,22 @@ async def change(
 async def carry_out(ctx: Context, revision: Revision) -> None:
     """Does every step of a revision. May be repeated, also by several at once. Raises RelayError when the store does not
     take the system message; the repair job goes on later."""
+    with ctx.revisions.carrying(revision):
+        await _carry_out(ctx, revision)
+
+
+async def _carry_out(ctx: Context, revision: Revision) -> None:
     await _audit(ctx, revision)
-    releases: list[str] = []
+    releases: list[Planned] = []
     if revision.event in ("removed", "left"):
         releases = [
             await ctx.releases.plan(user, conversation=revision.conversation) for user in revision.users
         ]
-    await ctx.revisions.apply(revision)
-    await ctx.invalidation.tell(conversations=[revision.conversation])
+    if not await ctx.revisions.apply(revision):
+        return
+    # Nobody can have resolved a conversation before it was made.
+    if revision.event != "created":
+        await ctx.invalidation.tell(conversations=[revision.conversation])
     for name in releases:
         await ctx.releases.run(name)
     if revision.type == "group":

@@ -126,5 +126,6 @@ class Peer(Protocol):
     def delivery(self) -> Delivery:
         """What is in flight."""
 
-    def renew(self, token: str) -> int:
-        """Takes a new token of the same user and device; returns its expiry (s). Raises RelayError."""
+    async def renew(self, token: str) -> int | None:
+        """Takes a new token of the same user and device; returns its expiry (s). None when that device may not be here any
+        more: then the connection is being closed. Raises RelayError, and what the store raises."""

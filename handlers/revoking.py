@@ -13,17 +13,17 @@ async def revoke(
     """Revokes a device of this user; False when they never had it. ``actor`` (the user, unless named) acts from ``address``.
 
     When this returns, messages committed from now on do not await the device. Safe to repeat: what died half-way is
-    finished, by a repetition or by the releases' job. Raises what the store raises.
+    finished, by a repetition or by the releases' job; the trail may hold one entry too many, never one too few. Raises
+    RelayError ``unavailable`` and what the store raises.
     """
     active = await ctx.sessions.is_active(user, device)
     if active is None:
         return False
     key = device_key(user, device)
-    # One that was removed before has its release planned.
-    release = await ctx.releases.plan(key) if active else None
-    removed = await ctx.sessions.remove(user, device)
-    cut_off(ctx, key)
-    if removed:
+    release = None
+    # One that was removed before is in the trail, and has its release planned.
+    if active:
+        release = await ctx.releases.plan(key)
         await ctx.audit.record(
             "device.revoke",
             actor=actor or user,
@@ -32,8 +32,13 @@ async def revoke(
             agent=agent,
             device=device,
         )
-    await ctx.keys.forget(key)
+        # A device that logs out cannot ask again: its token is refused from the removal on.
+        await ctx.keys.forget(key)
+        await ctx.sessions.remove(user, device)
+    cut_off(ctx, key)
     await ctx.invalidation.tell(users=[user])
+    # What it may have published while it was removed.
+    await ctx.keys.forget(key)
     if release is not None:
         await ctx.releases.run(release)
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import ceil
 from time import monotonic
 from typing import Final, NamedTuple
@@ -55,7 +56,8 @@ def submit(ctx: Context, sender: Sender, op: Send, audience: Audience, done: Don
             "too_large",
             f"this conversation has {len(awaiting)} recipient devices, the limit is {ctx.limits.recipients}",
         )
-    if op.sealed is not None or op.devices_rev is not None:
+    sealed = op.sealed is not None or op.devices_rev is not None
+    if sealed:
         _check_devices(op, sender, audience)
     now = ctx.clock.now()
     after = -1 if op.after is None else op.after
@@ -84,6 +86,7 @@ def submit(ctx: Context, sender: Sender, op: Send, audience: Audience, done: Don
             again=op.again,
             deadline=monotonic() + ctx.limits.send_deadline,
             done=done,
+            check=partial(_check_devices, op, sender) if sealed else None,
         )
     except (BSONError, OverflowError, UnicodeEncodeError):
         raise RelayError("bad_request", "this message cannot be stored") from None

@@ -73,6 +73,16 @@ class User(Document):
                 name="phoneKey",
                 partialFilterExpression={"phoneKey": {"$exists": True}},
             ),
+            IndexModel(
+                [("suspendedAt", ASCENDING)],
+                name="suspendedAt",
+                partialFilterExpression={"suspendedAt": {"$exists": True}},
+            ),
+            IndexModel(
+                [("erasingAt", ASCENDING)],
+                name="erasingAt",
+                partialFilterExpression={"erasingAt": {"$exists": True}},
+            ),
         ]
 
 
@@ -91,8 +101,9 @@ class Push(BaseModel):
 
 
 class Session(BaseModel):
-    """The refresh-token family of a device. ``current`` and ``previous`` are hashes; ``successor`` is the current token
-    encrypted under the previous one, so that a lost answer can be repeated."""
+    """The refresh-token family of a device. ``id``, ``current`` and ``previous`` are hashes; ``successor`` is the current
+    token encrypted under the previous one, so that a lost answer can be repeated. ``repeatedAt``: when such a repetition was
+    last noted in the audit trail."""
 
     id: str
     current: str
@@ -100,12 +111,14 @@ class Session(BaseModel):
     successor: str | None = Field(default=None)
     createdAt: datetime
     rotatedAt: datetime
+    repeatedAt: datetime | None = Field(default=None)
 
 
 class Device(Document):
     """One installation of the app. ``id`` is ``user/device``; ``lastSeen`` is absent until its first connection.
 
-    ``since`` is when this incarnation began to receive (absent: ``createdAt``). ``endedAt``: tokens issued up to then are
+    ``since`` is when this incarnation began to receive (absent: ``createdAt``), ``backAt`` when it was last back from
+    inactivity. ``endedAt``: tokens issued up to then are
     refused, and so are tokens of another session. ``removedAt``: it is no recipient any more.
     ``relinkedAt``: its keys are another installation's since then.
     """
@@ -116,6 +129,7 @@ class Device(Document):
     updatedAt: datetime | None = Field(default=None)
     since: datetime | None = Field(default=None)
     lastSeen: datetime | None = Field(default=None)
+    backAt: datetime | None = Field(default=None)
     gap: Gap | None = Field(default=None)
     name: str | None = Field(default=None)
     platform: str | None = Field(default=None)
@@ -143,6 +157,10 @@ class Device(Document):
                 partialFilterExpression={"endedAt": {"$exists": True}},
             ),
             IndexModel(
-                [("removedAt", ASCENDING)], name="removedAt_ttl", expireAfterSeconds=REMOVED_SECONDS
+                [("removedAt", ASCENDING)],
+                name="removedAt_ttl",
+                expireAfterSeconds=REMOVED_SECONDS,
+                # Only what is on its way out: MongoDB would choose an index of everything for "is absent".
+                partialFilterExpression={"removedAt": {"$exists": True}},
             ),
         ]

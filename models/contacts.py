@@ -16,7 +16,7 @@ class Contact(Document):
     """What ``owner`` keeps of ``user``. ``id`` is ``"<owner> <user>"``.
 
     ``listed``: it is in the owner's contact list (somebody may be blocked without being a contact). ``sortKey`` is what the
-    list is sorted by. ``removedAt``: neither listed nor blocked any more; kept a while for devices that were away.
+    list is sorted by. ``blockedAt``: since when they are blocked. ``removedAt``: neither listed nor blocked any more; kept a while for devices that were away.
     """
 
     id: str  # type: ignore[assignment]
@@ -26,6 +26,7 @@ class Contact(Document):
     sortKey: str = Field(default="")
     listed: bool = Field(default=False)
     blocked: bool = Field(default=False)
+    blockedAt: datetime | None = Field(default=None)
     createdAt: datetime
     updatedAt: datetime
     removedAt: datetime | None = Field(default=None)
@@ -48,7 +49,11 @@ class Contact(Document):
                 partialFilterExpression={"blocked": True},
             ),
             IndexModel(
-                [("removedAt", ASCENDING)], name="removedAt_ttl", expireAfterSeconds=REMOVED_SECONDS + 86_400
+                [("removedAt", ASCENDING)],
+                name="removedAt_ttl",
+                expireAfterSeconds=REMOVED_SECONDS + 86_400,
+                # Only what is on its way out: MongoDB would choose an index of everything for "is absent".
+                partialFilterExpression={"removedAt": {"$exists": True}},
             ),
         ]
 

@@ -54,6 +54,8 @@ class Conversation(Document):
                 [("dissolvedAt", ASCENDING)],
                 name="dissolvedAt_ttl",
                 expireAfterSeconds=REMOVED_SECONDS + 86_400,
+                # Only what is on its way out: MongoDB would choose an index of everything for "is absent".
+                partialFilterExpression={"dissolvedAt": {"$exists": True}},
             ),
         ]
 
@@ -106,6 +108,10 @@ class Membership(Document):
                 partialFilterExpression={"readAt": {"$exists": True}},
             ),
             IndexModel(
-                [("removedAt", ASCENDING)], name="removedAt_ttl", expireAfterSeconds=REMOVED_SECONDS + 86_400
+                [("removedAt", ASCENDING)],
+                name="removedAt_ttl",
+                expireAfterSeconds=REMOVED_SECONDS + 86_400,
+                # Only what is on its way out: MongoDB would choose an index of everything for "is absent".
+                partialFilterExpression={"removedAt": {"$exists": True}},
             ),
         ]

@@ -9,7 +9,7 @@ from beanie import Document
 from pydantic import BaseModel, Field
 from pymongo import ASCENDING, IndexModel
 
-CLAIMED_SECONDS = 90 * 86_400
+from models.accounts import REMOVED_SECONDS
 
 
 class SignedKey(BaseModel):
@@ -48,7 +48,11 @@ class PublicKeys(Document):
 
 class PreKey(Document):
     """A one-time prekey. It is handed out by setting ``claimedAt`` and stays, without the key, so that uploading it once
-    more cannot bring it back. ``id`` is ``"<device key> <generation> <kind> <key id>"``."""
+    more cannot bring it back, under whatever generation. ``id`` is ``"<device key> <kind> <key id> <hash of the key>"``.
+
+    A mark stays as long as the device does. ``forgottenAt``: the device is signed out; when it does not come back the mark
+    runs out, as the device itself does.
+    """
 
     id: str  # type: ignore[assignment]
     device: str
@@ -58,6 +62,7 @@ class PreKey(Document):
     key: str | None = Field(default=None)
     signature: str | None = Field(default=None)
     claimedAt: datetime | None = Field(default=None)
+    forgottenAt: datetime | None = Field(default=None)
 
     class Settings:
         name = "prekeys"
@@ -73,5 +78,17 @@ class PreKey(Document):
                 ],
                 name="device_unclaimed",
             ),
-            IndexModel([("claimedAt", ASCENDING)], name="claimedAt_ttl", expireAfterSeconds=CLAIMED_SECONDS),
+            IndexModel(
+                [
+                    ("device", ASCENDING),
+                    ("generation", ASCENDING),
+                    ("kind", ASCENDING),
+                    ("keyId", ASCENDING),
+                ],
+                name="device_keyId",
+                unique=True,
+            ),
+            IndexModel(
+                [("forgottenAt", ASCENDING)], name="forgottenAt_ttl", expireAfterSeconds=REMOVED_SECONDS
+            ),
         ]

@@ -24,7 +24,7 @@ from relay.jobs.expiry import Expiry
 from relay.jobs.health import HealthCheck
 from relay.jobs.heartbeat import Heartbeat
 from relay.jobs.housekeeping import InterruptedErasures
-from relay.jobs.repair import Repair
+from relay.jobs.repair import Released, Repair
 from relay.jobs.revocations import Revocations
 from relay.jobs.supervisor import Job, Supervisor
 from relay.jobs.sweep import LastSeen, Sweep, TimeToLive
@@ -91,6 +91,7 @@ _ERASURES_SECONDS: Final = 5.0
 _REPAIR_SECONDS: Final = 2.0
 _LAST_SEEN_SECONDS: Final = 10.0
 _TTL_SECONDS: Final = 60.0
+_AUDIT_HEAD_SECONDS: Final = 3600.0
 
 log = structlog.get_logger(__name__)
 
@@ -236,6 +237,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
     stack.push_async_callback(_leave, peers)
     audit = Audit(pseudonyms)
     stack.push_async_callback(audit.close)
+    await audit.tell_end()
     passwords = Passwords(processes=settings.password_processes, queue=settings.password_queue)
     stack.callback(passwords.close)
     rates = Rates(
@@ -258,7 +260,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
         metrics=metrics,
         health=health,
         rosters=rosters,
-        revisions=Revisions(),
+        revisions=Revisions(peers.id, peers.lives),
         changes=Changes(conversations),
         sessions=Sessions(
             refresh_days=settings.refresh_token_days,
@@ -269,7 +271,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
         contacts=Contacts(most=settings.max_contacts),
         keys=Keys(),
         audit=audit,
-        releases=Releases(messages, endings, settle_seconds=_SETTLE_SECONDS, now=clock.now),
+        releases=Releases(messages, endings, settle_seconds=_SETTLE_SECONDS),
         invalidation=Invalidation(audiences, commits, peers, commit_seconds=timeout),
         passwords=passwords,
         pseudonyms=pseudonyms,
@@ -304,7 +306,9 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
             Job("doubts", Doubts(commits, acks).run, _DOUBTS_SECONDS, 0.1),
             Job("erasures", InterruptedErasures(context).run, _ERASURES_SECONDS, 0.2),
             Job("peers", peers.beat, BEAT_SECONDS),
+            Job("releases", Released(context).run, _REPAIR_SECONDS, 0.2),
             Job("repair", Repair(context).run, _REPAIR_SECONDS, 0.2),
+            Job("audit head", audit.tell_end, _AUDIT_HEAD_SECONDS, 0.1),
             Job("health", HealthCheck(mongo, health).run, _HEALTH_SECONDS),
         ]
     )
@@ -418,7 +422,13 @@ def _rules(settings: Settings) -> dict[str, str]:
         "connect": settings.rate_connect,
         "search": settings.rate_search,
         "search_phone": settings.rate_search_phone,
+        "search_phone_address": settings.rate_search_phone_address,
         "key_claim": settings.rate_key_claim,
+        "key_claim_pair": settings.rate_key_claim_pair,
+        "key_claim_caller": settings.rate_key_claim_caller,
+        "key_change": settings.rate_key_change,
+        "contact_change": settings.rate_contact_change,
+        "profile_change": settings.rate_profile_change,
         "conversation": settings.rate_conversation,
         "report": settings.rate_report,
         "export": settings.rate_export,

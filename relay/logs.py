@@ -42,6 +42,8 @@ def configure(log_format: Literal["auto", "text", "json"], level: str) -> None:
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *final],
         )
     )
+    # It quotes requests that it cannot parse, tokens and all; what fails in a handler is logged by the relay.
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(max(threshold, logging.WARNING))

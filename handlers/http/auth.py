@@ -23,7 +23,7 @@ from handlers.http.schemas.auth import (
 from handlers.http.schemas.base import DoneAnswer
 from handlers.revoking import cut_off, revoke
 from relay.security.issuer import Issuer
-from relay.store.sessions import Account, Installation, Reused, too_many_devices
+from relay.store.sessions import Account, Installation, Reused, new_device, too_many_devices
 from relay.wire.errors import RelayError
 from relay.wire.ids import DEVICE_ID, device_key
 
@@ -64,15 +64,10 @@ async def login(ctx: Context, caller: Caller, request: web.Request) -> web.Respo
     right = await ctx.passwords.verify(hashed, wanted.password)
     if not right or account is None or hashed is None or account.erasing:
         # Noted for unknown names, too: the time it takes must not tell which exist.
-        await ctx.audit.record(
-            "session.refuse",
-            actor=NOBODY,
-            target=None if account is None else account.user,
-            address=caller.address,
-            agent=caller.agent,
-        )
+        await _refused(ctx, caller, NOBODY, None if account is None else account.user)
         raise RelayError("unauthorized", _WRONG)
     if account.suspended:
+        await _refused(ctx, caller, account.user, account.user)
         raise _suspended()
     if ctx.passwords.needs_rehash(hashed):
         await ctx.sessions.rehash(account.user, hashed, await ctx.passwords.hash(wanted.password))
@@ -98,6 +93,16 @@ async def refresh(ctx: Context, caller: Caller, request: web.Request) -> web.Res
             device=found.device,
         )
         raise RelayError("unauthorized", _ENDED)
+    if found.suspicious:
+        await ctx.audit.record(
+            "session.repeat",
+            actor=found.user,
+            target=found.user,
+            address=caller.address,
+            agent=caller.agent,
+            device=found.device,
+        )
+        await ctx.sessions.note_repeat(found.user, found.device, found.token.session)
     account = await ctx.sessions.account_of(found.user)
     if account is None or account.erasing:
         raise RelayError("unauthorized", _ENDED)
@@ -152,24 +157,28 @@ async def _open(
     ctx: Context, issuer: Issuer, caller: Caller, account: Account, device: DeviceRequest, status: int
 ) -> web.Response:
     user = account.user
+    name = device.id or new_device()
+    key = device_key(user, name)
+    await ctx.sessions.check_room(user, name)
     release = None
     if device.reset and device.id is not None:
-        release = await ctx.releases.plan(device_key(user, device.id))
-    opened = await ctx.sessions.open(
-        user, Installation(device.id, device.name, device.platform, device.reset)
-    )
-    key = device_key(user, opened.device)
-    if opened.ended:
-        cut_off(ctx, key)
+        release = await ctx.releases.plan(key)
+    # Before the session: rather one entry too many than none.
     await ctx.audit.record(
         "session.open",
         actor=user,
         target=user,
         address=caller.address,
         agent=caller.agent,
-        device=opened.device,
+        device=name,
         details={"reset": device.reset},
     )
+    if device.id is not None and (device.reset or await ctx.sessions.is_active(user, name) is False):
+        # Whoever logs in again after a failure is not a new installation any more: its keys must be gone by then.
+        await ctx.keys.forget(key)
+    opened = await ctx.sessions.open(user, Installation(name, device.name, device.platform, device.reset))
+    if opened.ended:
+        cut_off(ctx, key)
     if opened.too_many:
         await revoke(ctx, user, opened.device, address=caller.address, agent=caller.agent)
         raise too_many_devices()
@@ -195,6 +204,12 @@ def _issuer(ctx: Context) -> Issuer:
     if ctx.issuer is None:
         raise RelayError("forbidden", "this relay has no accounts of its own; tokens come from elsewhere")
     return ctx.issuer
+
+
+async def _refused(ctx: Context, caller: Caller, actor: str, target: str | None) -> None:
+    await ctx.audit.record(
+        "session.refuse", actor=actor, target=target, address=caller.address, agent=caller.agent
+    )
 
 
 def _suspended() -> RelayError:

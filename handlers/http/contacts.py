@@ -23,7 +23,9 @@ from handlers.http.schemas.contacts import (
 )
 from relay.store.contacts import Entry
 from relay.store.people import Profile
+from relay.store.reports import Complaint
 from relay.wire.errors import RelayError
+from relay.wire.ids import new_id
 
 _DEFAULT: Final = 50
 _MOST: Final = 200
@@ -63,6 +65,8 @@ async def change(ctx: Context, caller: Caller, request: web.Request) -> web.Resp
     named = "name" in wanted.model_fields_set
     if wanted.blocked is None and not named:
         raise RelayError("bad_request", "name what to change: name or blocked")
+    if wanted.blocked is not None:
+        await ctx.rates.check("contact_change", caller.user)
     entry = await ctx.contacts.entry(caller.user, user)
     if wanted.blocked and (entry is None or not (entry.listed or entry.blocked)):
         profile: Profile | None = await _other(ctx, caller, user)
@@ -120,7 +124,8 @@ async def report(ctx: Context, caller: Caller, request: web.Request) -> web.Resp
         raise RelayError("bad_request", "conversation: messages are named together with their conversation")
     await ctx.rates.check("report", caller.user)
     await _other(ctx, caller, wanted.user)
-    name, new = await ctx.contacts.reports.add(
+    complaint = Complaint(
+        new_id(),
         caller.user,
         wanted.user,
         wanted.reason,
@@ -128,16 +133,20 @@ async def report(ctx: Context, caller: Caller, request: web.Request) -> web.Resp
         conversation=wanted.conversation,
         messages=wanted.messages,
     )
-    if new:
-        await ctx.audit.record(
-            "report.add",
-            actor=caller.user,
-            target=wanted.user,
-            address=caller.address,
-            agent=caller.agent,
-            details={"report": name, "reason": wanted.reason},
-        )
-    return answer(ReportAnswer(id=name), 201 if new else 200)
+    same = await ctx.contacts.reports.same(complaint)
+    if same is not None:
+        return answer(ReportAnswer(id=same))
+    # First the record: what is not recorded is not done.
+    await ctx.audit.record(
+        "report.add",
+        actor=caller.user,
+        target=wanted.user,
+        address=caller.address,
+        agent=caller.agent,
+        details={"report": complaint.id, "reason": wanted.reason},
+    )
+    await ctx.contacts.reports.add(complaint)
+    return answer(ReportAnswer(id=complaint.id), 201)
 
 
 async def _other(ctx: Context, caller: Caller, user: str) -> Profile:
@@ -229,7 +238,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         "contacts",
         {200: ContactAnswer},
         request=ContactPatch,
-        errors=("bad_request", "not_found", "too_large"),
+        errors=("bad_request", "not_found", "too_large", "rate_limited"),
     ),
     Route(
         "DELETE",

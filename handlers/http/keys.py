@@ -39,13 +39,17 @@ async def publish(ctx: Context, caller: Caller, request: web.Request) -> web.Res
     what waited for the former installation is released, and this one is shown a `gap`."""
     upload = _upload(await parsed(request, PublishKeys))
     key = device_key(caller.user, caller.device)
-    relinked = await ctx.keys.relinks(key, upload)
-    if relinked:
+    news = await ctx.keys.news(key, upload)
+    if news != "nothing":
+        await ctx.rates.check("key_change", key)
+    if news == "installation":
         return answer(_shown(await _replace(ctx, caller, key, upload)))
+    if news != "nothing":
+        await _record(ctx, caller, "keys.publish" if news == "first" else "keys.change")
     if not await ctx.keys.register(key, upload.registration):
         raise _gone()
     stock = await ctx.keys.store(key, upload)
-    if relinked is None:
+    if news == "first":
         await ctx.invalidation.tell(users=[caller.user])
     return answer(_shown(stock))
 
@@ -54,9 +58,7 @@ async def _replace(ctx: Context, caller: Caller, key: str, upload: Upload) -> St
     """Another installation has taken the device's place. The keys are written last: until then a repetition is seen as a
     replacement again and finishes what a crash left."""
     release = await ctx.releases.plan(key)
-    await ctx.audit.record(
-        "keys.replace", actor=caller.user, target=caller.user, address=caller.address, agent=caller.agent
-    )
+    await _record(ctx, caller, "keys.replace")
     if not await ctx.keys.relink(key, upload.registration):
         raise _gone()
     try:
@@ -73,7 +75,8 @@ async def directory(ctx: Context, caller: Caller, request: web.Request) -> web.R
     """The keys of a person's devices that no reading uses up: identity key, registration id and signed prekey. Devices that
     have published none, or get no messages any more, are left out."""
     user: str = request.match_info["id"]
-    if not USER_ID.fullmatch(user) or not await ctx.accounts.exists(user):
+    # Whom their profile does not show, this must not show either.
+    if not USER_ID.fullmatch(user) or await ctx.people.profile(user) is None:
         raise RelayError("not_found", "no such user")
     devices = (await ctx.accounts.active_devices([user])).get(user, [])
     return answer(DirectoryAnswer(devices=[_listed(entry) for entry in await ctx.keys.directory(devices)]))
@@ -82,9 +85,9 @@ async def directory(ctx: Context, caller: Caller, request: web.Request) -> web.R
 async def claim(ctx: Context, caller: Caller, request: web.Request) -> web.Response:
     """Hands out one one-time prekey and one KEM prekey of each device, to nobody else ever again. When the KEM prekeys have
     run out the last-resort key comes instead. When claims of one of the devices come too often, nothing is handed out and
-    the error's `details.devices` names those to leave out."""
+    the error's `details.devices` names those to leave out; without it, the caller has claimed keys of too many devices."""
     wanted = await parsed(request, ClaimKeys)
-    await _check_rates(ctx, wanted.devices)
+    await _check_rates(ctx, caller.user, wanted.devices)
     claims = await ctx.keys.claim(wanted.devices)
     for found in claims:
         target = ctx.hub.get(found.device) if found.low is not None else None
@@ -98,13 +101,31 @@ async def count(ctx: Context, caller: Caller, request: web.Request) -> web.Respo
     return answer(_shown(await ctx.keys.stock(device_key(caller.user, caller.device))))
 
 
-async def _check_rates(ctx: Context, devices: list[str]) -> None:
-    """Counts a claim of each device. Raises RelayError ``rate_limited`` that names those over their limit."""
+async def _record(ctx: Context, caller: Caller, act: str) -> None:
+    await ctx.audit.record(
+        act,
+        actor=caller.user,
+        target=caller.user,
+        address=caller.address,
+        agent=caller.agent,
+        device=caller.device,
+    )
+
+
+async def _check_rates(ctx: Context, user: str, wanted: list[str]) -> None:
+    """Counts a claim of each device that has keys; names that somebody made up are not worth a counter. Raises RelayError
+    ``rate_limited`` that names those over their limit."""
+    devices = await ctx.keys.claimable(wanted)
+    if not devices:
+        return
+    await ctx.rates.check("key_claim_caller", user, len(devices))
     turn = asyncio.Semaphore(_CHECKS_AT_ONCE)
 
     async def check(device: str) -> RelayError | None:
         async with turn:
             try:
+                # First what is this caller's own: who asks too often uses up nothing of what is left to others.
+                await ctx.rates.check("key_claim_pair", f"{user} {device}")
                 await ctx.rates.check("key_claim", device)
             except RelayError as error:
                 return error
@@ -175,7 +196,7 @@ ROUTES: Final = (
         "keys",
         {200: StockAnswer},
         request=PublishKeys,
-        errors=("bad_request", "conflict", "too_large"),
+        errors=("bad_request", "conflict", "too_large", "rate_limited"),
     ),
     Route(
         "GET",

@@ -49,7 +49,8 @@ async def add(ctx: Context, caller: Caller, request: web.Request) -> web.Respons
         raise RelayError("too_large", f"a group has at most {ctx.limits.members} members")
     await ctx.rates.check("conversation", caller.user)
     await know(ctx, caller, users)
-    await check_welcome(ctx, caller, [user for user in users if user != caller.user], "whoMayAdd")
+    there = await ctx.conversations.members_among(conversation, users)
+    await check_welcome(ctx, caller, [user for user in users if user not in there], "whoMayAdd")
     await changing.change(
         ctx,
         conversation,

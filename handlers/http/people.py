@@ -57,6 +57,8 @@ async def change_me(ctx: Context, caller: Caller, request: web.Request) -> web.R
         **named,
         **{name: None if value == _DEFAULTS[name] else value for name, value in preferences.items()},
     }
+    if changes:
+        await _record(ctx, caller, "profile.change", fields=" ".join(sorted(changes)))
     profile = await ctx.people.change(caller.user, changes)
     if "whoMayMessage" in changes or "whoMayAdd" in changes:
         await ctx.invalidation.tell(users=[caller.user])
@@ -93,8 +95,13 @@ async def search(ctx: Context, caller: Caller, request: web.Request) -> web.Resp
     q = typed(request.query.get("q", ""), shortest=_SHORTEST)
     limit = page_limit(request, _DEFAULT, _MOST)
     cursor = request.query.get("cursor")
-    await ctx.rates.check("search_phone" if looks_like_phone(q) else "search", caller.user)
-    people, following = await ctx.people.search(caller.user, q, limit=limit, cursor=cursor)
+    if looks_like_phone(q):
+        await ctx.rates.check("search_phone", caller.user)
+        # Whoever walks the phone book makes accounts for it.
+        await ctx.rates.check("search_phone_address", caller.address)
+    else:
+        await ctx.rates.check("search", caller.user)
+    people, following = await ctx.people.search(q, limit=limit, cursor=cursor)
     if cursor is None:
         await ctx.people.remember_search(caller.user, q)
     return answer(PeoplePage(items=[profile_answer(one) for one in people], next=following))
@@ -106,11 +113,7 @@ async def show(ctx: Context, caller: Caller, request: web.Request) -> web.Respon
     profile = await ctx.people.profile(user)
     if profile is None:
         raise RelayError("not_found", "no such user")
-    online: bool | None = None
-    seen: int | None = None
-    if await _may_see_presence(ctx, caller.user, user):
-        online = bool(ctx.hub.of_user(user))
-        seen = (await ctx.people.last_seen([user])).get(user)
+    online, seen = await _presence(ctx, caller.user, user)
     return answer(PersonAnswer(**profile_answer(profile).model_dump(), online=online, last_seen=seen))
 
 
@@ -163,18 +166,37 @@ def own_answer(profile: OwnProfile) -> OwnProfileAnswer:
     )
 
 
+async def _record(ctx: Context, caller: Caller, act: str, **details: str) -> None:
+    """Notes, before it is done, what a person changes of their own, without the values."""
+    await ctx.rates.check("profile_change", caller.user)
+    await ctx.audit.record(
+        act,
+        actor=caller.user,
+        target=caller.user,
+        address=caller.address,
+        agent=caller.agent,
+        device=caller.device,
+        details=details,
+    )
+
+
 async def _push(ctx: Context, caller: Caller, push: dict[str, str] | None) -> None:
+    await _record(ctx, caller, "push.unset" if push is None else "push.set")
     if not await ctx.people.set_push(caller.user, caller.device, push):
         raise RelayError("not_found", "no such device")
 
 
-async def _may_see_presence(ctx: Context, caller: str, user: str) -> bool:
-    if caller == user:
-        return True
-    entry = await ctx.contacts.entry(user, caller)
-    if entry is not None and (entry.blocked or entry.listed):
-        return not entry.blocked
-    return await ctx.people.share_conversation(caller, user)
+async def _presence(ctx: Context, caller: str, user: str) -> tuple[bool | None, int | None]:
+    """Whether ``user`` is online, and when they were last seen (ms), as ``caller`` may know it. Who is blocked sees somebody
+    who went away at that moment: were it hidden, they would notice."""
+    entry = None if caller == user else await ctx.contacts.entry(user, caller)
+    listed = entry is not None and entry.listed
+    if caller != user and not listed and not await ctx.people.share_conversation(caller, user):
+        return None, None
+    seen = (await ctx.people.last_seen([user])).get(user)
+    if entry is None or not entry.blocked:
+        return bool(ctx.hub.of_user(user)), seen
+    return False, seen if seen is None or entry.blocked_at is None else min(seen, entry.blocked_at)
 
 
 _PAGING: Final[dict[str, dict[str, Any]]] = {
@@ -208,7 +230,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         "people",
         {200: OwnProfileAnswer},
         request=ProfilePatch,
-        errors=("bad_request", "not_found", "too_large"),
+        errors=("bad_request", "not_found", "too_large", "rate_limited"),
     ),
     Route(
         "PUT",
@@ -218,7 +240,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         "people",
         {200: DoneAnswer},
         request=PushRequest,
-        errors=("bad_request", "not_found", "too_large"),
+        errors=("bad_request", "not_found", "too_large", "rate_limited"),
     ),
     Route(
         "DELETE",
@@ -227,7 +249,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         "Stop telling this device that something waits",
         "people",
         {200: DoneAnswer},
-        errors=("not_found",),
+        errors=("not_found", "rate_limited"),
     ),
     Route("GET", "/v1/me/searches", searches, "The last searches", "people", {200: SearchPage}),
     Route(

@@ -43,7 +43,7 @@ _FILES: Final = {
     "searches.json": "what you searched for last",
     "reports.json": "what you reported to the operators",
     "waiting.json": "messages that wait for one of your devices (`mailbox`); `sealed` is encrypted for that device",
-    "sent.json": "messages you sent that still wait; `awaiting` counts the devices without it",
+    "sent.json": "messages you sent that still wait; `awaiting` counts the people without it",
     "audit.json": "the audit trail: what you did, from where, and what others did to your account or memberships",
 }
 
@@ -72,9 +72,12 @@ async def export(ctx: Context, caller: Caller, request: web.Request) -> web.Stre
             async for chunk in chunks:
                 async with asyncio.timeout(_STALLED_SECONDS):
                     await response.write(chunk)
-    except (PyMongoError, TimeoutError) as error:
+    except Exception as error:
         # The status is sent already: a torn connection is what says that this is not all.
-        log.warning("an export was broken off", error=brief(error))
+        if isinstance(error, PyMongoError | TimeoutError | OSError):
+            log.warning("an export was broken off", error=brief(error))
+        else:
+            log.exception("an export was broken off")
         if request.transport is not None:
             request.transport.abort()
         raise ConnectionResetError("the export was broken off") from None

@@ -12,6 +12,9 @@ def ping(ctx: Context, peer: Peer, op: Ping) -> None:
     peer.outbox.put(replies.pong(ctx.clock.now(), op.ref))
 
 
-def auth(_: Context, peer: Peer, op: Auth) -> None:
-    """Renews the token of this connection. Raises RelayError ``unauthorized``."""
-    peer.outbox.put(replies.authed(peer.renew(op.token), op.ref))
+async def auth(_: Context, peer: Peer, op: Auth) -> None:
+    """Renews the token of this connection; it is closed when its device may not be here any more. Raises RelayError
+    ``unauthorized``."""
+    expires = await peer.renew(op.token)
+    if expires is not None:
+        peer.outbox.put(replies.authed(expires, op.ref))

@@ -1,4 +1,5 @@
-"""Closes the connections of devices whose tokens were revoked: on another node, or while they were connecting."""
+"""Closes the connections of devices whose tokens were revoked, and of users who were suspended or are being erased: on
+another node, or while they were connecting."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ _WINDOW: Final = timedelta(seconds=60)
 
 
 class Revocations:
-    """One indexed query a round: what ended within the last minute."""
+    """Three indexed queries a round: what ended within the last minute."""
 
     def __init__(self, hub: Hub, accounts: Accounts) -> None:
         self._hub = hub
@@ -23,8 +24,9 @@ class Revocations:
 
     async def run(self) -> None:
         """One look."""
+        since = datetime.now(UTC) - _WINDOW
         known: dict[str, int | None] = {}
-        async for key, standing in self._accounts.ended_since(datetime.now(UTC) - _WINDOW):
+        async for key, standing in self._accounts.ended_since(since):
             known[key] = standing.ended
             if self._known.get(key, 0) != standing.ended:
                 self._accounts.forget(key)
@@ -32,3 +34,8 @@ class Revocations:
             if connection is not None and not standing.accepts(connection.issued, connection.session):
                 connection.shut(errors.UNAUTHORIZED)
         self._known = known
+        # A token can be newer than the end of its device: then it is its user who may not be here.
+        async for user in self._accounts.barred_since(since):
+            for connection in self._hub.of_user(user):
+                self._accounts.forget(connection.key)
+                connection.shut(errors.UNAUTHORIZED)

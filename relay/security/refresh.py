@@ -1,6 +1,7 @@
-"""Refresh tokens: ``<session id>.<secret>``, 128 and 256 random bits in base64url.
+"""Refresh tokens: ``<handle>.<secret>``, 128 and 256 random bits in base64url.
 
-Of the secret only a hash is stored. When a token has been exchanged, its successor is kept encrypted under it: whoever
+The handle finds the session; both are told to nobody but the device. Only a hash of either is stored, and the hash of the
+handle is the session's name, which access tokens carry: who knows it cannot present a refresh token of that session. When a token has been exchanged, its successor is kept encrypted under it: whoever
 still holds the former token, and nobody else, can be given the same successor again.
 """
 
@@ -24,7 +25,7 @@ PATTERN: Final = r"[A-Za-z0-9_-]{22}\.[A-Za-z0-9_-]{43}"
 """What a refresh token looks like."""
 
 _SHAPE: Final = re.compile(PATTERN)
-_SESSION_BYTES: Final = 16
+_HANDLE_BYTES: Final = 16
 _SECRET_BYTES: Final = 32
 _NONCE_BYTES: Final = 12
 
@@ -33,11 +34,17 @@ _NONCE_BYTES: Final = 12
 class RefreshToken:
     """A refresh token. ``str()`` is what the device is given."""
 
-    session: str
+    handle: str = field(repr=False)
     secret: str = field(repr=False)
 
     def __str__(self) -> str:
-        return f"{self.session}.{self.secret}"
+        return f"{self.handle}.{self.secret}"
+
+    @property
+    def session(self) -> str:
+        """The name of its session: 128 bits of the handle's SHA-256 in base64url."""
+        digest = hashlib.sha256(b"relay session " + self.handle.encode()).digest()
+        return base64.urlsafe_b64encode(digest[:_HANDLE_BYTES]).decode().rstrip("=")
 
     @property
     def digest(self) -> str:
@@ -47,20 +54,20 @@ class RefreshToken:
 
 def begin() -> RefreshToken:
     """The first token of a new session."""
-    return RefreshToken(secrets.token_urlsafe(_SESSION_BYTES), secrets.token_urlsafe(_SECRET_BYTES))
+    return RefreshToken(secrets.token_urlsafe(_HANDLE_BYTES), secrets.token_urlsafe(_SECRET_BYTES))
 
 
 def successor_of(token: RefreshToken) -> RefreshToken:
     """A new token of the same session."""
-    return RefreshToken(token.session, secrets.token_urlsafe(_SECRET_BYTES))
+    return RefreshToken(token.handle, secrets.token_urlsafe(_SECRET_BYTES))
 
 
 def parse(text: str) -> RefreshToken | None:
     """The token in a text; None when it is none."""
     if not _SHAPE.fullmatch(text):
         return None
-    session, _, secret = text.partition(".")
-    return RefreshToken(session, secret)
+    handle, _, secret = text.partition(".")
+    return RefreshToken(handle, secret)
 
 
 def seal(successor: RefreshToken, under: RefreshToken) -> str:
@@ -77,7 +84,7 @@ def unseal(text: str, under: RefreshToken) -> RefreshToken | None:
         secret = _cipher(under).decrypt(data[:_NONCE_BYTES], data[_NONCE_BYTES:], under.session.encode())
     except (InvalidTag, binascii.Error, ValueError):
         return None
-    return RefreshToken(under.session, secret.decode())
+    return RefreshToken(under.handle, secret.decode())
 
 
 def _cipher(under: RefreshToken) -> AESGCM:

@@ -74,6 +74,12 @@ class Admission:
             self._seen[key] = now + _SEEN_SECONDS
         return identity
 
+    async def is_good(self, identity: Identity) -> bool:
+        """Whether this token is good at this moment, for a device that has arrived. Asks the store; raises what it
+        raises."""
+        standing = await self._ctx.accounts.standing(identity.user, identity.device)
+        return standing is not None and standing.accepts(identity.issued, identity.session)
+
     async def _in_good_standing(self, identity: Identity) -> bool:
         accounts = self._ctx.accounts
         for seconds in (_STANDING_SECONDS, 0.0):

@@ -152,8 +152,9 @@ class Connection:
         else:
             self._waits = then
 
-    def renew(self, token: str) -> int:
-        """Takes a new token of the same user and device; returns its expiry (s). Raises RelayError."""
+    async def renew(self, token: str) -> int | None:
+        """Takes a new token of the same user and device; returns its expiry (s). None when that device may not be here any
+        more: then the connection is being closed. Raises RelayError, and what the store raises."""
         identity = self._admission.verify(token)
         if (identity.user, identity.device) != (self.user, self.device):
             raise RelayError("unauthorized", "the token is another user's or device's")
@@ -162,6 +163,11 @@ class Connection:
             raise RelayError(
                 "unauthorized", "the token is another session's, or older than this connection's"
             )
+        # The token that this connection began with is older, or as old: it is not good either.
+        if not await self._admission.is_good(identity):
+            self.shut(errors.UNAUTHORIZED)
+        if not self.open:
+            return None
         self.expires = identity.expires
         self.issued = identity.issued
         return identity.expires

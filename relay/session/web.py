@@ -14,6 +14,7 @@ from handlers.http.route import Caller, Route, only
 from relay.session.addresses import Addresses
 from relay.session.admission import Admission, bearer
 from relay.session.gateway import Gateway
+from relay.store.batcher import BatcherClosed
 from relay.store.mongo import PyMongoError, brief
 from relay.wire import codec
 from relay.wire.errors import CODES, Code, RelayError
@@ -77,7 +78,13 @@ async def _errors(
     try:
         return await handler(request)
     except RelayError as error:
-        return _failure(error)
+        response = _failure(error)
+        if request.content.exception() is not None:
+            # What follows on this connection cannot be read.
+            response.force_close()
+        return response
+    except BatcherClosed:
+        return _failure(RelayError("unavailable", "the relay is stopping; try again", retry_after=1000))
     except PyMongoError as error:
         log.warning(
             "store did not answer",

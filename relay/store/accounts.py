@@ -127,9 +127,7 @@ class Accounts:
             return_document=ReturnDocument.BEFORE,
         )
         if before is not None:
-            # Who came first may not have told the other nodes yet.
-            began = before.get("since") or before.get("createdAt")
-            return _arrival(before.get("gap"), changed=began is not None and now - began < _NEW)
+            return _arrival(before.get("gap"), changed=is_new(before, now))
         before = await _devices().find_one({"_id": key})
         if before is None:
             if not may_create:
@@ -138,11 +136,13 @@ class Accounts:
                 await _devices().insert_one({"_id": key, "user": user, "createdAt": now, "lastSeen": now})
             except DuplicateKeyError:
                 return await self._arrive_beside(user, device, provision, issued, session)
-            return _arrival(None, changed=True)
+            return await self._unless_barred(user, key, _arrival(None, changed=True))
         if not _standing({**before, "removedAt": None}).accepts(int(moment.timestamp()), session):
             return None
         if before.get("removedAt") is not None:
-            return await self._return(before, now) if may_create else None
+            if not may_create:
+                return None
+            return await self._unless_barred(user, key, await self._return(before, now))
         if before.get("lastSeen") is None or before["lastSeen"] >= cutoff:
             return await self._arrive_beside(user, device, provision, issued, session)
         # The gap first: should this die in between, the device still counts as away, and the next arrival finds both.
@@ -150,7 +150,7 @@ class Accounts:
         if gap is None:
             gap = {"since": before["lastSeen"] + self._inactive, "why": "inactive"}
             await _devices().update_one({"_id": key, "gap": None}, {"$set": {"gap": gap}})
-        await _devices().update_one({"_id": key}, {"$set": {"lastSeen": now, "since": now}})
+        await _devices().update_one({"_id": key}, {"$set": {"lastSeen": now, "backAt": now}})
         return _arrival(gap, changed=True)
 
     async def _arrive_beside(
@@ -171,6 +171,16 @@ class Accounts:
             },
         )
         return _arrival(gap, changed=True, returned=True)
+
+    async def _unless_barred(self, user: str, key: str, arrival: Arrival) -> Arrival | None:
+        """For a device that was made a recipient just now. A suspension names the user first and ends their devices then:
+        it has ended this one, or is seen here."""
+        person = await _users().find_one({"_id": user}, _PERSON)
+        if person is not None and not is_barred(person):
+            return arrival
+        now = datetime.now(UTC)
+        await _devices().update_one({"_id": key}, {"$set": {"endedAt": now, "updatedAt": now}})
+        return None
 
     async def _provision(self, user: str, moment: datetime) -> bool:
         """Creates a user whom a token of ``moment`` brings, unless they were erased since."""
@@ -219,6 +229,13 @@ class Accounts:
         async for row in cursor:
             yield row["_id"], _standing(row)
 
+    async def barred_since(self, moment: datetime) -> AsyncIterator[str]:
+        """The users who were suspended, or whose erasure began, since then; at most a hundred thousand of each."""
+        for mark in ("suspendedAt", "erasingAt"):
+            cursor = _users().find({mark: {"$gte": moment}}, {"_id": 1}).limit(_MOST_ENDED)
+            async for row in cursor:
+                yield row["_id"]
+
     async def close_gap(self, user: str, device: str) -> None:
         """The device has drained: it knows that it missed something."""
         await _devices().update_one({"_id": device_key(user, device)}, {"$unset": {"gap": ""}})
@@ -244,6 +261,12 @@ class Accounts:
         async for document in _devices().find(query, {"user": 1}):
             found.setdefault(document["user"], []).append(document["_id"])
         return found
+
+
+def is_new(device: Mapping[str, Any], now: datetime) -> bool:
+    """Whether a stored device became a recipient just now: who made it one may not have told it yet, or have died before."""
+    moments = [device[name] for name in ("createdAt", "since", "backAt") if device.get(name) is not None]
+    return bool(moments) and now - max(moments) < _NEW
 
 
 def gap_of_return(before: Mapping[str, Any]) -> dict[str, Any]:

@@ -64,7 +64,8 @@ class Audience:
         "stale",
     )
 
-    def __init__(self, conversation: str, roster: Roster) -> None:
+    def __init__(self, conversation: str, roster: Roster, asked: float | None = None) -> None:
+        """``asked`` is when the store was asked (monotonic), not when it answered: the lease counts from there."""
         members = roster.members
         self.conversation = conversation
         self.members = frozenset(members)
@@ -76,7 +77,7 @@ class Audience:
             for user, keys in sorted(members.items())
             for key in (sorted(keys) or [ids.any_device_key(user)])
         )
-        self.resolved = monotonic()
+        self.resolved = monotonic() if asked is None else asked
         self.stale = False
         self._awaiting: dict[str, list[str]] = {}
         self._rev: str | None = None
@@ -178,6 +179,7 @@ class Audiences:
             while self._wanted:
                 wanted, self._wanted = self._wanted, {}
                 self._asked, self._outrun = set(wanted), set()
+                asked = monotonic()
                 try:
                     loaded = await self._load(list(wanted))
                 except Exception as error:  # noqa: BLE001 - every waiter is told; the next one asks again
@@ -187,7 +189,7 @@ class Audiences:
                                 waiter.set_exception(error)
                     continue
                 for name, waiters in wanted.items():
-                    audience = self._remember(Audience(name, loaded.get(name, EMPTY)))
+                    audience = self._remember(Audience(name, loaded.get(name, EMPTY), asked))
                     audience.stale = name in self._outrun
                     for waiter in waiters:
                         if not waiter.done():

@@ -15,24 +15,23 @@ from typing import Any, Final
 
 import bson
 import structlog
-from pymongo.read_concern import ReadConcern
 
-from models.audit import AuditEntry, AuditHead
+from models.audit import AuditEntry
 from models.housekeeping import Setting
 from relay.security.pseudonyms import Pseudonyms
 from relay.store.accounts import milliseconds
 from relay.store.audit_chain import (
     HEAD,
+    NOBODY,
     NOTHING,
     End,
-    Reading,
     Verdict,
     act_fields,
     end_of,
     head_fields,
     linked,
-    missing,
 )
+from relay.store.audit_reading import KEY_SETTING, check, committed, heads
 from relay.store.mongo import BulkWriteError, DuplicateKeyError, PyMongoError, brief
 from relay.wire.errors import RelayError
 
@@ -44,8 +43,7 @@ _CLOSE_SECONDS: Final = 2.0
 _PAGE: Final = 500
 _DUPLICATE: Final = 11000
 _STRAYS: Final = 100
-_KEY_SETTING: Final = "pseudonym-key"
-_WRONG_KEY: Final = "this is not the key that the trail was written with: see RELAY_PSEUDONYM_KEY"
+_TAMPERED: Final = "the head of the audit trail was tampered with; see scripts/admin audit verify"
 # Telling a person that somebody blocked or reported them would tell them about that other person.
 _CONFIDENTIAL: Final = ("contact.", "report.")
 
@@ -69,9 +67,9 @@ async def check_key(pseudonyms: Pseudonyms, *, adopt: bool = True) -> None:
         # Another node may start at the same moment; what stands there afterwards is what counts.
         with contextlib.suppress(DuplicateKeyError):
             await collection.update_one(
-                {"_id": _KEY_SETTING}, {"$setOnInsert": {"value": pseudonyms.fingerprint}}, upsert=True
+                {"_id": KEY_SETTING}, {"$setOnInsert": {"value": pseudonyms.fingerprint}}, upsert=True
             )
-    found = await collection.find_one({"_id": _KEY_SETTING})
+    found = await collection.find_one({"_id": KEY_SETTING})
     if found is not None and found.get("value") != pseudonyms.fingerprint:
         raise ValueError(
             "this database belongs to another RELAY_PSEUDONYM_KEY (a node, or an earlier start, used it): set the "
@@ -208,10 +206,10 @@ class Audit:
     async def _find_end(self) -> End:
         """Where the chain ends. The head counts when it is further: entries that are missing at the end stay missing."""
         # What somebody else inserted under another kind of number is passed over.
-        cursor = _committed().find({"_id": {"$gt": 0}}, {"hash": 1}).sort([("_id", -1)]).limit(_STRAYS)
+        cursor = committed().find({"_id": {"$gt": 0}}, {"hash": 1}).sort([("_id", -1)]).limit(_STRAYS)
         last = next((row for row in await cursor.to_list(_STRAYS) if isinstance(row["_id"], int)), None)
         found = NOTHING if last is None else End(last["_id"], str(last.get("hash")))
-        head = await _heads().find_one({"_id": HEAD})
+        head = await heads().find_one({"_id": HEAD})
         if head is None:
             if last is None:
                 await self._begin()
@@ -222,18 +220,18 @@ class Audit:
     async def _begin(self) -> None:
         """Makes the head before there is any entry: entries without a head were tampered with."""
         with contextlib.suppress(DuplicateKeyError):
-            await _heads().insert_one({"_id": HEAD, **head_fields(self._pseudonyms, NOTHING)})
+            await heads().insert_one({"_id": HEAD, **head_fields(self._pseudonyms, NOTHING)})
 
     async def _advance(self, end: End) -> None:
         """Moves the head forward; should this fail, the next entry does it. A head that somebody edited or deleted stays
         so, for ``verify`` to find."""
         try:
-            head = await _heads().find_one({"_id": HEAD})
+            head = await heads().find_one({"_id": HEAD})
             noted = None if head is None else end_of(self._pseudonyms, head)
             if head is None or noted is None:
-                log.error("the head of the audit trail was tampered with; see scripts/admin audit verify")
+                log.error(_TAMPERED)
             elif noted.entry < end.entry:
-                await _heads().update_one(
+                await heads().update_one(
                     {"_id": HEAD, "mac": head["mac"]}, {"$set": head_fields(self._pseudonyms, end)}
                 )
         except PyMongoError as error:
@@ -247,58 +245,32 @@ class Audit:
     ) -> Verdict:
         """Reads the whole chain and checks every entry, also while relays append to it. ``progress`` is told how many
         entries of about how many are read. ``expect`` is an end that was noted down earlier."""
-        head = await _heads().find_one({"_id": HEAD})
+        return await check(self._pseudonyms, progress, expect)
+
+    async def tell_end(self) -> None:
+        """Logs where the chain ends. Whoever keeps the log elsewhere can tell a trail that was put back to an earlier state:
+        ``verify`` expects the end that was logged last."""
+        try:
+            head = await heads().find_one({"_id": HEAD})
+        except PyMongoError as error:
+            log.warning("the head of the audit trail cannot be read", error=brief(error))
+            return
         noted = None if head is None else end_of(self._pseudonyms, head)
-        setting = await Setting.get_motor_collection().find_one({"_id": _KEY_SETTING})
-        if setting is not None and setting.get("value") != self._pseudonyms.fingerprint:
-            return Verdict(0, 0, NOTHING, _WRONG_KEY)
-        pins: dict[int, list[tuple[str, str]]] = {}
-        for pin, whose in ((noted, "the head names"), (expect, "was noted down")):
-            if pin is not None:
-                pins.setdefault(pin.entry, []).append((pin.hash, whose))
-        reading = Reading(self._pseudonyms, pins)
-        total = await AuditEntry.get_motor_collection().estimated_document_count()
-        stray = await _committed().find_one({"_id": {"$not": {"$gt": 0}}}, {"_id": 1})
-        if stray is not None:
-            return _verdict(reading, f"entry {stray['_id']!r} is none of the relay's: somebody inserted it")
-        while page := await _page_after(reading.end.entry):
-            for entry in page:
-                problem = reading.take(entry)
-                if problem is not None:
-                    if reading.end == NOTHING and noted is None and entry.get("_id") == 1:
-                        problem = _WRONG_KEY
-                    return _verdict(reading, problem, reading.end.entry + (reading.end.entry != entry["_id"]))
-            progress(reading.end.entry, max(total, reading.end.entry))
-        for number in sorted(pins):
-            if number > reading.end.entry:
-                return _verdict(reading, missing(reading.end.entry + 1, number), reading.end.entry + 1)
-        if noted is None and (head is not None or reading.end != NOTHING):
-            return _verdict(
-                reading, f"the head was {'deleted' if head is None else 'edited'}: entries may be missing"
-            )
-        return _verdict(reading, None)
+        if noted is not None:
+            log.info("audit head", entry=noted.entry, hash=noted.hash)
+        elif head is not None:
+            log.error(_TAMPERED)
 
     async def entries_of(self, user: str) -> AsyncIterator[dict[str, Any]]:
         """What a person may read of the trail, oldest first: what they did, then what others did to them. Times in
         milliseconds. Left out is what would tell them about others: who blocked or reported them, and from which address."""
         key = self._pseudonyms.of(user)
         async for entry in _pages({"actorKey": key}):
-            personal = _values(entry)
-            yield {
-                **_told(entry),
-                **{
-                    name: personal[name]
-                    for name in ("actor", "target", "address", "agent")
-                    if name in personal
-                },
-            }
+            own = entry.get("targetKey") in (None, key)
+            yield _shown(entry, ("actor", "target", "address", "agent", *(("device",) if own else ())))
         async for entry in _pages({"targetKey": key}):
             if entry["actorKey"] != key and not entry["act"].startswith(_CONFIDENTIAL):
-                personal = _values(entry)
-                yield {
-                    **_told(entry),
-                    **{name: personal[name] for name in ("actor", "target") if name in personal},
-                }
+                yield _shown(entry, ("actor", "target", "device"))
 
     async def page(
         self,
@@ -326,18 +298,24 @@ class Audit:
         """Drops the personal values of one person, everywhere. What stays are their pseudonym and salted hashes. Safe to
         repeat."""
         key = self._pseudonyms.of(user)
-        for role, names in (("actorKey", ("actor", "address", "agent")), ("targetKey", ("target", "device"))):
-            change = {"$unset": {f"personal.{name}": "" for name in names}}
-            last = 0
-            while numbers := [
-                row["_id"]
-                async for row in AuditEntry.get_motor_collection()
-                .find({role: key, "_id": {"$gt": last}}, {"_id": 1})
-                .sort([("_id", 1)])
-                .limit(_PAGE)
-            ]:
-                await AuditEntry.get_motor_collection().update_many({"_id": {"$in": numbers}}, change)
-                last = numbers[-1]
+        await _drop({"actorKey": key}, ("actor", "address", "agent"))
+        await _drop({"targetKey": key}, ("target", "device"))
+        # Where somebody tried to log in as this person from is about this person: nobody else is named there.
+        await _drop({"targetKey": key, "actorKey": self._pseudonyms.of(NOBODY)}, ("address", "agent"))
+
+
+async def _drop(query: Mapping[str, Any], names: Sequence[str]) -> None:
+    change = {"$unset": {f"personal.{name}": "" for name in names}}
+    collection = AuditEntry.get_motor_collection()
+    last = 0
+    while numbers := [
+        row["_id"]
+        async for row in collection.find({**query, "_id": {"$gt": last}}, {"_id": 1})
+        .sort([("_id", 1)])
+        .limit(_PAGE)
+    ]:
+        await collection.update_many({"_id": {"$in": numbers}}, change)
+        last = numbers[-1]
 
 
 def _finish(item: _Act) -> None:
@@ -350,25 +328,9 @@ async def _settle(items: Sequence[_Act]) -> None:
     of_hash = {name: item for item in items for name in item.tried}
     numbers = list({number for item in items for number in item.tried.values()})
     if numbers:
-        async for entry in _committed().find({"_id": {"$in": numbers}}, {"hash": 1}):
+        async for entry in committed().find({"_id": {"$in": numbers}}, {"hash": 1}):
             if entry["hash"] in of_hash:
                 _finish(of_hash[entry["hash"]])
-
-
-def _committed() -> Any:
-    """The entries that no failover can take back: only on those may another be chained."""
-    collection = AuditEntry.get_motor_collection()
-    return collection.database.get_collection(collection.name, read_concern=ReadConcern("majority"))
-
-
-def _heads() -> Any:
-    return AuditHead.get_motor_collection()
-
-
-async def _page_after(number: int) -> list[dict[str, Any]]:
-    cursor = _committed().find({"_id": {"$gt": number}}).sort([("_id", 1)]).limit(_PAGE)
-    found: list[dict[str, Any]] = await cursor.to_list(_PAGE)
-    return found
 
 
 async def _pages(query: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
@@ -388,9 +350,10 @@ def _told(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {**told, "details": entry["details"]} if entry.get("details") else told
 
 
+def _shown(entry: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    personal = _values(entry)
+    return {**_told(entry), **{name: personal[name] for name in names if name in personal}}
+
+
 def _values(entry: Mapping[str, Any]) -> dict[str, str]:
     return {name: found["value"] for name, found in entry.get("personal", {}).items()}
-
-
-def _verdict(reading: Reading, problem: str | None, bad: int | None = None) -> Verdict:
-    return Verdict(reading.end.entry, reading.erased, reading.end, problem, bad)

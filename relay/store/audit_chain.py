@@ -20,8 +20,22 @@ from relay.store.accounts import milliseconds
 BEGINNING: Final = "0" * 64
 """What stands for the hash of the entry before the first."""
 HEAD: Final = "head"
+NOBODY: Final = "$nobody"
+"""Who an act is noted for that nobody has proven to be the author of."""
+ERASE: Final = "me.erase"
+"""The act that lets personal values of its actor be missing."""
 _MOST_CHARACTERS: Final = 256
 _OUTSIDE: Final = ("_id", "hash", "personal")
+# The hash takes these for what JSON makes of them: a date that became a number has the same one.
+_KINDS: Final[Mapping[str, type]] = {
+    "at": datetime,
+    "act": str,
+    "actorKey": str,
+    "details": Mapping,
+    "hashes": Mapping,
+    "previous": str,
+}
+_DETAILS: Final = (str, int, bool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +151,9 @@ class Reading:
     def __init__(self, pseudonyms: Pseudonyms, pins: Mapping[int, Sequence[tuple[str, str]]]) -> None:
         self._pseudonyms = pseudonyms
         self._pins = pins
+        self._nobody = pseudonyms.of(NOBODY)
+        self._erased: set[str] = set()
+        self._without: dict[str, tuple[int, str]] = {}
         self.end = NOTHING
         self.erased = 0
 
@@ -150,19 +167,35 @@ class Reading:
         found = entry.get("hash")
         if found != seal(self._pseudonyms, entry):
             return f"entry {number} was edited"
+        if (kind := _wrong_kind(entry)) is not None:
+            return f"entry {number} was edited: its {kind} is of another kind than was recorded"
         if entry.get("previous") != self.end.hash:
             return f"entry {number} does not follow entry {number - 1}, which was replaced or put in another place"
         wrong = self._wrong_value(entry)
         if wrong is not None:
             return f"entry {number} was edited: its {wrong} is not the one that was recorded"
+        if entry["act"] == ERASE and entry.get("targetKey") == entry["actorKey"]:
+            self._erased.add(entry["actorKey"])
         self.end = End(number, str(found))
         for pinned, whose in self._pins.get(number, ()):
             if pinned != found:
                 return f"entry {number} is not the one that {whose}"
         return None
 
+    def dropped(self) -> tuple[int, str] | None:
+        """When all is read: the first entry without a personal value though nobody asked to be erased whose it is, and the
+        line about it."""
+        found = [place for key, place in self._without.items() if key not in self._erased]
+        if not found:
+            return None
+        number, name = min(found)
+        return (
+            number,
+            f"entry {number} was edited: its {name} is gone, and the person it is about was never erased",
+        )
+
     def _wrong_value(self, entry: Mapping[str, Any]) -> str | None:
-        hashes, personal = entry.get("hashes") or {}, entry.get("personal", {})
+        hashes, personal = entry["hashes"], entry.get("personal", {})
         if not isinstance(personal, Mapping):
             return "personal part"
         for name, found in personal.items():
@@ -173,8 +206,31 @@ class Reading:
                 return str(name)
             if salted(value, salt) != hashes.get(name):
                 return str(name)
+        for name in hashes.keys() - personal.keys():
+            whose = self._whose(entry, name)
+            if whose is None:
+                return str(name)
+            # The erasure comes later in the trail, or came before: what a person leaves on their way out is noted, too.
+            if whose not in self._erased:
+                self._without.setdefault(whose, (entry["_id"], str(name)))
         self.erased += len(personal) < len(hashes)
         return None
+
+    def _whose(self, entry: Mapping[str, Any], name: str) -> str | None:
+        """Whose erasure takes this value: their pseudonym."""
+        of_target = name in ("target", "device") or (name != "actor" and entry["actorKey"] == self._nobody)
+        found = entry.get("targetKey") if of_target else entry["actorKey"]
+        return found if isinstance(found, str) else None
+
+
+def _wrong_kind(entry: Mapping[str, Any]) -> str | None:
+    """Which field is of another kind than the relay writes."""
+    for name, kind in _KINDS.items():
+        if not isinstance(entry.get(name), kind):
+            return name
+    if "targetKey" in entry and not isinstance(entry["targetKey"], str):
+        return "targetKey"
+    return next((str(name) for name, value in entry["details"].items() if type(value) not in _DETAILS), None)
 
 
 def missing(first: int, last: int) -> str:

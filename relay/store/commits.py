@@ -62,9 +62,21 @@ Done = Callable[[Stored | RelayError], None]
 
 class Submission:
     """One message on its way into the store; ``done`` is called exactly once. ``also`` are mailboxes that get it besides the
-    audience's: a system message tells those who were removed, too."""
+    audience's: a system message tells those who were removed, too. ``check`` raises RelayError when it must not go to
+    recipients that were resolved again."""
 
-    __slots__ = ("again", "also", "audience", "deadline", "done", "envelope", "raw", "sender_key", "settled")
+    __slots__ = (
+        "again",
+        "also",
+        "audience",
+        "check",
+        "deadline",
+        "done",
+        "envelope",
+        "raw",
+        "sender_key",
+        "settled",
+    )
 
     def __init__(
         self,
@@ -76,8 +88,10 @@ class Submission:
         deadline: float,
         done: Done,
         also: Sequence[str] = (),
+        check: Callable[[Audience], None] | None = None,
     ) -> None:
         self.also = also
+        self.check = check
         self.envelope = envelope
         self.raw: RawBSONDocument = encode(envelope)
         self.audience = audience
@@ -282,21 +296,21 @@ class Commits:
             envelope = submission.envelope
             submission.settle(Stored(envelope.seq, envelope.at, fresh=True))
         self._ledger.add("accepted", sum(len(s.envelope.awaiting) for s in inserted))
-        outdated = [s for s in inserted if s.audience.stale]
-        if outdated:
-            await self._check_again(outdated)
-        self._committed([s.envelope for s in inserted])
+        outdated = [s for s in inserted if not s.audience.fresh]
+        kept_back = await self._check_again(outdated) if outdated else set()
+        self._committed([s.envelope for s in inserted if s not in kept_back])
 
-    async def _check_again(self, outdated: list[Submission]) -> None:
-        """Members or devices changed while these were being written: nothing is pushed to who is no member any more, and it
-        does not wait for them."""
+    async def _check_again(self, outdated: list[Submission]) -> set[Submission]:
+        """Members or devices may have changed while these were being written: nothing is pushed to who is no member any
+        more, and it does not wait for them. Returns what is not to be pushed now."""
         try:
             audiences = await self._audiences.resolve_all(s.envelope.conversation for s in outdated)
         except PyMongoError as error:
-            log.warning("recipients of fresh messages are not known; the sweep delivers", error=brief(error))
+            log.warning("recipients of fresh messages are not known; drains deliver", error=brief(error))
             for submission in outdated:
-                submission.envelope.awaiting = []
-            return
+                self._found(submission.envelope.awaiting)
+            return set(outdated)
+        kept_back = set()
         for submission in outdated:
             envelope = submission.envelope
             allowed = set(audiences[envelope.conversation].awaiting(submission.sender_key)).union(
@@ -307,6 +321,9 @@ class Commits:
             if strayed:
                 envelope.awaiting = [key for key in envelope.awaiting if key not in strayed]
                 self._strayed(envelope.doc_id, strayed)
+                if not envelope.awaiting:
+                    kept_back.add(submission)
+        return kept_back
 
     async def _answer_from_fates(self, batch: list[Submission], *, inserted: bool) -> None:
         """Answers what is on record as gone. ``inserted``: this submission may have put a second incarnation into the
@@ -363,6 +380,7 @@ class Commits:
             return
         audiences = await self._audiences.resolve_all(s.envelope.conversation for s in old)
         strangers: list[Submission] = []
+        refused: list[tuple[Submission, RelayError]] = []
         for submission in old:
             audience = submission.audience = audiences[submission.envelope.conversation]
             user = submission.envelope.user
@@ -373,17 +391,26 @@ class Commits:
             ):
                 strangers.append(submission)
                 continue
+            if not attempt and submission.check is not None:
+                try:
+                    submission.check(audience)
+                except RelayError as refusal:
+                    refused.append((submission, refusal))
+                    continue
             awaiting = [*audience.awaiting(submission.sender_key)]
             awaiting += [key for key in submission.also if key not in awaiting]
             if awaiting != submission.envelope.awaiting:
                 submission.envelope.awaiting = awaiting
                 submission.envelope.shared = len(awaiting) > 1
                 submission.raw = encode(submission.envelope)
-        if strangers:
-            await self._refuse_strangers(strangers)
+        refused += [(submission, _stranger(submission)) for submission in strangers]
+        if refused:
+            await self._refuse(refused)
 
-    async def _refuse_strangers(self, batch: list[Submission]) -> None:
-        """Their senders have left, or may not write any more; a resend of what was stored before is answered all the same."""
+    async def _refuse(self, refused: list[tuple[Submission, RelayError]]) -> None:
+        """Members, permissions or devices have changed since these were sent; a resend of what was stored before is
+        answered all the same."""
+        batch = [submission for submission, _ in refused]
         found = await self._messages.read([s.envelope.doc_id for s in batch], committed=True)
         for submission in batch:
             document = found.get(submission.envelope.doc_id)
@@ -391,13 +418,13 @@ class Commits:
             if document is not None and owner(document) == own:
                 submission.settle(Stored(document["seq"], int(document["createdAt"]), fresh=False))
         await self._answer_from_fates([s for s in batch if not s.settled and s.again], inserted=False)
-        for submission in batch:
-            refusal = submission.audience.refusals.get(submission.envelope.user)
-            submission.settle(
-                RelayError(*refusal)
-                if refusal is not None
-                else RelayError("not_member", "no such conversation")
-            )
+        for submission, refusal in refused:
+            submission.settle(refusal)
+
+
+def _stranger(submission: Submission) -> RelayError:
+    refusal = submission.audience.refusals.get(submission.envelope.user)
+    return RelayError(*refusal) if refusal is not None else RelayError("not_member", "no such conversation")
 
 
 def _conflict() -> RelayError:

@@ -29,13 +29,15 @@ _Decision = Callable[[Mapping[str, Any] | None], dict[str, Any] | None]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What somebody keeps of ``user``. ``name`` is the owner's own name for them; ``created_at`` in milliseconds."""
+    """What somebody keeps of ``user``. ``name`` is the owner's own name for them; ``created_at``, and ``blocked_at`` of who is
+    blocked, in milliseconds."""
 
     user: str
     name: str | None
     listed: bool
     blocked: bool
     created_at: int
+    blocked_at: int | None = None
 
 
 class Contacts:
@@ -203,9 +205,10 @@ class Contacts:
     async def _visible(self, owner: str, candidates: list[str]) -> set[str]:
         if not candidates:
             return set()
-        visible = await self.lists(candidates, owner)
+        listing = await self.lists(candidates, owner)
+        visible = listing - await self.blockers(listing, owner)
         rest = {
-            "direct " + " ".join(sorted((owner, user))): user for user in candidates if user not in visible
+            "direct " + " ".join(sorted((owner, user))): user for user in candidates if user not in listing
         }
         if rest:
             cursor = Conversation.get_motor_collection().find(
@@ -247,6 +250,10 @@ class Contacts:
                 after["removedAt"] = now
             if after.get("name") is None:
                 after.pop("name", None)
+            if not after["blocked"]:
+                after.pop("blockedAt", None)
+            elif not (before or {}).get("blocked"):
+                after["blockedAt"] = now
             if before is not None:
                 guard = {"_id": after["_id"], "updatedAt": before["updatedAt"]}
                 if (await contacts.replace_one(guard, after)).matched_count:
@@ -304,6 +311,7 @@ def _entry(document: Mapping[str, Any]) -> Entry:
         listed=bool(document.get("listed")),
         blocked=bool(document.get("blocked")),
         created_at=milliseconds(document["createdAt"]),
+        blocked_at=milliseconds(document["blockedAt"]) if document.get("blockedAt") else None,
     )
 
 

@@ -121,6 +121,14 @@ class Conversations:
         row = await self._row(conversation, user)
         return _member(row, await names_of([user]))
 
+    async def members_among(self, conversation: str, users: Sequence[str]) -> set[str]:
+        """Who of these users is in a conversation."""
+        names = [f"{conversation} {user}" for user in users]
+        cursor = Membership.get_motor_collection().find(
+            {"_id": {"$in": names}, "removedAt": None}, {"user": 1}
+        )
+        return {row["user"] async for row in cursor}
+
     async def set_own(self, conversation: str, user: str, fields: Mapping[str, Any]) -> None:
         """Sets what this member keeps for themselves (``mutedUntil`` a datetime, ``pinned``, ``archived``; None unsets).
         Raises RelayError ``not_found``."""

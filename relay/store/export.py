@@ -17,11 +17,11 @@ from models.keys import PreKey, PublicKeys
 from models.messages import MESSAGES
 from relay.store.accounts import milliseconds
 from relay.store.mongo import MESSAGE_CODEC
-from relay.wire.ids import any_device_key
+from relay.wire.ids import any_device_key, user_of
 
 _PAGE: Final = 200
 _SECRET_IN_USER: Final = frozenset({"password", "usernameKey", "nameKey", "phoneKey", "searches"})
-_SECRET_IN_SESSION: Final = frozenset({"current", "previous", "successor"})
+_SECRET_IN_SESSION: Final = frozenset({"id", "current", "previous", "successor"})
 
 Value = dict[str, Any]
 
@@ -113,7 +113,7 @@ class Exports:
         cursor = collection.find({"user": user}, {"conversationId": 1})
         for name in [row["conversationId"] async for row in cursor]:
             async for document in _messages().find({"conversationId": name, "sender.user": user}):
-                yield {**_message(document, None), "awaiting": len(document.get("awaiting") or ())}
+                yield {**_message(document, None), "awaiting": len(_awaited(document, user))}
 
 
 async def _device_keys(user: str) -> list[str]:
@@ -168,6 +168,13 @@ def _message(document: Mapping[str, Any], mailbox: str | None) -> Value:
         if entry["device"] == mailbox:
             found["sealed"] = entry["data"]
     return found
+
+
+def _awaited(document: Mapping[str, Any], user: str) -> set[str]:
+    """The people who have not got a message, as ``status`` counts them: by mailboxes, a sender could tell who has blocked
+    them, as such a person has one instead of one for each device."""
+    delivered = {entry["user"] for entry in document.get("deliveredTo") or ()}
+    return {user_of(key) for key in document.get("awaiting") or ()} - {user} - delivered
 
 
 def _other_of(document: Mapping[str, Any], user: str) -> str | None:

@@ -17,7 +17,6 @@ from pymongo import ReturnDocument, UpdateOne
 
 from models.accounts import Device, User
 from models.keys import PreKey, PublicKeys
-from relay.store.accounts import milliseconds
 from relay.store.mongo import BulkWriteError, DuplicateKeyError
 from relay.wire.errors import RelayError
 from relay.wire.ids import user_of
@@ -31,6 +30,9 @@ _DUPLICATE: Final = 11000
 _UNCLAIMED: Final[dict[str, None]] = {"claimedAt": None}
 
 Kind = Literal["one", "kem"]
+News = Literal["first", "installation", "keys", "nothing"]
+"""What an upload brings: the first keys of a device, those of another installation, other ones than before (prekeys that are
+handed out once do not count), or none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,19 +98,26 @@ class Keys:
 
     async def forget(self, device: str) -> None:
         """Drops the keys of a device (a device key): it is revoked, reset or erased. Safe to repeat. The marks of what was
-        handed out stay for their 90 days: should the same installation log in again and publish its keys once more, none
-        is given twice. Of a person who is being erased, or is, nothing stays."""
+        handed out stay as long as the device is remembered: should the same installation log in again and publish its keys
+        once more, none is given twice. Of a person who is being erased, or is, nothing stays."""
         await PublicKeys.get_motor_collection().delete_one({"_id": device})
         query: dict[str, Any] = {"device": device}
         stays = await User.get_motor_collection().find_one(
             {"_id": user_of(device), "erasingAt": None}, {"_id": 1}
         )
-        await PreKey.get_motor_collection().delete_many(query if stays is None else query | _UNCLAIMED)
+        prekeys = PreKey.get_motor_collection()
+        await prekeys.delete_many(query if stays is None else query | _UNCLAIMED)
+        if stays is not None:
+            await prekeys.update_many(query, {"$set": {"forgottenAt": datetime.now(UTC)}})
 
-    async def relinks(self, device: str, upload: Upload) -> bool | None:
-        """Whether this upload comes from another installation than the stored keys; None when there are none yet."""
+    async def news(self, device: str, upload: Upload) -> News:
+        """What this upload would change of the stored keys."""
         stored = await PublicKeys.get_motor_collection().find_one({"_id": device})
-        return None if stored is None else not _same_installation(stored, upload)
+        if stored is None:
+            return "first"
+        if not _same_installation(stored, upload):
+            return "installation"
+        return "nothing" if not _replacement(stored, upload)[1] else "keys"
 
     async def relink(self, device: str, registration: int | None) -> bool:
         """Notes that another installation has taken the device's place from now on: it gets a gap, and senders who know
@@ -161,18 +170,17 @@ class Keys:
         cursor = PublicKeys.get_motor_collection().find({"_id": {"$in": list(devices)}}, {"history": 0})
         return sorted([_entry(document) async for document in cursor], key=lambda entry: entry.device)
 
+    async def claimable(self, devices: Sequence[str]) -> list[str]:
+        """Those of these device keys, in their order, that a claim may get something of: they are devices, and have
+        published keys."""
+        found = await _published(devices)
+        return [device for device in devices if device in found]
+
     async def claim(self, devices: Sequence[str]) -> list[Claim]:
         """Hands out one one-time and one KEM prekey for each of these device keys, in their order; nothing for a device
         that is unknown or removed. No key is handed out twice, whoever asks at the same time. When the KEM keys have run
         out the last-resort key stands in."""
-        known = Device.get_motor_collection().find(
-            {"_id": {"$in": list(devices)}, "removedAt": None}, {"_id": 1}
-        )
-        present = [row["_id"] async for row in known]
-        cursor = PublicKeys.get_motor_collection().find(
-            {"_id": {"$in": present}}, {"generation": 1, "lastResort": 1}
-        )
-        published = {row["_id"]: row async for row in cursor}
+        published = await _published(devices)
         turn = asyncio.Semaphore(_AT_ONCE)
 
         async def one(device: str) -> Claim:
@@ -189,29 +197,6 @@ class Keys:
             for task in tasks:
                 task.cancel()
 
-    async def of_user(self, user: str) -> list[dict[str, Any]]:
-        """Everything kept about the keys of a person's devices, for an export: plain values, times in milliseconds."""
-        found: list[dict[str, Any]] = []
-        async for document in PublicKeys.get_motor_collection().find({"user": user}):
-            stock = await _stock(document["_id"], document["generation"])
-            found.append(
-                {
-                    "device": document["_id"],
-                    "identityKey": document["identityKey"],
-                    "registrationId": document.get("registrationId"),
-                    "signedPreKey": dict(document["signedPreKey"]),
-                    "history": [
-                        {**retired, "retiredAt": milliseconds(retired["retiredAt"])}
-                        for retired in document.get("history", ())
-                    ],
-                    "lastResort": document.get("lastResort"),
-                    "updatedAt": milliseconds(document["updatedAt"]),
-                    "oneTime": stock.one_time,
-                    "kem": stock.kem,
-                }
-            )
-        return sorted(found, key=lambda keys: str(keys["device"]))
-
     async def _publish(self, device: str, upload: Upload) -> str:
         """Writes the keys that are not handed out; returns the generation of the installation."""
         collection = PublicKeys.get_motor_collection()
@@ -220,6 +205,10 @@ class Keys:
             if stored is None:
                 document = _fresh(device, upload)
                 await _check_room(device, document["generation"], upload)
+                # It may have come back: before its keys are there, what it gave away once is remembered for good again.
+                await PreKey.get_motor_collection().update_many(
+                    {"device": device}, {"$unset": {"forgottenAt": ""}}
+                )
                 try:
                     await collection.insert_one(document)
                 except DuplicateKeyError:
@@ -305,8 +294,19 @@ async def _change_device(device: str, change: Mapping[str, Any]) -> bool:
     return bool(found.matched_count)
 
 
-def _prekey_id(device: str, generation: str, kind: Kind, number: int) -> str:
-    return f"{device} {generation} {kind} {number}"
+def _prekey_id(device: str, kind: Kind, key: KeyPair) -> str:
+    """The same for the same key, whichever installation it is said to be of: a mark holds for every upload of it."""
+    return f"{device} {kind} {key.id} {hashlib.sha256(key.key.encode()).hexdigest()}"
+
+
+async def _published(devices: Iterable[str]) -> dict[str, Mapping[str, Any]]:
+    """What claims need of the published keys of those of these device keys that are devices."""
+    known = Device.get_motor_collection().find({"_id": {"$in": list(devices)}, "removedAt": None}, {"_id": 1})
+    present = [row["_id"] async for row in known]
+    cursor = PublicKeys.get_motor_collection().find(
+        {"_id": {"$in": present}}, {"generation": 1, "lastResort": 1}
+    )
+    return {row["_id"]: row async for row in cursor}
 
 
 def _kinds(upload: Upload) -> tuple[tuple[Kind, Sequence[KeyPair]], ...]:
@@ -318,7 +318,7 @@ async def _check_room(device: str, generation: str, upload: Upload) -> None:
     for kind, keys in _kinds(upload):
         if not keys:
             continue
-        names = [_prekey_id(device, generation, kind, key.id) for key in keys]
+        names = [_prekey_id(device, kind, key) for key in keys]
         known = [row["_id"] async for row in collection.find({"_id": {"$in": names}}, {"_id": 1})]
         waiting = await collection.count_documents(_waiting(device, generation, kind), limit=MAX_STOCK + 1)
         if len(known) < len(names) and waiting + len(names) - len(known) > MAX_STOCK:
@@ -337,14 +337,14 @@ async def _add(device: str, generation: str, kind: Kind, keys: Sequence[KeyPair]
         }
         if key.signature is not None:
             fields["signature"] = key.signature
-        name = _prekey_id(device, generation, kind, key.id)
+        name = _prekey_id(device, kind, key)
         wanted.append(UpdateOne({"_id": name}, {"$setOnInsert": fields}, upsert=True))
     if not wanted:
         return
     try:
         await PreKey.get_motor_collection().bulk_write(wanted, ordered=False)
     except BulkWriteError as error:
-        # The same upload at the same moment inserted them.
+        # The same upload at the same moment inserted them, or the key id has its key already.
         failures = error.details.get("writeErrors", ())
         if error.details.get("writeConcernErrors") or any(row.get("code") != _DUPLICATE for row in failures):
             raise

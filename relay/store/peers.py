@@ -9,29 +9,31 @@ from relay.wire.ids import new_id
 
 BEAT_SECONDS: Final = 2.0
 # A node that is stopped for longer has lost its leases: it resolves recipients anew for what it had not yet committed.
-_ALIVE_MS: Final = 10_000
+_ALIVE: Final[dict[str, Any]] = {"$gt": ["$at", {"$subtract": ["$$NOW", 10_000]}]}
 
 
 class Peers:
-    """This node's entry among the others'. Call ``beat`` before it listens, and every two seconds."""
+    """This node's entry (``id``) among the others'. Call ``beat`` before it listens, and every two seconds."""
 
     def __init__(self) -> None:
-        self._id = new_id()
+        self.id = new_id()
 
     async def beat(self) -> None:
         """Says that this node lives."""
         await Node.get_motor_collection().update_one(
-            {"_id": self._id}, {"$currentDate": {"at": True}}, upsert=True
+            {"_id": self.id}, {"$currentDate": {"at": True}}, upsert=True
         )
 
     async def leave(self) -> None:
         """This node stops: nobody need wait for it."""
-        await Node.get_motor_collection().delete_one({"_id": self._id})
+        await Node.get_motor_collection().delete_one({"_id": self.id})
 
     async def alone(self) -> bool:
         """Whether no other node lives."""
-        alive: dict[str, Any] = {"$gt": ["$at", {"$subtract": ["$$NOW", _ALIVE_MS]}]}
-        other = await Node.get_motor_collection().find_one(
-            {"_id": {"$ne": self._id}, "$expr": alive}, {"_id": 1}
-        )
-        return other is None
+        query = {"_id": {"$ne": self.id}, "$expr": _ALIVE}
+        return await Node.get_motor_collection().find_one(query, {"_id": 1}) is None
+
+    async def lives(self, node: str) -> bool:
+        """Whether this node lives."""
+        query = {"_id": node, "$expr": _ALIVE}
+        return await Node.get_motor_collection().find_one(query, {"_id": 1}) is not None

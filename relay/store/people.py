@@ -195,14 +195,12 @@ class People:
         )
         return bool(done.matched_count)
 
-    async def search(
-        self, caller: str, q: str, *, limit: int, cursor: str | None
-    ) -> tuple[list[Profile], str | None]:
-        """A page of the people whom ``caller`` finds by ``q``, and the cursor of the next: by phone, exactly, when ``q`` looks
-        like a number, else by the beginning of name or user name, in their folded order. Each once; not those who blocked
-        the caller. A page may be shorter than ``limit`` though more follows. Raises RelayError ``bad_request`` for a cursor
-        that is none."""
-        found, following = await find_people(caller, q, limit=limit, cursor=cursor, projection=_PUBLIC)
+    async def search(self, q: str, *, limit: int, cursor: str | None) -> tuple[list[Profile], str | None]:
+        """A page of the people found by ``q``, whoever asks, and the cursor of the next: by phone, exactly, when ``q`` looks
+        like a number, else by the beginning of name or user name, in their folded order. Each once; also those who blocked
+        who asks, who must not notice. A page may be shorter than ``limit`` though more follows. Raises RelayError
+        ``bad_request`` for a cursor that is none."""
+        found, following = await find_people(q, limit=limit, cursor=cursor, projection=_PUBLIC)
         return [shown(document) for document in found if is_present(document)], following
 
     async def remember_search(self, user: str, q: str) -> None:

@@ -1,73 +1,85 @@
 """Releases: what waits for a device or a member that is none any more is taken off its messages, so that nobody's message
 waits for it.
 
-A release is written down before its cause takes effect, and is done twice: at once, and when nothing that was resolved
-before can still be on its way. A node that dies in between leaves it to whoever looks next.
+A release is written down before its cause takes effect, and is done twice: once its cause has taken effect, and when nothing
+that was resolved before can still be on its way. A node that dies in between leaves it to whoever looks next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from time import monotonic
 from typing import Any, Final
 
 import structlog
+from pymongo import ReturnDocument
 
-from models.accounts import Device
+from models.accounts import Device, User
 from models.conversations import Membership
 from models.housekeeping import Release
 from relay.store.accounts import milliseconds
+from relay.store.batcher import BatcherClosed
 from relay.store.lanes import EndingLanes
 from relay.store.messages import Messages
+from relay.store.mongo import PyMongoError, brief
 from relay.wire.ids import RELAY_USER, any_device_key, blocked_key, new_id
 
 _PAGE: Final = 500
 _DUE: Final = 100
 _GIVE_UP_SECONDS: Final = 30.0
+# Its author comes first; who looks later finds what an author left undone.
+_AUTHOR: Final = timedelta(seconds=10)
+_AT_WORK: Final = timedelta(seconds=45)
+_AGAIN: Final = timedelta(seconds=5)
 _ABANDONED: Final = timedelta(minutes=5)
 
 log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A release that is written down."""
+
+    document: Mapping[str, Any]
 
 
 class Releases:
     """The ``releases`` collection, and what it asks for. ``settle_seconds``: how long after a change a message may still be
     committed to recipients resolved before it."""
 
-    def __init__(
-        self,
-        messages: Messages,
-        endings: EndingLanes,
-        *,
-        settle_seconds: float,
-        now: Callable[[], int],
-    ) -> None:
+    def __init__(self, messages: Messages, endings: EndingLanes, *, settle_seconds: float) -> None:
         self._messages = messages
         self._endings = endings
         self._settle = timedelta(seconds=settle_seconds)
-        self._now = now
 
-    async def plan(self, mailbox: str, *, conversation: str | None = None) -> str:
+    async def plan(self, mailbox: str, *, conversation: str | None = None) -> Planned:
         """Writes down that a mailbox (a device key, or a user id for all of a person's) is to be released, in one
-        conversation or in all; its id. Call before the removal, ``run`` after it."""
+        conversation or in all. Call before the removal, ``run`` after it."""
         moment = datetime.now(UTC)
         document: dict[str, Any] = {
             "_id": new_id(),
             "mailbox": mailbox,
             "at": moment,
-            "dueAt": moment + timedelta(seconds=5),
+            "dueAt": moment + _AUTHOR,
             "passes": 0,
         }
         if conversation is not None:
             document["conversationId"] = conversation
         await Release.get_motor_collection().insert_one(document)
-        return str(document["_id"])
+        return Planned(document)
 
-    async def run(self, name: str) -> None:
-        """Does one planned release now. The job repeats it later."""
-        document = await Release.get_motor_collection().find_one({"_id": name})
-        if document is not None:
-            await self._do(document)
+    async def run(self, planned: Planned) -> None:
+        """Does a planned release now. The job repeats it later, and does it should this fail."""
+        collection = Release.get_motor_collection()
+        document = dict(planned.document)
+        name = document.pop("_id")
+        # An author who was held up for long may find that it was given up for never having taken effect.
+        await collection.update_one({"_id": name}, {"$setOnInsert": document}, upsert=True)
+        found = await collection.find_one({"_id": name})
+        if found is not None:
+            await self._do(found)
 
     async def run_due(self) -> int:
         """Does the releases that are due; returns how many."""
@@ -76,12 +88,24 @@ class Releases:
         )
         documents = await cursor.limit(_DUE).to_list(_DUE)
         for document in documents:
-            await self._do(document)
+            try:
+                await self._do(document)
+            except (PyMongoError, BatcherClosed) as error:
+                # It comes again; the others must not wait for it.
+                log.warning("a release is not done yet", error=brief(error))
         return len(documents)
 
-    async def _do(self, document: dict[str, Any]) -> None:
+    async def _do(self, document: Mapping[str, Any]) -> None:
+        """Whoever moves ``dueAt`` does it: two nodes at once would count it twice."""
         collection = Release.get_motor_collection()
         name, mailbox, at = document["_id"], document["mailbox"], document["at"]
+        claimed = await collection.find_one_and_update(
+            {"_id": name, "dueAt": document["dueAt"]},
+            {"$set": {"dueAt": datetime.now(UTC) + _AT_WORK}},
+            return_document=ReturnDocument.AFTER,
+        )
+        if claimed is None:
+            return
         conversation = document.get("conversationId")
         removed, before = await self._removed(mailbox, conversation, at)
         if not removed:
@@ -89,17 +113,15 @@ class Releases:
             if datetime.now(UTC) - at > _ABANDONED:
                 await collection.delete_one({"_id": name})
             else:
-                await collection.update_one(
-                    {"_id": name}, {"$set": {"dueAt": datetime.now(UTC) + timedelta(seconds=5)}}
-                )
+                await collection.update_one({"_id": name}, {"$set": {"dueAt": datetime.now(UTC) + _AGAIN}})
             return
         if not await self._release(mailbox, conversation, before):
-            return
-        last = at + self._settle
-        if datetime.now(UTC) >= last:
+            await collection.update_one({"_id": name}, {"$set": {"dueAt": datetime.now(UTC) + _AGAIN}})
+        elif claimed["passes"]:
             await collection.delete_one({"_id": name})
         else:
-            await collection.update_one({"_id": name}, {"$set": {"dueAt": last}, "$inc": {"passes": 1}})
+            last = {"$set": {"dueAt": datetime.now(UTC) + self._settle, "passes": 1}}
+            await collection.update_one({"_id": name}, last)
 
     async def _removed(self, mailbox: str, conversation: str | None, at: datetime) -> tuple[bool, int | None]:
         """Whether the cause has taken effect, and up to when (ms) messages were for what was removed: None when it has not
@@ -110,7 +132,10 @@ class Releases:
                 return True, None
             return row["joinedAt"] >= at, milliseconds(row["joinedAt"])
         if "/" not in mailbox:
-            return True, None
+            user = await User.get_motor_collection().find_one({"_id": mailbox}, {"createdAt": 1})
+            # Erased, and meanwhile somebody of the same name may have come.
+            again = user is not None and user["createdAt"] >= at
+            return True, milliseconds(user["createdAt"]) if user is not None and again else None
         device = await Device.get_motor_collection().find_one({"_id": mailbox}, {"removedAt": 1, "since": 1})
         if device is None or device.get("removedAt") is not None:
             return True, None
@@ -131,14 +156,12 @@ class Releases:
                 # Who was removed is told so by a system message of that very conversation.
                 exclude_sender=None if conversation is None else RELAY_USER,
             )
+            if not found:
+                return True
             # What comes twice is no message and cannot be released.
             stuck |= page.intersection(found)
             page = set(found) - stuck
-            if not found:
-                return True
-            if page and not await self._endings.release(
-                list(page), keys, deadline=monotonic() + _GIVE_UP_SECONDS
-            ):
+            if page and not await self._endings.release(list(page), keys, deadline=monotonic() + _GIVE_UP_SECONDS):
                 return False
 
     async def _keys(self, mailbox: str) -> list[str]:

@@ -12,7 +12,6 @@ from models.conversations import Membership
 from relay.store.accounts import milliseconds
 from relay.wire.cursor import cursor_at, place_of
 from relay.wire.errors import RelayError
-from relay.wire.ids import new_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,39 +28,39 @@ class ReportView:
     created_at: int
 
 
+@dataclass(frozen=True, slots=True)
+class Complaint:
+    """What ``reporter`` says about ``user``; ``messages`` are of ``conversation``. ``id`` is a new one."""
+
+    id: str
+    reporter: str
+    user: str
+    reason: str
+    text: str | None = None
+    conversation: str | None = None
+    messages: Sequence[str] | None = None
+
+
 class Reports:
     """The ``reports`` collection. Needs no running node."""
 
-    async def add(
-        self,
-        reporter: str,
-        user: str,
-        reason: str,
-        *,
-        text: str | None = None,
-        conversation: str | None = None,
-        messages: Sequence[str] | None = None,
-    ) -> tuple[str, bool]:
-        """Keeps a complaint; returns its id and whether it is new: the very same one, still open, is not kept twice. Raises
-        RelayError ``not_found`` when the reporter is, and was lately, no member of ``conversation``."""
-        if conversation is not None:
-            mine = {"_id": f"{conversation} {reporter}"}
+    async def same(self, complaint: Complaint) -> str | None:
+        """The id of the very same complaint that is still open; None when there is none. Raises RelayError ``not_found`` when
+        the reporter is, and was lately, no member of its conversation."""
+        if complaint.conversation is not None:
+            mine = {"_id": f"{complaint.conversation} {complaint.reporter}"}
             if await Membership.get_motor_collection().find_one(mine, {"_id": 1}) is None:
                 raise RelayError("not_found", "no such conversation")
-        reports = Report.get_motor_collection()
-        fields: dict[str, Any] = {"reporter": reporter, "user": user, "reason": reason}
-        optional: dict[str, Any] = {
-            "text": text,
-            "conversation": conversation,
-            "messages": None if messages is None else list(messages),
-        }
-        same = await reports.find_one({**fields, **optional, "closedAt": None}, {"_id": 1})
-        if same is not None:
-            return str(same["_id"]), False
-        document = {"_id": new_id(), **fields, "createdAt": datetime.now(UTC)}
-        document.update({name: value for name, value in optional.items() if value is not None})
-        await reports.insert_one(document)
-        return str(document["_id"]), True
+        query = {**_fields(complaint), "closedAt": None}
+        found = await Report.get_motor_collection().find_one(query, {"_id": 1})
+        return None if found is None else str(found["_id"])
+
+    async def add(self, complaint: Complaint) -> None:
+        """Keeps a complaint."""
+        fields = {name: value for name, value in _fields(complaint).items() if value is not None}
+        await Report.get_motor_collection().insert_one(
+            {"_id": complaint.id, **fields, "createdAt": datetime.now(UTC)}
+        )
 
     async def open_page(self, limit: int, cursor: str | None = None) -> tuple[list[ReportView], str | None]:
         """A page of the open complaints, oldest first, and the cursor of the next. Raises RelayError ``bad_request``."""
@@ -92,11 +91,26 @@ class Reports:
             None if last is None else cursor_at(milliseconds(last["createdAt"]), last["_id"]),
         )
 
+    async def exists(self, report: str) -> bool:
+        """Whether there is this complaint, open or closed."""
+        return await Report.get_motor_collection().find_one({"_id": report}, {"_id": 1}) is not None
+
     async def close(self, report: str) -> bool:
         """Closes a complaint. Safe to repeat. False when it is unknown."""
         reports = Report.get_motor_collection()
         await reports.update_one({"_id": report, "closedAt": None}, {"$set": {"closedAt": datetime.now(UTC)}})
-        return await reports.find_one({"_id": report}, {"_id": 1}) is not None
+        return await self.exists(report)
+
+
+def _fields(complaint: Complaint) -> dict[str, Any]:
+    return {
+        "reporter": complaint.reporter,
+        "user": complaint.user,
+        "reason": complaint.reason,
+        "text": complaint.text,
+        "conversation": complaint.conversation,
+        "messages": None if complaint.messages is None else list(complaint.messages),
+    }
 
 
 def _view(document: Mapping[str, Any]) -> ReportView:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from time import monotonic
@@ -27,7 +27,9 @@ from relay.wire.errors import RelayError
 Event = Literal["created", "added", "removed", "left", "role", "changed", "dissolved"]
 ConversationType = Literal["direct", "group"]
 _PATIENCE_SECONDS: Final = 3.0
-_STALLED: Final = timedelta(seconds=5)
+# A live node that is this late with it has given up, or hangs.
+_STALLED: Final = timedelta(seconds=60)
+_REPAIRED: Final = timedelta(seconds=2)
 _REPAIR: Final = 100
 
 
@@ -77,14 +79,18 @@ class Revision:
     users: tuple[str, ...]
     role: str | None
     at: datetime
+    node: str = ""
     address: str = ""
     agent: str = ""
 
 
 class Revisions:
-    """Begins, carries out and ends revisions."""
+    """Begins, carries out and ends revisions. ``lives`` says whether another node is still there to do so with its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, node: str = "alone", lives: Callable[[str], Awaitable[bool]] | None = None) -> None:
+        self._node = node
+        self._lives = lives or _nobody_lives
+        self._under_way: dict[str, int] = {}
         self._turns: dict[str, tuple[asyncio.Lock, list[object]]] = {}
 
     @asynccontextmanager
@@ -100,6 +106,32 @@ class Revisions:
             waiting.remove(mark)
             if not waiting:
                 self._turns.pop(conversation, None)
+
+    @contextmanager
+    def carrying(self, revision: Revision) -> Iterator[None]:
+        """This node is at this revision: nobody else need take it up."""
+        self._under_way[revision.id] = self._under_way.get(revision.id, 0) + 1
+        try:
+            yield
+        finally:
+            left = self._under_way.pop(revision.id) - 1
+            if left:
+                self._under_way[revision.id] = left
+
+    async def is_pending(self, revision: Revision) -> bool:
+        """Whether the revision is still to be carried out."""
+        found = await Conversation.get_motor_collection().find_one(
+            {"_id": revision.conversation, "pending.id": revision.id}, {"_id": 1}
+        )
+        return found is not None
+
+    async def is_abandoned(self, revision: Revision) -> bool:
+        """Whether nobody is at this revision any more."""
+        if datetime.now(UTC) - revision.at > _STALLED:
+            return True
+        if revision.node == self._node:
+            return revision.id not in self._under_way
+        return not await self._lives(revision.node)
 
     async def create(
         self,
@@ -133,6 +165,7 @@ class Revisions:
                 "by": creator,
                 "users": people,
                 "at": moment,
+                "node": self._node,
                 **origin._asdict(),
             },
         }
@@ -176,13 +209,13 @@ class Revisions:
                 raise RelayError("not_found", "no such conversation")
             pending = _pending(document)
             if pending is not None:
-                if datetime.now(UTC) - pending.at > _STALLED:
+                if await self.is_abandoned(pending):
                     return pending, False
                 if monotonic() >= until:
                     raise RelayError(
                         "unavailable", "the conversation is being changed; try again", retry_after=1000
                     )
-                # Another node is at it; on this one they take turns.
+                # Another node is at it, or this one with a creation; changes here take turns.
                 await asyncio.sleep(random.uniform(0.02, 0.06))
                 continue
             situation, people = await self._situation(document, actor, concerned, everybody)
@@ -195,14 +228,19 @@ class Revisions:
             if begun is not None:
                 return begun, True
 
-    async def apply(self, revision: Revision) -> None:
-        """Does the steps of a revision in the memberships. May be repeated."""
+    async def apply(self, revision: Revision) -> bool:
+        """Does the steps of a revision in the memberships. May be repeated. False, and nothing done, when somebody else has
+        finished it: who was held up must not write anything of what has changed again since."""
+        if not await self.is_pending(revision):
+            return False
         rows = Membership.get_motor_collection()
         earlier = {"$or": [{"rev": {"$lt": revision.number}}, {"rev": None}]}
-        stamp = {"updatedAt": revision.at, "rev": revision.number}
+        # Not when it was decided: what is carried out late must not appear behind cursors given out meanwhile.
+        now = datetime.now(UTC)
+        stamp = {"updatedAt": now, "rev": revision.number}
         names = [f"{revision.conversation} {user}" for user in revision.users]
         if revision.event in ("created", "added"):
-            await rows.bulk_write(_joins(revision, earlier), ordered=True)
+            await rows.bulk_write(_joins(revision, earlier, now), ordered=True)
         elif revision.event in ("removed", "left", "dissolved"):
             await rows.update_many(
                 {"_id": {"$in": names}, "removedAt": None, **earlier},
@@ -216,8 +254,9 @@ class Revisions:
         if revision.event != "created":
             await rows.update_many(
                 {"conversationId": revision.conversation, "removedAt": None},
-                {"$max": {"updatedAt": revision.at}},
+                {"$max": {"updatedAt": now}},
             )
+        return True
 
     async def finish(self, revision: Revision) -> None:
         """The revision is carried out."""
@@ -232,11 +271,12 @@ class Revisions:
         )
 
     async def stalled(self) -> list[Revision]:
-        """Revisions whose author seems to be gone, the oldest first; a bounded page of them."""
-        cutoff = datetime.now(UTC) - _STALLED
+        """Revisions whose author is gone, the oldest first; a bounded page of them."""
+        cutoff = datetime.now(UTC) - _REPAIRED
         cursor = Conversation.get_motor_collection().find({"pending.at": {"$lt": cutoff}})
         documents = await cursor.sort([("pending.at", 1)]).limit(_REPAIR).to_list(_REPAIR)
-        return [found for document in documents if (found := _pending(document)) is not None]
+        pending = [found for document in documents if (found := _pending(document)) is not None]
+        return [revision for revision in pending if await self.is_abandoned(revision)]
 
     async def _situation(
         self, document: Mapping[str, Any], actor: str | None, concerned: Sequence[str], everybody: bool
@@ -277,6 +317,7 @@ class Revisions:
             "by": ids.RELAY_USER if actor is None else actor,
             "users": list(users),
             "at": datetime.now(UTC),
+            "node": self._node,
             **origin._asdict(),
         }
         if proposal.role is not None:
@@ -295,7 +336,7 @@ class Revisions:
         return None if found is None else _pending(found)
 
 
-def _joins(revision: Revision, earlier: Mapping[str, Any]) -> list[UpdateOne]:
+def _joins(revision: Revision, earlier: Mapping[str, Any], now: datetime) -> list[UpdateOne]:
     steps: list[UpdateOne] = []
     forgotten = dict.fromkeys(("removedAt", "mutedUntil", "pinned", "archived", "readUpTo", "readAt"), "")
     for user in revision.users:
@@ -308,7 +349,7 @@ def _joins(revision: Revision, earlier: Mapping[str, Any]) -> list[UpdateOne]:
             "user": user,
             "role": role,
             "joinedAt": revision.at,
-            "updatedAt": revision.at,
+            "updatedAt": now,
             "rev": revision.number,
         }
         if revision.event == "added":
@@ -332,6 +373,11 @@ def _pending(document: Mapping[str, Any]) -> Revision | None:
         users=tuple(found["users"]),
         role=found.get("role"),
         at=found["at"] if found["at"].tzinfo else found["at"].replace(tzinfo=UTC),
+        node=found.get("node", ""),
         address=found.get("address", ""),
         agent=found.get("agent", ""),
     )
+
+
+async def _nobody_lives(_: str) -> bool:
+    return False

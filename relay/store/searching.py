@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from models.accounts import User
-from models.contacts import Contact
 from relay.wire.cursor import text_cursor_at, text_place_of
 from relay.wire.errors import RelayError
 
@@ -63,7 +62,7 @@ def looks_like_phone(q: str) -> bool:
 
 
 async def find_people(
-    caller: str, q: str, *, limit: int, cursor: str | None, projection: Mapping[str, int]
+    q: str, *, limit: int, cursor: str | None, projection: Mapping[str, int]
 ) -> tuple[list[_Row], str | None]:
     """The stored users on one page, and the cursor of the next. Raises RelayError ``bad_request``."""
     if looks_like_phone(q):
@@ -83,16 +82,15 @@ async def find_people(
     shown = {**projection, **dict.fromkeys(fields, 1)}
     for _ in range(_ROUNDS):
         rows = await _merged(fields, low, high, after, limit + 1, shown)
-        hidden = await _who_blocked(caller, [row["_id"] for _, _, row in rows])
         for field, place, row in rows:
             after = place
-            if row["_id"] not in hidden and field == _first(row, fields, low, high):
+            if field == _first(row, fields, low, high):
                 found.append((place, row))
                 if len(found) > limit:
                     return [row for _, row in found[:limit]], text_cursor_at(*found[limit - 1][0])
         if len(rows) <= limit:
             return [row for _, row in found], None
-    # Most of what is here is hidden from the caller, or was shown already.
+    # Most of what is here was shown already.
     return [row for _, row in found], None if after is None else text_cursor_at(*after)
 
 
@@ -130,12 +128,3 @@ def _first(row: _Row, fields: Sequence[str], low: str, high: str) -> str:
         (row[field], number) for number, field in enumerate(fields) if low <= row.get(field, "") <= high
     ]
     return fields[min(fitting)[1]]
-
-
-async def _who_blocked(caller: str, users: Sequence[str]) -> set[str]:
-    if not users:
-        return set()
-    cursor = Contact.get_motor_collection().find(
-        {"_id": {"$in": [f"{user} {caller}" for user in users]}, "blocked": True}, {"owner": 1}
-    )
-    return {row["owner"] async for row in cursor}

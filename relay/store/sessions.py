@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from models.accounts import Device, User
 from relay.security.refresh import RefreshToken, begin, parse, seal, successor_of, unseal
-from relay.store.accounts import gap_of_return, milliseconds
+from relay.store.accounts import gap_of_return, is_new, milliseconds
 from relay.store.mongo import DuplicateKeyError
 from relay.store.people import search_keys
 from relay.wire.errors import RelayError
@@ -24,6 +24,8 @@ from relay.wire.ids import device_key
 MOST_LISTED: Final = 1000
 """A user has at most so many devices in a list: tokens of another issuer can bring any number of them."""
 _DEVICE_BYTES: Final = 8
+# A repetition is either a lost answer or a thief; once an hour is enough to notice the one who keeps repeating.
+_NOTED_FOR: Final = timedelta(hours=1)
 _ATTEMPTS: Final = 10
 
 
@@ -41,10 +43,10 @@ class Account:
 
 @dataclass(frozen=True, slots=True)
 class Installation:
-    """What a device says of itself when it logs in. ``device`` is None when it has no id yet; ``reset``: its database is
-    empty."""
+    """What a device says of itself when it logs in. ``device`` is its id, or one from ``new_device``; ``reset``: its database
+    is empty."""
 
-    device: str | None
+    device: str
     name: str
     platform: str
     reset: bool = False
@@ -66,11 +68,13 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class Renewed:
-    """A refresh token was exchanged, or its exchange is repeated: ``token`` is its successor."""
+    """A refresh token was exchanged, or its exchange is repeated: ``token`` is its successor. ``suspicious``: it is repeated,
+    and no repetition in this session was noted (``note_repeat``) for an hour."""
 
     user: str
     device: str
     token: RefreshToken
+    suspicious: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,12 +148,11 @@ class Sessions:
 
         A device that was removed comes back as a new one. Raises RelayError ``conflict`` when the user has too many devices.
         """
-        device = installation.device or secrets.token_hex(_DEVICE_BYTES)
+        device = installation.device
         key = device_key(user, device)
         for _ in range(_ATTEMPTS):
             before = await _devices().find_one({"_id": key})
-            if await self._others(user, key) >= self._most:
-                raise too_many_devices()
+            await self.check_room(user, device)
             token = begin()
             opened = await self._begin(user, device, installation, before, token)
             if opened is None:
@@ -157,6 +160,11 @@ class Sessions:
             # Log-ins at once all found room: those that see too many now give way.
             return replace(opened, too_many=await self._others(user, key) >= self._most)
         raise RelayError("unavailable", "this device is logging in elsewhere; try again", retry_after=1000)
+
+    async def check_room(self, user: str, device: str) -> None:
+        """Raises RelayError ``conflict`` when the user has no place for a session of this device."""
+        if await self._others(user, device_key(user, device)) >= self._most:
+            raise too_many_devices()
 
     async def _begin(
         self,
@@ -201,7 +209,8 @@ class Sessions:
         result = await _devices().update_one({"_id": key, **same}, change)
         if not result.matched_count:
             return None
-        return Opened(device, token, changed=fresh, fresh=fresh, ended=ended)
+        # A log-in that was repeated finishes what the first one may not have told.
+        return Opened(device, token, changed=fresh or is_new(before, now), fresh=fresh, ended=ended)
 
     async def _others(self, user: str, key: str) -> int:
         """How many other devices of this user have a session."""
@@ -233,11 +242,19 @@ class Sessions:
             if session.get("previous") == token.digest and now - session["rotatedAt"] <= self._repeats:
                 repeated = unseal(session["successor"], token)
                 if repeated is not None:
-                    return Renewed(user, device, repeated)
+                    noted = session.get("repeatedAt")
+                    return Renewed(user, device, repeated, noted is None or now - noted > _NOTED_FOR)
             if await self._end(row["_id"], token.session):
                 return Reused(user, device)
         raise RelayError(
             "unavailable", "this session is being renewed elsewhere; try again", retry_after=1000
+        )
+
+    async def note_repeat(self, user: str, device: str, session: str) -> None:
+        """A repetition in this session was noted in the audit trail."""
+        await _devices().update_one(
+            {"_id": device_key(user, device), "session.id": session},
+            {"$set": {"session.repeatedAt": datetime.now(UTC)}},
         )
 
     async def _rotate(self, key: str, token: RefreshToken, successor: RefreshToken, now: datetime) -> bool:
@@ -316,6 +333,11 @@ def _view(row: Mapping[str, Any]) -> DeviceView:
         created_at=milliseconds(row["createdAt"]),
         last_seen=None if seen is None else milliseconds(seen),
     )
+
+
+def new_device() -> str:
+    """An id for a device that has none: 64 random bits in hex."""
+    return secrets.token_hex(_DEVICE_BYTES)
 
 
 def too_many_devices() -> RelayError:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from beanie import init_beanie
 from pymongo.errors import AutoReconnect, BulkWriteError
+from structlog.testing import capture_logs
 
 from models.audit import AuditEntry, AuditHead
 from models.housekeeping import Setting
 from relay.security.pseudonyms import Pseudonyms
 from relay.store import audit as module
+from relay.store import audit_reading
+from relay.store.accounts import milliseconds
 from relay.store.audit import Audit, check_key
 from relay.store.audit_chain import End
 from relay.store.embedded import EmbeddedMongo
@@ -61,6 +65,18 @@ async def write(audit: Audit, number: int, **fields: Any) -> None:
     """So many entries, one after the other."""
     for n in range(number):
         await audit.record("test.act", actor="ann", details={"n": n}, **fields)
+
+
+async def erase(audit: Audit, user: str) -> None:
+    """What is personal goes, as when this person is erased."""
+    await audit.record("me.erase", actor=user, target=user)
+    await audit.forget(user)
+
+
+async def settled(number: int) -> None:
+    """Waits until the head, which follows an append, names this entry."""
+    while await heads().find_one({"_id": "head", "entry": number}) is None:
+        await asyncio.sleep(0.01)
 
 
 async def numbers() -> list[int]:
@@ -127,6 +143,15 @@ async def edit(change: dict[str, Any], number: int = 3) -> None:
     await entries().update_one({"_id": number}, change)
 
 
+async def retype(name: str) -> None:
+    """The same moment as a number, or the same number as a moment: JSON, which is sealed, shows no difference."""
+    entry = await entries().find_one({"_id": 3})
+    assert entry is not None
+    at = entry["at"].replace(tzinfo=UTC)
+    new = milliseconds(at) if name == "at" else datetime.fromtimestamp(entry["details"]["n"] / 1000, UTC)
+    await edit({"$set": {name: new}})
+
+
 async def swap() -> None:
     three, four = [await entries().find_one({"_id": n}) for n in (3, 4)]
     await entries().delete_many({"_id": {"$in": [3, 4]}})
@@ -160,6 +185,18 @@ TAMPERING: dict[str, tuple[Callable[[], Awaitable[Any]], int | None, str]] = {
     "a field added": (lambda: edit({"$set": {"note": "x"}}), 3, "edited"),
     "a field removed": (lambda: edit({"$unset": {"details": ""}}), 3, "edited"),
     "the time edited": (lambda: edit({"$set": {"at": "yesterday"}}), 3, "edited"),
+    "the time made a number": (lambda: retype("at"), 3, "its at is of another kind"),
+    "a detail made a date": (lambda: retype("details.n"), 3, "its n is of another kind"),
+    "a personal value dropped": (
+        lambda: edit({"$unset": {"personal.address": ""}}),
+        3,
+        "its address is gone",
+    ),
+    "everything personal dropped": (
+        lambda: entries().update_many({}, {"$unset": {"personal": ""}}),
+        1,
+        "is gone",
+    ),
     "the actor's key edited": (lambda: edit({"$set": {"actorKey": PEOPLE.of("bob")}}), 3, "edited"),
     "the hash edited": (lambda: edit({"$set": {"hash": "0" * 64}}), 3, "edited"),
     "the hash removed": (lambda: edit({"$unset": {"hash": ""}}), 3, "edited"),
@@ -255,14 +292,16 @@ async def test_a_node_with_another_key_is_refused(audit: Audit) -> None:
 
 
 async def test_many_pages_are_verified_with_progress(audit: Audit, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PAGE", 4)
+    for part in (module, audit_reading):
+        monkeypatch.setattr(part, "_PAGE", 4)
     await write(audit, 11)
     seen: list[tuple[int, int]] = []
     assert (await audit.verify(lambda done, total: seen.append((done, total)))).entries == 11
     assert seen == [(4, 11), (8, 11), (11, 11)]
     assert [entry["details"]["n"] async for entry in audit.entries_of("ann")] == list(range(11))
-    await audit.forget("ann")
-    assert (await audit.verify()).erased == 11
+    await erase(audit, "ann")
+    verdict = await audit.verify()
+    assert (verdict.holds, verdict.erased) == (True, 12)
 
 
 async def test_a_person_reads_what_they_did_and_what_was_done_to_them(audit: Audit) -> None:
@@ -272,8 +311,16 @@ async def test_a_person_reads_what_they_did_and_what_was_done_to_them(audit: Aud
     await audit.record("report.make", actor="bob", target="ann")
     await audit.record("contact.block", actor="ann", target="bob")
     await audit.record("session.start", actor="bob", address="192.0.2.8")
+    await audit.record("device.revoke", actor="ann", target="ann", device="phone")
+    await audit.record("device.revoke", actor="bob", target="ann", device="tablet")
     found = [entry async for entry in audit.entries_of("ann")]
-    assert [(entry.pop("entry"), entry.pop("at") > 0) for entry in found] == [(1, True), (5, True), (2, True)]
+    assert [(entry.pop("entry"), entry.pop("at") > 0) for entry in found] == [
+        (1, True),
+        (5, True),
+        (7, True),
+        (2, True),
+        (8, True),
+    ]
     assert found == [
         {
             "act": "session.start",
@@ -283,7 +330,9 @@ async def test_a_person_reads_what_they_did_and_what_was_done_to_them(audit: Aud
             "details": {"ok": True},
         },
         {"act": "contact.block", "actor": "ann", "target": "bob"},
+        {"act": "device.revoke", "actor": "ann", "target": "ann", "device": "phone"},
         {"act": "member.add", "actor": "bob", "target": "ann"},
+        {"act": "device.revoke", "actor": "bob", "target": "ann", "device": "tablet"},
     ]
     assert [entry async for entry in audit.entries_of("cleo")] == []
 
@@ -308,6 +357,7 @@ async def test_a_forgotten_person_leaves_a_pseudonym_and_the_chain_holds(audit: 
     await audit.record("member.add", actor="ann", target="bob", address="192.0.2.7", agent="app/1")
     await audit.record("member.add", actor="bob", target="ann", address="192.0.2.8", agent="app/2")
     await audit.record("session.start", actor="cleo", address="192.0.2.9")
+    await audit.record("me.erase", actor="ann", target="ann", address="192.0.2.7")
     before = [entry async for entry in entries().find().sort([("_id", 1)])]
     for _ in range(2):
         await audit.forget("ann")
@@ -316,14 +366,79 @@ async def test_a_forgotten_person_leaves_a_pseudonym_and_the_chain_holds(audit: 
         ["target"],
         ["actor", "address", "agent"],
         ["actor", "address"],
+        [],
     ]
     for old, new in zip(before, after, strict=True):
         assert {**old, "personal": 0} == {**new, "personal": 0}
     assert "ann" not in str(after[0]) + str(after[1])
     verdict = await audit.verify()
-    assert (verdict.holds, verdict.entries, verdict.erased) == (True, 3, 2)
+    assert (verdict.holds, verdict.entries, verdict.erased) == (True, 4, 3)
     # They are still found by who knows their id and has the key.
-    assert [entry["act"] async for entry in audit.entries_of("ann")] == ["member.add", "member.add"]
+    assert [entry["act"] async for entry in audit.entries_of("ann")] == [
+        "member.add",
+        "me.erase",
+        "member.add",
+    ]
+
+
+async def test_where_others_tried_to_log_in_as_an_erased_person_from_is_forgotten(audit: Audit) -> None:
+    await audit.record("session.refuse", actor="$nobody", target="ann", address="192.0.2.7", agent="app/1")
+    await audit.record("session.refuse", actor="$nobody", target="bob", address="192.0.2.8", agent="app/2")
+    await audit.record("session.refuse", actor="$nobody", address="192.0.2.9", agent="app/3")
+    await erase(audit, "ann")
+    found = [
+        sorted(entry["personal"]) async for entry in entries().find({"_id": {"$lt": 4}}).sort([("_id", 1)])
+    ]
+    assert found == [["actor"], ["actor", "address", "agent", "target"], ["actor", "address", "agent"]]
+    assert (await audit.verify()).holds
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("part", ["actor", "target", "address", "agent", "device"])
+async def test_a_personal_value_may_be_missing_only_when_its_person_was_erased(
+    audit: Audit, part: str, whole: bool
+) -> None:
+    await write(audit, 2)
+    whose = {"actor": "ann", "target": "bob", "address": "192.0.2.7", "agent": "app/1", "device": "phone"}
+    await audit.record("test.act", **whose)  # type: ignore[arg-type]
+    other, own = ("ann", "bob") if part in ("target", "device") else ("bob", "ann")
+    await audit.record("me.erase", actor=other, target=other)
+    # An erasure that somebody else did to this person is none that they asked for.
+    await audit.record("me.erase", actor="$admin", target=own)
+    await write(audit, 2)
+    assert (await audit.verify()).holds
+    await entries().update_one({"_id": 3}, {"$unset": {f"personal.{part}": ""}})
+    if whole:
+        await entries().update_many({"_id": {"$gt": 3}}, {"$unset": {"personal": ""}})
+    verdict = await audit.verify()
+    assert (verdict.bad, verdict.entries) == (3, 2)
+    assert f"its {part} is gone" in str(verdict.problem)
+    await audit.record("me.erase", actor=own, target=own)
+    if not whole:
+        assert (await audit.verify()).holds
+
+
+async def test_the_end_of_the_chain_is_logged_so_that_one_put_back_is_noticed(audit: Audit) -> None:
+    with capture_logs() as logs:
+        await audit.tell_end()
+    assert logs == []
+    await write(audit, 2)
+    await settled(2)
+    old = await heads().find_one({"_id": "head"})
+    await write(audit, 2)
+    await settled(4)
+    with capture_logs() as logs:
+        await audit.tell_end()
+    assert [(line["event"], line["entry"]) for line in logs] == [("audit head", 4)]
+    await entries().delete_many({"_id": {"$gt": 2}})
+    await heads().replace_one({"_id": "head"}, old)
+    assert (await audit.verify()).holds
+    verdict = await audit.verify(expect=End(logs[0]["entry"], logs[0]["hash"]))
+    assert (verdict.bad, verdict.problem) == (3, "entries 3 to 4 are missing")
+    await heads().update_one({"_id": "head"}, {"$set": {"entry": 1}})
+    with capture_logs() as logs:
+        await audit.tell_end()
+    assert [line["log_level"] for line in logs] == ["error"]
 
 
 async def test_what_cannot_be_stored_fails_alone(audit: Audit) -> None:

@@ -77,7 +77,7 @@ async def claimed(keys: Keys, device: str = PHONE) -> tuple[int | None, int | No
 
 async def test_an_upload_is_listed_and_counted(keys: Keys) -> None:
     assert await keys.stock(PHONE) == Stock(0, 0)
-    assert await keys.relinks(PHONE, upload()) is None
+    assert await keys.news(PHONE, upload()) == "first"
     stock = await keys.store(PHONE, upload(one_time=one_time(1, 2, 3), kem=kem(1, 2), last_resort=LAST))
     assert stock == await keys.stock(PHONE) == Stock(3, 2)
     (entry,) = await keys.directory([PHONE, "ann/tablet", "bob/phone"])
@@ -193,10 +193,11 @@ async def test_rotations_at_the_same_moment_lose_no_retired_key(keys: Keys) -> N
 async def test_another_installation_starts_anew(keys: Keys, change: dict[str, object]) -> None:
     await keys.store(PHONE, upload(one_time=one_time(1, 2), kem=kem(1), last_resort=LAST))
     assert await claimed(keys) == (1, 1)
-    other = replace(upload(one_time=one_time(1, 5)), **change)  # type: ignore[arg-type]
-    assert await keys.relinks(PHONE, other) is True
+    fresh = [KeyPair(1, "another one1"), *one_time(5)]
+    other = replace(upload(one_time=fresh), **change)  # type: ignore[arg-type]
+    assert await keys.news(PHONE, other) == "installation"
     assert await keys.store(PHONE, other) == Stock(2, 0)
-    assert await keys.relinks(PHONE, other) is False
+    assert await keys.news(PHONE, other) == "nothing"
     assert [await claimed(keys) for _ in range(3)] == [(1, None), (5, None), (None, None)]
     (entry,) = await keys.directory([PHONE])
     assert (entry.identity, entry.registration) == (other.identity, other.registration)
@@ -205,14 +206,14 @@ async def test_another_installation_starts_anew(keys: Keys, change: dict[str, ob
 async def test_a_registration_id_told_later_or_left_out_is_no_other_installation(keys: Keys) -> None:
     await keys.store(PHONE, upload(registration=None, one_time=one_time(1)))
     named = upload(registration=7)
-    assert await keys.relinks(PHONE, named) is False
+    assert await keys.news(PHONE, named) == "keys"
     assert await keys.store(PHONE, named) == Stock(1, 0)
     left_out = upload(registration=None)
-    assert await keys.relinks(PHONE, left_out) is False
+    assert await keys.news(PHONE, left_out) == "nothing"
     assert await keys.store(PHONE, left_out) == Stock(1, 0)
     (entry,) = await keys.directory([PHONE])
     assert entry.registration == 7
-    assert await keys.relinks(PHONE, upload(registration=8)) is True
+    assert await keys.news(PHONE, upload(registration=8)) == "installation"
 
 
 async def test_what_a_former_installation_was_asked_for_is_not_given_twice_when_it_returns(
@@ -231,7 +232,7 @@ async def test_a_replacement_that_died_after_any_write_is_finished_by_its_repeti
     other = upload("b3RoZXI=", 8, one_time=one_time(1, 2))
     assert await keys.relink(PHONE, 8)
     # Nothing is published yet, so a repetition is still seen as a replacement.
-    assert await keys.relinks(PHONE, other) is True
+    assert await keys.news(PHONE, other) == "installation"
     await keys._publish(PHONE, other)
     assert (await keys.claim([PHONE]))[0].one_time is None
     assert await keys.store(PHONE, other) == Stock(2, 0)
@@ -292,7 +293,7 @@ async def test_forgotten_keys_are_gone_and_others_stay(keys: Keys) -> None:
     assert [entry.device for entry in await keys.directory([PHONE, "ann/tablet"])] == ["ann/tablet"]
     assert await PreKey.get_motor_collection().count_documents({"device": PHONE}) == 0
     assert await keys.stock("ann/tablet") == Stock(2, 1)
-    assert await keys.relinks(PHONE, wanted) is None
+    assert await keys.news(PHONE, wanted) == "first"
 
 
 async def test_a_device_that_comes_back_with_its_keys_gives_none_of_them_twice(keys: Keys) -> None:
@@ -303,6 +304,52 @@ async def test_a_device_that_comes_back_with_its_keys_gives_none_of_them_twice(k
     assert await keys.directory([PHONE]) == []
     assert await keys.store(PHONE, wanted) == Stock(1, 0)
     assert await claimed(keys) == (2, None)
+
+
+async def test_a_key_that_was_handed_out_stays_so_whichever_installation_it_is_said_to_be_of(
+    keys: Keys,
+) -> None:
+    wanted = upload(registration=None, one_time=one_time(10), kem=kem(10))
+    await keys.store(PHONE, wanted)
+    assert await claimed(keys) == (10, 10)
+    await keys.store(PHONE, replace(wanted, registration=7))
+    await keys.forget(PHONE)
+    assert await keys.store(PHONE, replace(wanted, registration=7)) == Stock(0, 0)
+    assert await keys.store(PHONE, replace(wanted, identity="b3RoZXI=")) == Stock(0, 0)
+    assert await claimed(keys) == (None, None)
+
+
+async def test_the_mark_of_a_key_that_was_handed_out_runs_out_only_with_its_device(keys: Keys) -> None:
+    wanted = upload(one_time=one_time(1, 2))
+    await keys.store(PHONE, wanted)
+    await claimed(keys)
+    marks = PreKey.get_motor_collection()
+    assert await marks.count_documents({"forgottenAt": {"$ne": None}}) == 0
+    await keys.forget(PHONE)
+    assert await marks.count_documents({"forgottenAt": {"$type": "date"}}) == 1
+    await keys.store(PHONE, wanted)
+    assert await marks.count_documents({"forgottenAt": {"$ne": None}}) == 0
+    expiring = {
+        name
+        for index in PreKey.Settings.indexes
+        for name in index.document["key"]
+        if "expireAfterSeconds" in index.document
+    }
+    assert expiring == {"forgottenAt"}
+
+
+async def test_only_devices_that_have_keys_can_be_claimed_of(keys: Keys) -> None:
+    for device in (PHONE, "ann/tablet"):
+        await keys.store(device, upload())
+    await Device.get_motor_collection().update_one({"_id": PHONE}, {"$set": {"removedAt": datetime.now(UTC)}})
+    assert await keys.claimable(["bob/none", PHONE, "ann/tablet"]) == ["ann/tablet"]
+
+
+async def test_what_an_upload_changes_is_told(keys: Keys) -> None:
+    await keys.store(PHONE, upload(last_resort=LAST))
+    assert await keys.news(PHONE, upload(one_time=one_time(1), kem=kem(1))) == "nothing"
+    assert await keys.news(PHONE, upload(signed=KeyPair(2, "bmV3", "c2ln"))) == "keys"
+    assert await keys.news(PHONE, upload(last_resort=KeyPair(98, "bmV3", "c2ln"))) == "keys"
 
 
 @pytest.mark.parametrize("gone", [True, False])
@@ -317,17 +364,3 @@ async def test_of_an_erased_person_not_even_a_mark_stays(keys: Keys, gone: bool)
     await keys.forget(PHONE)
     for document in (PublicKeys, PreKey):
         assert await document.get_motor_collection().count_documents({}) == 0
-
-
-async def test_the_keys_of_a_person_can_be_exported(keys: Keys) -> None:
-    await keys.store("ann/tablet", upload())
-    await keys.store(PHONE, upload(one_time=one_time(1), last_resort=LAST))
-    await keys.store(PHONE, upload(signed=KeyPair(2, "bmV3", "c2ln")))
-    await keys.store("bob/phone", upload())
-    found = await keys.of_user("ann")
-    assert [one["device"] for one in found] == [PHONE, "ann/tablet"]
-    assert found[0]["signedPreKey"] == {"id": 2, "key": "bmV3", "signature": "c2ln"}
-    assert [retired["id"] for retired in found[0]["history"]] == [1]
-    assert isinstance(found[0]["history"][0]["retiredAt"], int)
-    assert (found[0]["oneTime"], found[0]["lastResort"]["id"]) == (1, 99)
-    assert await keys.of_user("nobody") == []

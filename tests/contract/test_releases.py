@@ -14,7 +14,7 @@ from models.conversations import Membership
 from models.housekeeping import Release
 from relay.store import releases as module
 from relay.store.embedded import EmbeddedMongo
-from relay.store.releases import Releases
+from relay.store.releases import Planned, Releases
 from relay.wire.ids import RELAY_USER
 from tests.support.store import Store, open_store
 
@@ -37,7 +37,7 @@ async def store(opened: Store) -> Store:
 
 @pytest.fixture
 def releases(store: Store) -> Releases:
-    return Releases(store.messages, store.endings, settle_seconds=SETTLE, now=store.clock.now)
+    return Releases(store.messages, store.endings, settle_seconds=SETTLE)
 
 
 async def member(conv: str, user: str, *, removed: bool = False, joined: datetime | None = None) -> None:
@@ -65,8 +65,9 @@ async def planned() -> list[dict[str, Any]]:
     return [dict(one) async for one in Release.get_motor_collection().find({})]
 
 
-async def make_due(name: str, *, settled: bool = False, age: timedelta | None = None) -> None:
+async def make_due(release: Planned, *, settled: bool = False, age: timedelta | None = None) -> None:
     """The next pass of a release is due; ``settled``: what was resolved before it has been committed by now."""
+    name = release.document["_id"]
     found = await Release.get_motor_collection().find_one({"_id": name})
     assert found is not None
     if settled:
@@ -308,4 +309,3 @@ async def test_repeated_and_concurrent_releases_count_once(store: Store, release
     await asyncio.gather(*(releases.run(name) for name in [*names, *names]))
     assert store.ledger.count("released") == 10
     await balance(store)
-    await releases.run("none")

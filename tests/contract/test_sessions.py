@@ -20,7 +20,7 @@ from relay.store import accounts as store
 from relay.store.accounts import Accounts, Standing
 from relay.store.embedded import EmbeddedMongo
 from relay.store.mongo import CONTROL, Mongo
-from relay.store.sessions import Installation, Opened, Renewed, Reused, Sessions
+from relay.store.sessions import Installation, Opened, Renewed, Reused, Sessions, new_device
 from relay.wire.errors import RelayError
 from tests.support.memory import start_in_memory
 
@@ -110,21 +110,29 @@ async def test_a_new_hash_is_stored_only_in_place_of_the_old_one(sessions: Sessi
 # Opening
 
 
-async def test_a_device_without_an_id_is_given_one(sessions: Sessions) -> None:
-    found = await opened(sessions, Installation(None, "phone", "ios"))
-    assert len(found.device) == 16
+async def test_of_a_session_only_hashes_are_stored(sessions: Sessions) -> None:
+    name = new_device()
+    assert len(name) == 16
+    found = await opened(sessions, Installation(name, "phone", "ios"))
     assert found.changed and not found.fresh and not found.ended
-    stored = await row(f"ann/{found.device}")
+    stored = await row(f"ann/{name}")
     assert stored["session"]["id"] == found.token.session
-    assert found.token.secret not in str(stored), "only its hash is stored"
+    assert found.token.secret not in str(stored)
+    assert found.token.handle not in str(stored)
 
 
 async def test_another_log_in_on_a_device_ends_its_session(sessions: Sessions) -> None:
     first = await opened(sessions)
+    await change("ann/phone", createdAt=datetime.now(UTC) - timedelta(minutes=1))
     second = await opened(sessions)
     assert second.ended and not second.changed and not second.fresh
     assert await sessions.renew(str(first.token)) is None
     await renewed(sessions, second.token)
+
+
+async def test_a_log_in_repeated_at_once_tells_again_that_the_device_is_there(sessions: Sessions) -> None:
+    first, second = await opened(sessions), await opened(sessions)
+    assert first.changed and second.changed, "who made it may have died before it told"
 
 
 async def test_log_ins_on_one_device_at_once_leave_one_session(sessions: Sessions) -> None:
@@ -230,8 +238,34 @@ async def test_an_older_token_ends_the_session_and_what_was_issued_in_it(
 
 async def test_a_wrong_secret_with_a_right_session_ends_it(sessions: Sessions) -> None:
     token = (await opened(sessions)).token
-    assert isinstance(await sessions.renew(f"{token.session}.{begin().secret}"), Reused)
+    assert isinstance(await sessions.renew(f"{token.handle}.{begin().secret}"), Reused)
     assert await sessions.renew(str(token)) is None
+
+
+async def test_who_knows_only_what_is_stored_or_in_access_tokens_cannot_end_a_session(
+    sessions: Sessions,
+) -> None:
+    token = (await opened(sessions)).token
+    assert token.session == (await row("ann/phone"))["session"]["id"]
+    assert await sessions.renew(f"{token.session}.{begin().secret}") is None
+    await renewed(sessions, token)
+
+
+async def test_a_repetition_is_suspicious_once_an_hour(sessions: Sessions) -> None:
+    first = (await opened(sessions)).token
+    found = await renewed(sessions, first)
+    assert not found.suspicious
+    assert (await renewed(sessions, first)).suspicious
+    assert (await renewed(sessions, first)).suspicious, "until it was noted"
+    await sessions.note_repeat("ann", "phone", first.session)
+    assert not (await renewed(sessions, first)).suspicious
+    second = (await renewed(sessions, found.token)).token
+    assert not (await renewed(sessions, found.token)).suspicious, "nor after the next exchange"
+    await change("ann/phone", **{"session.repeatedAt": datetime.now(UTC) - timedelta(minutes=61)})
+    assert (await renewed(sessions, found.token)).suspicious
+    await sessions.note_repeat("ann", "phone", begin().session)
+    assert (await renewed(sessions, found.token)).suspicious, "another session's"
+    assert not (await renewed(sessions, second)).suspicious
 
 
 async def test_the_repetition_ends_with_its_time(sessions: Sessions) -> None:
@@ -332,6 +366,31 @@ async def test_nobody_who_is_suspended_or_being_erased_arrives(
     assert standing is not None and standing.barred
 
 
+@pytest.mark.parametrize("returns", [False, True])
+async def test_who_is_suspended_while_a_new_device_arrives_has_none_that_is_good(
+    sessions: Sessions, accounts: Accounts, monkeypatch: pytest.MonkeyPatch, returns: bool
+) -> None:
+    now = int(time.time()) + 5
+    await accounts.add_users(["ann"])
+    if returns:
+        assert await accounts.arrive("ann", "phone", provision=True)
+        await sessions.remove("ann", "phone")
+    judge, judged = store.is_barred, 0
+
+    def suspended_meanwhile(person: Any) -> bool:
+        nonlocal judged
+        judged += 1
+        # The first time they were not: the suspension came after that question, and before the device.
+        return judged > 1 or judge(person)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "is_barred", suspended_meanwhile)
+        assert await accounts.arrive("ann", "phone", provision=True, issued=now) is None
+    assert judged == 2
+    stored = await row("ann/phone")
+    assert datetime.now(UTC) - stored["endedAt"] < timedelta(seconds=5), "its older tokens stay bad"
+
+
 async def test_a_removed_device_comes_back_only_with_a_token_issued_after_its_removal(
     sessions: Sessions, accounts: Accounts
 ) -> None:
@@ -348,7 +407,7 @@ async def test_a_removed_device_comes_back_only_with_a_token_issued_after_its_re
     assert found.gap_why == "reset"
     assert await accounts.arrive("ann", "phone", provision=True, issued=now) is None, "old tokens stay bad"
     again = await accounts.arrive("ann", "phone", provision=True, issued=now + 5)
-    assert again is not None and not again.changed
+    assert again is not None and not again.returned
 
 
 async def test_a_token_of_a_session_creates_neither_user_nor_device(accounts: Accounts) -> None:
@@ -409,6 +468,19 @@ async def test_what_ended_lately_is_told_with_what_is_still_good(
     assert [key async for key, _ in accounts.ended_since(later)] == []
 
 
+async def test_who_was_suspended_or_began_to_be_erased_lately_is_told(
+    sessions: Sessions, accounts: Accounts
+) -> None:
+    now = datetime.now(UTC)
+    await accounts.add_users(["ann", "bob", "cleo"])
+    users = User.get_motor_collection()
+    await users.update_one({"_id": "ann"}, {"$set": {"suspendedAt": now}})
+    await users.update_one({"_id": "bob"}, {"$set": {"erasingAt": now}})
+    await users.update_one({"_id": "cleo"}, {"$set": {"suspendedAt": now - timedelta(minutes=2)}})
+    since = now - timedelta(minutes=1)
+    assert sorted([user async for user in accounts.barred_since(since)]) == ["ann", "bob"]
+
+
 # Erased people
 
 
@@ -455,7 +527,9 @@ async def test_every_question_on_the_way_in_uses_an_index(
         await sessions.devices(made.user)
         await accounts.standing(made.user, "d1")
         await accounts.missing_users([made.user])
-        assert [key async for key, _ in accounts.ended_since(datetime.now(UTC) - timedelta(minutes=1))]
+        since = datetime.now(UTC) - timedelta(minutes=1)
+        assert [key async for key, _ in accounts.ended_since(since)]
+        assert not [user async for user in accounts.barred_since(since)]
     finally:
         await database.command("profile", 0)
     seen = 0

@@ -395,6 +395,14 @@ def texts_that_may_be(value: str) -> set[str]:
     return found
 
 
+def test_no_object_of_a_body_may_hold_an_unknown_field() -> None:
+    for name in GOOD:
+        check, body = validator(name), good(name)
+        for at, one in places(body):
+            for strange in STRANGE_NAMES if isinstance(one, dict) else ():
+                assert not check.is_valid(replaced(body, (*at, strange), 1)), (label(name, at), strange)
+
+
 def test_only_fields_without_a_form_may_hold_control_characters() -> None:
     assert texts_that_may_be("x\0y") == FORMLESS
 

@@ -125,6 +125,49 @@ async def test_claims_are_limited_for_each_target(nodes: NodeFactory) -> None:
     assert await node.request("GET", "/v1/keys/count", "ann", "phone") == (200, {"oneTime": 1, "kem": 0})
 
 
+async def test_a_caller_uses_up_only_their_own_claims_of_a_device(nodes: NodeFactory) -> None:
+    node = await nodes.start(rate_key_claim="4/minute", rate_key_claim_pair="2/minute")
+    await publish(node)
+    status = [(await claim(node, "ann/phone", user="bob"))[0] for _ in range(5)]
+    assert status == [200, 200, 429, 429, 429]
+    assert [(await claim(node, "ann/phone", user="cleo"))[0] for _ in range(2)] == [200, 200]
+
+
+async def test_a_caller_claims_of_so_many_devices_and_invented_ones_count_nowhere(nodes: NodeFactory) -> None:
+    node = await nodes.start(rate_key_claim_caller="3/minute", rate_key_claim="100/minute")
+    for device in ("phone", "tablet"):
+        await publish(node, device=device)
+    invented = [f"made-up-{number}/phone" for number in range(250)]
+    for _ in range(4):
+        assert (await claim(node, *invented))[0] == 200
+    assert len(node.relay.context.rates._here["key_claim"]) == 0
+    assert (await claim(node, "ann/phone", "ann/tablet"))[0] == 200
+    refused = await claim(node, "ann/phone", "ann/tablet")
+    assert code(refused) == (429, "rate_limited")
+    assert "devices" not in refused[1]["error"].get("details", {})
+    assert (await claim(node, "ann/phone"))[0] == 200
+    assert (await claim(node, "ann/phone", user="cleo"))[0] == 200
+
+
+async def test_changes_of_keys_are_limited_and_new_prekeys_are_not(nodes: NodeFactory) -> None:
+    node = await nodes.start(rate_key_change="3/minute")
+    status = [
+        (await node.request("PUT", "/v1/keys", "ann", "phone", upload(registrationId=number)))[0]
+        for number in range(5)
+    ]
+    assert status == [200, 200, 200, 429, 429]
+    assert await node.db.audit.count_documents({}) == 3
+    await publish(node, registrationId=2, oneTimePreKeys=[{"id": 77, "key": KEY}])
+    assert (await node.request("PUT", "/v1/keys", "ann", "tablet", upload()))[0] == 200
+
+
+async def test_the_keys_of_a_suspended_person_are_hidden_as_their_profile_is(node: Node) -> None:
+    await publish(node)
+    await node.relay.context.people.suspend("ann")
+    assert await directory(node, "ann") == await directory(node, "nobody")
+    assert (await directory(node, "ann"))[0] == 404
+
+
 @pytest.mark.parametrize("change", [{"registrationId": 8}, {"identityKey": "b3RoZXI="}])
 async def test_a_relinked_device_releases_what_waited_for_its_former_self(
     node: Node, change: dict[str, Any]
@@ -174,12 +217,24 @@ async def test_publishing_first_or_again_releases_nothing(node: Node) -> None:
     assert await node.db.releases.count_documents({}) == 0
 
 
-async def test_a_replacement_is_audited_and_a_rotation_is_not(node: Node) -> None:
+async def test_first_keys_rotations_and_replacements_are_audited_and_new_prekeys_are_not(node: Node) -> None:
     await publish(node)
+    await publish(node)
+    await publish(node, oneTimePreKeys=[{"id": 5, "key": KEY}])
     await publish(node, signedPreKey=signed(2))
-    assert await node.db.audit.count_documents({"act": "keys.replace"}) == 0
-    await publish(node, registrationId=8)
-    assert await node.db.audit.count_documents({"act": "keys.replace"}) == 1
+    await publish(node, registrationId=8, signedPreKey=signed(2))
+    rows = [row async for row in node.db.audit.find({}).sort("_id", 1)]
+    assert [row["act"] for row in rows] == ["keys.publish", "keys.change", "keys.replace"]
+    assert {row["personal"]["device"]["value"] for row in rows} == {"phone"}
+
+
+async def test_keys_whose_change_cannot_be_recorded_stay_as_they_are(node: Node) -> None:
+    await publish(node)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(node.relay.context.audit, "_seconds", 0)
+        found = await node.request("PUT", "/v1/keys", "ann", "phone", upload(signedPreKey=signed(2)))
+        assert code(found) == (503, "unavailable")
+    assert (await directory(node, "ann"))[1]["devices"][0]["signedPreKey"] == signed(1)
 
 
 async def test_devices_that_get_no_messages_are_not_listed(node: Node) -> None:

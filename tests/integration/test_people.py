@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from datetime import UTC, datetime
+import time
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -210,9 +211,33 @@ async def test_others_see_the_public_profile_and_presence_only_when_it_concerns_
     assert await ask(node, "GET", "/v1/users/ann", "cleo") == hidden
     await node.direct("cleo", "ann")
     assert (await ask(node, "GET", "/v1/users/ann", "cleo"))["online"] is True
+    await device.close()
+
+
+async def test_who_is_blocked_sees_somebody_who_went_away_at_that_moment(node: Node) -> None:
+    """Whether listed or met in a conversation: presence that were hidden all at once would tell of the block."""
+    await known(node, "ann", "bob", "cleo", "dan", name="Ann")
+    await ask(node, "POST", "/v1/contacts", "ann", {"user": "bob"}, status=201)
+    await node.direct("cleo", "ann")
+    device = await node.connect("ann", "tablet")
     for other in ("bob", "cleo"):
+        assert (await ask(node, "GET", "/v1/users/ann", other))["online"] is True
+    before = int(time.time() * 1000)
+    for other in ("bob", "cleo", "dan"):
         await ask(node, "PATCH", f"/v1/contacts/{other}", "ann", {"blocked": True})
-        assert await ask(node, "GET", "/v1/users/ann", other) == hidden
+    after = int(time.time() * 1000)
+    later = datetime.now(UTC) + timedelta(hours=1)
+    await node.db.devices.update_one({"_id": "ann/tablet"}, {"$set": {"lastSeen": later}})
+    for other in ("bob", "cleo"):
+        await ask(node, "PATCH", f"/v1/contacts/{other}", "ann", {"name": "Other"})
+        seen = await ask(node, "GET", "/v1/users/ann", other)
+        assert seen["online"] is False
+        assert before <= seen["lastSeen"] <= after
+    # Who was shown nothing before is shown nothing now.
+    hidden = await ask(node, "GET", "/v1/users/ann", "dan")
+    assert (hidden["online"], hidden["lastSeen"]) == (None, None)
+    await ask(node, "PATCH", "/v1/contacts/bob", "ann", {"blocked": False})
+    assert (await ask(node, "GET", "/v1/users/ann", "bob"))["online"] is True
     await device.close()
 
 
@@ -257,16 +282,13 @@ async def test_a_search_pages_completely_and_is_remembered_once(node: Node) -> N
     assert (await ask(node, "GET", "/v1/me/searches", "me"))["items"] == []
 
 
-async def test_who_blocked_me_is_not_found_by_me(node: Node) -> None:
+async def test_who_blocked_me_is_found_by_me_as_before(node: Node) -> None:
     await known(node, "ann", "bob", name="Zoe", phone="+49305550100")
     await known(node, "me")
-    assert await search(node, "me", "zoe") == ["ann", "bob"]
     await ask(node, "PATCH", "/v1/contacts/me", "ann", {"blocked": True})
-    assert await search(node, "me", "zoe") == ["bob"]
-    assert await search(node, "me", "+49305550100") == ["bob"]
-    assert await search(node, "other", "zoe") == ["ann", "bob"]
-    await ask(node, "PATCH", "/v1/contacts/me", "ann", {"blocked": False})
-    assert await search(node, "me", "zoe") == ["ann", "bob"]
+    for q in ("zoe", "+49305550100"):
+        assert await search(node, "me", q) == ["ann", "bob"]
+    assert (await node.request("GET", "/v1/users/ann", "me", "phone"))[0] == 200
 
 
 NO_SEARCHES: list[str] = [
@@ -311,6 +333,73 @@ async def test_searches_are_counted_and_those_by_phone_by_themselves(nodes: Node
     async with node.http.get(node.url + "/v1/users?q=zoe", headers=node.headers("ann", "phone")) as response:
         assert int(response.headers["Retry-After"]) >= 1
         assert (await response.json())["error"]["code"] == "rate_limited"
+
+
+async def test_the_phone_book_is_not_walked_by_many_accounts_of_one_address(nodes: NodeFactory) -> None:
+    node = await nodes.start(rate_search_phone="2/minute", rate_search_phone_address="3/minute")
+    found = [
+        (await node.request("GET", "/v1/users?q=%2B49305550100", f"u{number}", "phone"))[0]
+        for number in range(4)
+    ]
+    assert found == [200, 200, 200, 429]
+    assert (await node.request("GET", "/v1/users?q=zoe", "u9", "phone"))[0] == 200
+
+
+async def test_what_is_recorded_is_limited(nodes: NodeFactory) -> None:
+    node = await nodes.start(rate_contact_change="2/minute", rate_profile_change="3/minute")
+    await known(node, "bob", name="Bob")
+
+    async def status(method: str, path: str, body: Any) -> int:
+        return (await node.request(method, path, "ann", "phone", body))[0]
+
+    blocks = [await status("PATCH", "/v1/contacts/bob", {"blocked": flag}) for flag in (True, False, True)]
+    assert blocks == [200, 200, 429]
+    # Only what is recorded: names and lists are not.
+    assert await status("POST", "/v1/contacts", {"user": "bob"}) == 201
+    assert await status("PATCH", "/v1/contacts/bob", {"name": "Rob"}) == 200
+    push = {"provider": "expo", "token": "t"}
+    changes = [
+        await status("PATCH", "/v1/me", {"name": "Ann"}),
+        await status("PUT", "/v1/me/push", push),
+        await status("DELETE", "/v1/me/push", None),
+        await status("PATCH", "/v1/me", {"name": "Ann"}),
+        await status("PUT", "/v1/me/push", push),
+    ]
+    assert changes == [200, 200, 200, 429, 429]
+    assert await node.db.audit.count_documents({"act": {"$ne": "profile.change"}}) == 4
+
+
+async def test_changes_of_the_profile_are_recorded_without_their_values(node: Node) -> None:
+    body = {"phone": "+49305550100", "preferences": {"whoMayAdd": "contacts", "findableByName": True}}
+    await ask(node, "PATCH", "/v1/me", "ann", body)
+    await ask(node, "PATCH", "/v1/me", "ann", {})
+    await ask(node, "PUT", "/v1/me/push", "ann", {"provider": "expo", "token": "a-token"})
+    await ask(node, "DELETE", "/v1/me/push", "ann")
+    rows = [row async for row in node.db.audit.find({}).sort("_id", 1)]
+    assert [(row["act"], row["details"]) for row in rows] == [
+        ("profile.change", {"fields": "findableByName phone whoMayAdd"}),
+        ("push.set", {}),
+        ("push.unset", {}),
+    ]
+    assert {row["personal"]["device"]["value"] for row in rows} == {"phone"}
+    for value in ("5550100", "a-token", "contacts"):
+        assert value not in str(rows)
+
+
+@pytest.mark.parametrize("act", ["contact.block", "report.add"])
+async def test_what_cannot_be_recorded_is_not_done(node: Node, act: str) -> None:
+    await known(node, "ann", "bob")
+    if act == "contact.block":
+        wanted: tuple[str, str, Any] = ("PATCH", "/v1/contacts/bob", {"blocked": True})
+    else:
+        wanted = ("POST", "/v1/reports", {"user": "bob", "reason": "spam"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(node.relay.context.audit, "_seconds", 0)
+        assert (await node.request(wanted[0], wanted[1], "ann", "phone", wanted[2]))[0] == 503
+    assert await node.db.reports.count_documents({}) == 0
+    assert await node.db.contacts.count_documents({"blocked": True}) == 0
+    assert (await node.request(wanted[0], wanted[1], "ann", "phone", wanted[2]))[0] in (200, 201)
+    assert await node.db.audit.count_documents({"act": act}) >= 1
 
 
 # Contacts

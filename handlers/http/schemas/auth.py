@@ -7,6 +7,7 @@ from typing import Annotated, Final
 from pydantic import AfterValidator, Field
 
 from handlers.http.schemas.base import Answer, DeviceId, Milliseconds, Request, UserId
+from handlers.http.schemas.names import Name
 from relay.security.passwords import MAX_PASSWORD, MIN_PASSWORD
 
 _TYPED: Final = r"^[^\x00-\x1f\x7f]+$"
@@ -34,7 +35,7 @@ class DeviceRequest(Request):
     it is given one. ``reset``: its database is empty, so what waited for its former self is released."""
 
     id: DeviceId | None = None
-    name: str = Field(min_length=1, max_length=64, pattern=_TYPED, examples=["Ann's phone"])
+    name: Name = Field(examples=["Ann's phone"])
     platform: str = Field(min_length=1, max_length=32, pattern=r"^[A-Za-z0-9._ -]+$", examples=["ios"])
     reset: bool = False
 
@@ -45,7 +46,7 @@ class RegisterRequest(Request):
 
     username: Username = Field(examples=["ann"])
     password: Password = Field(examples=["correct horse battery"])
-    name: str | None = Field(default=None, min_length=1, max_length=64, pattern=_TYPED, examples=["Ann"])
+    name: Name | None = Field(default=None, examples=["Ann"])
     phone: Phone | None = Field(default=None, examples=["+49 30 5550100"])
     device: DeviceRequest
 

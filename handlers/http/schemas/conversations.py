@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from handlers.http.schemas.base import Answer, MediaId, MessageId, Milliseconds, Request, UserId
+from handlers.http.schemas.names import SIGNS, GroupName
 
 MAX_NAMED: int = 1000
-ConversationName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+$")]
-Description = Annotated[str, Field(max_length=1024, pattern=r"^[^\x00-\x08\x0b-\x1f\x7f]*$")]
+Description = Annotated[str, Field(max_length=1024, pattern=rf"^(?:[^{SIGNS}]|[\t\n])*$")]
 Role = Literal["admin", "moderator", "member"]
 
 
@@ -19,7 +19,7 @@ class CreateConversation(Request):
 
     type: Literal["direct", "group"]
     members: list[UserId] = Field(max_length=MAX_NAMED, examples=[["bob"]])
-    name: ConversationName | None = None
+    name: GroupName | None = None
     ref: MessageId | None = None
 
 
@@ -32,7 +32,7 @@ class SettingsChange(Request):
 class ChangeConversation(Request):
     """What is named is changed; null clears ``picture`` and ``description``."""
 
-    name: ConversationName | None = Field(default=None, examples=["Allotment"])
+    name: GroupName | None = Field(default=None, examples=["Allotment"])
     picture: MediaId | None = None
     description: Description | None = None
     settings: SettingsChange | None = None

@@ -26,7 +26,7 @@ _HELP: Final = """For operators: looks at the relay's database and changes it, b
 
 Settings are the relay's own: RELAY_MONGO_URI, or RELAY_DATA_DIR (var) while a relay with a MongoDB of its own runs there; the key
 of the audit trail is RELAY_PSEUDONYM_KEY, or the file pseudonym-key in RELAY_DATA_DIR. USER is a user id or a user name.
-Everything that changes something stands in the audit trail, as done by $admin. Exit codes: 0 done, 1 not done or something is wrong, 2 wrong usage."""
+Everything that changes something, or shows what there is about a person, stands in the audit trail, as done by $admin. Exit codes: 0 done, 1 not done or something is wrong, 2 wrong usage."""
 
 app = typer.Typer(
     add_completion=False,
@@ -138,13 +138,13 @@ def audit_list(
     if json:
         show.as_json(entries)
         return
-    names = ("entry", "at (UTC)", "act", "actor", "target", "address", "agent", "details")
+    names = ("entry", "at (UTC)", "act", "actor", "target", "device", "address", "agent", "details")
     rows = [
         [
             entry["entry"],
             show.moment(entry["at"]),
             entry["act"],
-            *(entry.get(name) for name in ("actor", "target", "address", "agent")),
+            *(entry.get(name) for name in ("actor", "target", "device", "address", "agent")),
             " ".join(f"{name}={_worded(value)}" for name, value in entry.get("details", {}).items()),
         ]
         for entry in entries
@@ -236,9 +236,11 @@ def reports_close(report: Annotated[str, typer.Argument(help="Its id.", show_def
 
     async def work() -> None:
         async with desk() as found:
-            if not await found.reports.close(report):
+            if not await found.reports.exists(report):
                 raise Give(f"there is no report {report!r}")
+            # First the record: what is not recorded is not done.
             await found.audit.record("report.close", actor=ADMIN, details={"report": report})
+            await found.reports.close(report)
 
     _run(work())
     show.line(f"report {report} is closed")
@@ -251,6 +253,7 @@ def user_show(who: Who, json: Json = False) -> None:
     async def work() -> dict[str, Any]:
         async with desk() as found:
             name = await found.user(who)
+            await found.audit.record("user.show", actor=ADMIN, target=name)
             profile = await found.exports.profile(name) or {}
             devices = [device async for device in found.exports.devices(name)]
             return {"profile": profile, "devices": devices, "counts": await found.exports.counts(name)}

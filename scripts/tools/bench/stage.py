@@ -35,6 +35,11 @@ _WITHOUT_LIMITS: Final = {
     "RELAY_RATE_REFRESH": "off",
     "RELAY_RATE_CONNECT": "off",
     "RELAY_RATE_SEARCH": "off",
+    "RELAY_RATE_KEY_CHANGE": "off",
+    "RELAY_RATE_KEY_CLAIM_PAIR": "off",
+    "RELAY_RATE_KEY_CLAIM_CALLER": "off",
+    "RELAY_RATE_CONTACT_CHANGE": "off",
+    "RELAY_RATE_PROFILE_CHANGE": "off",
     "RELAY_RATE_CONVERSATION": "off",
 }
 _decode_news: Final = msgspec.json.Decoder(AnyNews).decode

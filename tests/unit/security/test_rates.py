@@ -66,7 +66,7 @@ def test_a_rule_that_is_none_is_refused_when_the_limits_are_made() -> None:
 def test_whoever_waits_as_told_is_let_in_and_never_more_than_twice_the_limit_passes_in_its_time(
     rule: str,
 ) -> None:
-    windows, limit = _Windows(), parse(rule)
+    windows, limit = _Windows(1000), parse(rule)
     now, taken = 12_345.6, []
     for _ in range(3 * limit.amount):
         wait = windows.take(limit, "key", now)
@@ -81,7 +81,7 @@ def test_whoever_waits_as_told_is_let_in_and_never_more_than_twice_the_limit_pas
 
 
 def test_a_burst_at_the_end_of_a_window_is_not_repeated_at_the_start_of_the_next() -> None:
-    windows, limit = _Windows(), parse("20/minute")
+    windows, limit = _Windows(1000), parse("20/minute")
     assert sum(windows.take(limit, "key", 119.0) == 0 for _ in range(50)) == 20
     assert sum(windows.take(limit, "key", 121.0) == 0 for _ in range(50)) <= 1
     assert windows.take(limit, "key", 300.0) == 0
@@ -94,6 +94,36 @@ def test_counts_in_this_process_are_bounded_and_the_longest_untouched_go_first()
         windows.take(limit, str(number), 1.0)
     assert len(windows) == 100
     assert windows.take(limit, "kept", 1.0) > 0
+
+
+async def test_many_keys_of_one_rule_do_not_have_another_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "_MAX_KEYS", 100)
+    limits = Rates({"login_account": "1/hour", "key_claim": "5/hour"}, redis_url=None)
+    await limits.check("login_account", "ann")
+    for number in range(1000):
+        await limits.check("key_claim", f"made-up-{number}/phone")
+    assert await refused(limits, "login_account", "ann") is not None
+
+
+async def test_what_costs_more_is_refused_whole_and_counts_nothing_then() -> None:
+    limits = Rates({"key_claim_caller": "10/minute"}, redis_url=None)
+    await limits.check("key_claim_caller", "ann", 7)
+    with pytest.raises(RelayError) as error:
+        await limits.check("key_claim_caller", "ann", 4)
+    assert 0 < (error.value.retry_after or 0) <= 120_000
+    await limits.check("key_claim_caller", "ann", 3)
+    assert await refused(limits, "key_claim_caller", "ann") is not None
+
+
+@pytest.mark.parametrize("cost", [1, 3, 7])
+def test_who_asks_for_much_is_let_in_when_told(cost: int) -> None:
+    windows, limit = _Windows(1000), parse("10/minute")
+    now = 1000.0
+    for _ in range(20):
+        while not windows.take(limit, "key", now, cost):
+            pass
+        now += windows.take(limit, "key", now, cost)
+        assert windows.take(limit, "key", now, cost) == 0
 
 
 def test_a_device_sends_its_burst_at_once_and_then_at_its_rate() -> None:

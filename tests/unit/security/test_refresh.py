@@ -18,9 +18,18 @@ def test_a_token_is_parsed_back_from_its_text() -> None:
 def test_a_session_has_128_random_bits_and_a_secret_256() -> None:
     tokens = [begin() for _ in range(100)]
     for token in tokens:
-        assert len(base64.urlsafe_b64decode(token.session + "==")) == 16
+        assert len(base64.urlsafe_b64decode(token.handle + "==")) == 16
         assert len(base64.urlsafe_b64decode(token.secret + "=")) == 32
-    assert len({token.session for token in tokens}) == len({token.secret for token in tokens}) == 100
+    assert len({token.handle for token in tokens}) == len({token.secret for token in tokens}) == 100
+
+
+def test_who_knows_the_name_of_a_session_cannot_present_a_token_of_it() -> None:
+    token = begin()
+    found = parse(f"{token.session}.{begin().secret}")
+    assert found is not None
+    assert found.session != token.session, "a name does not name itself"
+    assert RefreshToken(token.handle, begin().secret).session == token.session
+    assert token.handle not in repr(token)
 
 
 def test_a_successor_keeps_the_session_and_has_another_secret() -> None:
@@ -65,7 +74,7 @@ def test_a_sealed_successor_is_opened_by_nobody_else() -> None:
     token = begin()
     sealed = seal(successor_of(token), token)
     assert unseal(sealed, successor_of(token)) is None
-    assert unseal(sealed, RefreshToken(begin().session, token.secret)) is None, "another session's"
+    assert unseal(sealed, RefreshToken(begin().handle, token.secret)) is None, "another session's"
     assert unseal(sealed[:-8] + "AAAAAAAA", token) is None
     assert unseal("", token) is None
     assert unseal("é", token) is None
