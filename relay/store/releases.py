@@ -161,7 +161,9 @@ class Releases:
             # What comes twice is no message and cannot be released.
             stuck |= page.intersection(found)
             page = set(found) - stuck
-            if page and not await self._endings.release(list(page), keys, deadline=monotonic() + _GIVE_UP_SECONDS):
+            if page and not await self._endings.release(
+                list(page), keys, deadline=monotonic() + _GIVE_UP_SECONDS
+            ):
                 return False
 
     async def _keys(self, mailbox: str) -> list[str]:
