@@ -37,8 +37,9 @@ async def revoke(
         await ctx.sessions.remove(user, device)
     cut_off(ctx, key)
     await ctx.invalidation.tell(users=[user])
-    # What it may have published while it was removed.
-    await ctx.keys.forget(key)
+    # What it may have published while it was removed; not what it publishes when it has logged in again already.
+    if await ctx.sessions.is_active(user, device) is False:
+        await ctx.keys.forget(key)
     if release is not None:
         await ctx.releases.run(release)
     return True

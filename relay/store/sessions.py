@@ -158,7 +158,9 @@ class Sessions:
             if opened is None:
                 continue
             # Log-ins at once all found room: those that see too many now give way.
-            return replace(opened, too_many=await self._others(user, key) >= self._most)
+            # A device that was there before stays, whoever came beside it.
+            came = before is None or before.get("removedAt") is not None
+            return replace(opened, too_many=came and await self._others(user, key) >= self._most)
         raise RelayError("unavailable", "this device is logging in elsewhere; try again", retry_after=1000)
 
     async def check_room(self, user: str, device: str) -> None:

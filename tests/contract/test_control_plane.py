@@ -70,7 +70,9 @@ async def last_seen(key: str, moment: datetime | None) -> None:
 async def came(key: str, seconds: float) -> None:
     """Sets when a device came, so many seconds ago."""
     moment = datetime.now(UTC) - timedelta(seconds=seconds)
-    await Device.get_motor_collection().update_one({"_id": key}, {"$set": {"createdAt": moment, "backAt": moment}})
+    await Device.get_motor_collection().update_one(
+        {"_id": key}, {"$set": {"createdAt": moment, "backAt": moment}}
+    )
 
 
 # Accounts

@@ -203,7 +203,8 @@ async def test_a_release_is_done_again_when_nothing_resolved_before_can_be_on_it
     await releases.run(name)
     (plan,) = await planned()
     assert plan["passes"] == 1
-    assert plan["dueAt"] == plan["at"] + timedelta(seconds=SETTLE)
+    later = (plan["dueAt"] - plan["at"]).total_seconds()
+    assert SETTLE <= later < SETTLE + 5
     assert await releases.run_due() == 0
     # Another node had resolved its recipients before.
     straggler = await store.put(["bob/*", "cleo/*"])

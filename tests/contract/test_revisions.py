@@ -249,30 +249,60 @@ async def test_every_step_may_be_repeated_at_any_time(revisions: Revisions, grou
     assert before[1] == AFTER[event]
 
 
+async def lives(node: str) -> bool:
+    return node == "one"
+
+
 async def test_a_change_in_progress_makes_others_wait_and_then_give_up(
     revisions: Revisions, group: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_PATIENCE_SECONDS", 0.15)
-    await begun(revisions, group, always(Proposal("removed", ["bob"])), ["bob"])
-    with pytest.raises(RelayError) as caught:
-        await revisions.begin(group, "ann", [], always(Proposal("changed", fields={"name": "x"})))
-    assert (caught.value.code, caught.value.retry_after) == ("unavailable", 1000)
+    one, two = Revisions("one", lives), Revisions("two", lives)
+    first = await begun(one, group, always(Proposal("removed", ["bob"])), ["bob"])
+    with one.carrying(first):
+        for node in (one, two):
+            with pytest.raises(RelayError) as caught:
+                await node.begin(group, "ann", [], always(Proposal("changed", fields={"name": "x"})))
+            assert (caught.value.code, caught.value.retry_after) == ("unavailable", 1000)
 
 
 async def test_a_change_in_progress_is_waited_for(revisions: Revisions, group: str) -> None:
-    first = await begun(revisions, group, always(Proposal("removed", ["bob"])), ["bob"])
+    one, two = Revisions("one", lives), Revisions("two", lives)
+    first = await begun(one, group, always(Proposal("removed", ["bob"])), ["bob"])
     seen: list[Situation] = []
 
     def decide(situation: Situation) -> Proposal | None:
         seen.append(situation)
         return None
 
-    waiting = asyncio.ensure_future(Revisions().begin(group, "ann", ["bob"], decide))
-    await asyncio.sleep(0.1)
-    assert seen == []
-    await carry_out(revisions, first)
+    with one.carrying(first):
+        waiting = asyncio.ensure_future(two.begin(group, "ann", ["bob"], decide))
+        await asyncio.sleep(0.1)
+        assert seen == []
+        await carry_out(one, first)
     assert await waiting == (None, True)
     assert [(one.roles, one.members) for one in seen] == [({"ann": "admin"}, 2)]
+
+
+async def test_a_change_is_abandoned_when_its_node_is_gone_or_gave_it_up_or_takes_too_long(
+    revisions: Revisions, group: str
+) -> None:
+    one, two, three = (Revisions(name, lives) for name in ("one", "two", "three"))
+    left = await begun(one, group, always(Proposal("removed", ["bob"])), ["bob"])
+    assert await one.is_abandoned(left), "it is not at it"
+    assert not await two.is_abandoned(left), "another node cannot know"
+    with one.carrying(left):
+        with one.carrying(left):
+            assert not await one.is_abandoned(left)
+        assert not await one.is_abandoned(left)
+        await age(group, 2 * LONG_AGO)
+        (late,) = await two.stalled()
+        assert await one.is_abandoned(late)
+        assert await two.is_abandoned(late)
+    await carry_out(two, late)
+    gone = await begun(two, group, always(Proposal("removed", ["cleo"])), ["cleo"])
+    with two.carrying(gone):
+        assert await three.is_abandoned(gone), "its node does not live"
 
 
 # Late authors

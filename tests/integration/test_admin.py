@@ -7,16 +7,17 @@ import json
 import os
 import sys
 from asyncio.subprocess import PIPE
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
+from tests.support.admin import ROOT, Admin
 from tests.support.device import Closed, new_id
+from tests.support.failpoints import failing
 from tests.support.node import Node, NodeFactory
 
-ROOT = Path(__file__).parents[2]
 KEY = "a key for tests only, of more than 32 bytes"
 
 
@@ -29,42 +30,30 @@ async def node(nodes: NodeFactory) -> Node:
     return found
 
 
-class Admin:
-    """Runs the program as an operator would."""
-
-    def __init__(self, uri: str, database: str, directory: Path) -> None:
-        self.environment = {
-            "RELAY_MONGO_URI": uri,
-            "RELAY_MONGO_DATABASE": database,
-            "RELAY_DATA_DIR": str(directory),
-            "RELAY_PSEUDONYM_KEY": KEY,
-        }
-
-    async def __call__(
-        self, *arguments: str, env: Mapping[str, str | None] | None = None
-    ) -> tuple[int, str, str]:
-        """Exit code, standard output, standard error."""
-        wanted: dict[str, str | None] = {
-            **os.environ,
-            **self.environment,
-            "PYTHONPATH": str(ROOT),
-            **(env or {}),
-        }
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "scripts.tools.admin", *arguments),
-            cwd=ROOT,
-            env={name: value for name, value in wanted.items() if value is not None},
-            stdout=PIPE,
-            stderr=PIPE,
-        )
-        out, err = await process.communicate()
-        assert process.returncode is not None
-        return process.returncode, out.decode(), err.decode()
+def environment(nodes: NodeFactory, directory: Path) -> dict[str, str]:
+    return {
+        "RELAY_MONGO_URI": nodes.uri,
+        "RELAY_MONGO_DATABASE": nodes.database,
+        "RELAY_DATA_DIR": str(directory / "none"),
+        "RELAY_PSEUDONYM_KEY": KEY,
+    }
 
 
 @pytest.fixture
 def admin(nodes: NodeFactory, tmp_path: Path) -> Admin:
-    return Admin(nodes.uri, nodes.database, tmp_path / "none")
+    return Admin(environment(nodes, tmp_path), tmp_path)
+
+
+async def test_the_program_itself_runs(node: Node, nodes: NodeFactory, tmp_path: Path) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "scripts.tools.admin", "audit", "verify"),
+        cwd=ROOT,
+        env={**os.environ, **environment(nodes, tmp_path)},
+        stdout=PIPE,
+        stderr=PIPE,
+    )
+    out, err = await process.communicate()
+    assert (process.returncode, out.decode(), err) == (0, "the audit trail is empty\n", b"")
 
 
 async def test_verification_prints_the_head_and_says_what_is_broken(node: Node, admin: Admin) -> None:
@@ -90,6 +79,22 @@ async def test_verification_prints_the_head_and_says_what_is_broken(node: Node, 
     code, out, err = await admin("audit", "verify")
     assert (code, out) == (1, "")
     assert err == "admin: the audit trail is broken: entry 2 was edited; entries 1 to 1 hold\n"
+
+
+async def test_a_node_that_starts_logs_the_head_as_it_finds_it(
+    node: Node, nodes: NodeFactory, admin: Admin
+) -> None:
+    await node.relay.context.audit.record("test.act", actor="ann")
+    while await node.db.audit_head.find_one({"entry": 1}) is None:
+        await asyncio.sleep(0.01)
+    with capture_logs() as logs:
+        await nodes.start(pseudonym_key=KEY)
+    (told,) = [line for line in logs if line["event"] == "audit head"]
+    assert (await admin("audit", "verify", "--expect", f"{told['entry']}:{told['hash']}"))[0] == 0
+    await node.db.audit.delete_many({})
+    await node.db.audit_head.delete_many({})
+    assert (await admin("audit", "verify"))[0] == 0
+    assert (await admin("audit", "verify", "--expect", f"{told['entry']}:{told['hash']}"))[0] == 1
 
 
 async def test_a_suspended_person_is_out_at_once_and_comes_back(node: Node, admin: Admin) -> None:
@@ -168,9 +173,46 @@ async def test_a_person_is_shown_by_id_or_user_name_and_never_guessed(node: Node
     assert ambiguous[0] == 1
     assert "id=ann or username=ann" in ambiguous[2]
     assert "bob" in chosen[1].splitlines()[0]
+    # Whom an operator looked at is on record; whom they did not find is not.
+    shown = json.loads((await admin("audit", "list", "--act", "user.show", "--json"))[1])
+    assert sorted(entry["target"] for entry in shown) == ["bob", "u1", "u1"]
+    assert {entry["actor"] for entry in shown} == {"$admin"}
 
 
-async def test_what_stands_in_the_way_is_said_in_one_line(node: Node, admin: Admin, tmp_path: Path) -> None:
+async def test_the_trail_is_listed_with_the_device_that_an_entry_is_about(node: Node, admin: Admin) -> None:
+    await node.relay.context.audit.record(
+        "device.revoke", actor="bob", target="ann", device="tablet", address="192.0.2.7", details={"n": 1}
+    )
+    code, out, _ = await admin("audit", "list")
+    assert code == 0
+    assert out.rstrip("\n").split("\t")[2:] == [
+        "device.revoke",
+        "bob",
+        "ann",
+        "tablet",
+        "192.0.2.7",
+        "",
+        "n=1",
+    ]
+
+
+async def test_a_report_is_closed_only_when_that_is_recorded(node: Node, admin: Admin) -> None:
+    name = new_id()
+    await node.db.reports.insert_one(
+        {"_id": name, "reporter": "ann", "user": "u1", "reason": "spam", "createdAt": datetime.now(UTC)}
+    )
+    async with failing(node, "update", "reports", errorCode=50):
+        assert (await admin("reports", "close", name))[0] == 1
+    assert (await node.db.reports.find_one({"_id": name})).get("closedAt") is None
+    assert await node.db.audit.count_documents({"act": "report.close"}) == 1
+    assert (await admin("reports", "close", name))[0] == 0
+    assert await node.db.audit.count_documents({"act": "report.close"}) == 2
+
+
+async def test_what_stands_in_the_way_is_said_in_one_line(
+    node: Node, nodes: NodeFactory, tmp_path: Path
+) -> None:
+    admin = Admin(environment(nodes, tmp_path), tmp_path, patience=1)
     await node.relay.context.audit.record("test.act", actor="ann")
     await node.db.settings.update_one(
         {"_id": "pseudonym-key"}, {"$set": {"value": node.relay.context.pseudonyms.fingerprint}}, upsert=True

@@ -200,13 +200,13 @@ asyncio.run(main())
 
 
 async def test_the_processes_end_with_a_relay_that_is_killed() -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", _LIFE], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as relay:
-        assert relay.stdout is not None
-        child = int(await asyncio.to_thread(relay.stdout.readline))
-        relay.kill()
-        relay.wait()
+    relay = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", _LIFE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert relay.stdout is not None
+    child = int(await relay.stdout.readline())
+    relay.kill()
+    await relay.wait()
 
     async def gone() -> bool:
         try:
