@@ -59,7 +59,8 @@ class Contact(Document):
 
 
 class Report(Document):
-    """A complaint of ``reporter`` about ``user``, for the operators."""
+    """A complaint of ``reporter`` about ``user``, for the operators. ``openKey``, a hash of what it says, is there as long as
+    it is open: the very same one is not kept twice."""
 
     id: str  # type: ignore[assignment]
     reporter: str
@@ -70,6 +71,7 @@ class Report(Document):
     messages: list[str] | None = Field(default=None)
     createdAt: datetime
     closedAt: datetime | None = Field(default=None)
+    openKey: str | None = Field(default=None)
 
     class Settings:
         name = "reports"
@@ -81,4 +83,10 @@ class Report(Document):
             ),
             IndexModel([("user", ASCENDING)], name="user"),
             IndexModel([("reporter", ASCENDING)], name="reporter"),
+            IndexModel(
+                [("openKey", ASCENDING)],
+                name="openKey",
+                unique=True,
+                partialFilterExpression={"openKey": {"$exists": True}},
+            ),
         ]

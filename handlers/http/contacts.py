@@ -145,8 +145,8 @@ async def report(ctx: Context, caller: Caller, request: web.Request) -> web.Resp
         agent=caller.agent,
         details={"report": complaint.id, "reason": wanted.reason},
     )
-    await ctx.contacts.reports.add(complaint)
-    return answer(ReportAnswer(id=complaint.id), 201)
+    kept = await ctx.contacts.reports.add(complaint)
+    return answer(ReportAnswer(id=kept), 201 if kept == complaint.id else 200)
 
 
 async def _other(ctx: Context, caller: Caller, user: str) -> Profile:

@@ -95,7 +95,9 @@ class Erasures:
         collection = Report.get_motor_collection()
         await _delete(collection, {"reporter": intent.user})
         now = datetime.now(UTC)
-        await collection.update_many({"user": intent.user, "closedAt": None}, {"$set": {"closedAt": now}})
+        await collection.update_many(
+            {"user": intent.user, "closedAt": None}, {"$set": {"closedAt": now}, "$unset": {"openKey": ""}}
+        )
         await collection.update_many(
             {"user": intent.user},
             {"$set": {"user": self._pseudonyms.of(intent.user)}, "$unset": {"text": "", "messages": ""}},

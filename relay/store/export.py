@@ -98,7 +98,7 @@ class Exports:
     async def reports(self, user: str) -> AsyncIterator[Value]:
         """What they reported."""
         async for document in _read(Report.get_motor_collection(), {"reporter": user}):
-            yield _plain(document, frozenset({"reporter"}))
+            yield _plain(document, frozenset({"reporter", "openKey"}))
 
     async def waiting(self, user: str) -> AsyncIterator[Value]:
         """The messages that wait for their devices, in order for each; ``mailbox`` is the device."""

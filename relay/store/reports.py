@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final
 
 from models.contacts import Report
 from models.conversations import Membership
 from relay.store.accounts import milliseconds
+from relay.store.mongo import DuplicateKeyError
 from relay.wire.cursor import cursor_at, place_of
 from relay.wire.errors import RelayError
+
+_ATTEMPTS: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +57,28 @@ class Reports:
             mine = {"_id": f"{complaint.conversation} {complaint.reporter}"}
             if await Membership.get_motor_collection().find_one(mine, {"_id": 1}) is None:
                 raise RelayError("not_found", "no such conversation")
-        query = {**_fields(complaint), "closedAt": None}
+        query = {"openKey": _key(complaint)}
         found = await Report.get_motor_collection().find_one(query, {"_id": 1})
         return None if found is None else str(found["_id"])
 
-    async def add(self, complaint: Complaint) -> None:
-        """Keeps a complaint."""
+    async def add(self, complaint: Complaint) -> str:
+        """Keeps a complaint; its id, or that of the very same one that came at the same moment."""
         fields = {name: value for name, value in _fields(complaint).items() if value is not None}
-        await Report.get_motor_collection().insert_one(
-            {"_id": complaint.id, **fields, "createdAt": datetime.now(UTC)}
-        )
+        for _ in range(_ATTEMPTS):
+            with contextlib.suppress(DuplicateKeyError):
+                await Report.get_motor_collection().insert_one(
+                    {
+                        "_id": complaint.id,
+                        **fields,
+                        "openKey": _key(complaint),
+                        "createdAt": datetime.now(UTC),
+                    }
+                )
+                return complaint.id
+            # When it is not there any more, it has just been closed.
+            if (same := await self.same(complaint)) is not None:
+                return same
+        raise RelayError("unavailable", "this report is being closed; try again", retry_after=200)
 
     async def open_page(self, limit: int, cursor: str | None = None) -> tuple[list[ReportView], str | None]:
         """A page of the open complaints, oldest first, and the cursor of the next. Raises RelayError ``bad_request``."""
@@ -98,7 +116,10 @@ class Reports:
     async def close(self, report: str) -> bool:
         """Closes a complaint. Safe to repeat. False when it is unknown."""
         reports = Report.get_motor_collection()
-        await reports.update_one({"_id": report, "closedAt": None}, {"$set": {"closedAt": datetime.now(UTC)}})
+        await reports.update_one(
+            {"_id": report, "closedAt": None},
+            {"$set": {"closedAt": datetime.now(UTC)}, "$unset": {"openKey": ""}},
+        )
         return await self.exists(report)
 
 
@@ -111,6 +132,10 @@ def _fields(complaint: Complaint) -> dict[str, Any]:
         "conversation": complaint.conversation,
         "messages": None if complaint.messages is None else list(complaint.messages),
     }
+
+
+def _key(complaint: Complaint) -> str:
+    return hashlib.sha256(json.dumps(_fields(complaint), sort_keys=True).encode()).hexdigest()
 
 
 def _view(document: Mapping[str, Any]) -> ReportView:

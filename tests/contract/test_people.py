@@ -666,10 +666,7 @@ def about(user: str, reporter: str = "ann", reason: str = "spam", **more: Any) -
 
 async def complain(complaint: Complaint) -> str:
     """Its id, or that of the same one before."""
-    same = await Reports().same(complaint)
-    if same is None:
-        await Reports().add(complaint)
-    return same or complaint.id
+    return await Reports().same(complaint) or await Reports().add(complaint)
 
 
 async def test_reports_wait_oldest_first_until_they_are_closed(people: People) -> None:
@@ -702,6 +699,8 @@ async def test_the_same_report_is_kept_once_while_it_is_open(people: People) -> 
     assert await reports.exists(first.id)
     again = about("bob", messages=["m1"], text="x")
     assert await complain(again) == again.id
+    # Also when nobody looked before.
+    assert await reports.add(about("bob", messages=["m1"], text="x")) == again.id
 
 
 async def test_only_members_report_out_of_a_conversation(people: People) -> None:
