@@ -16,7 +16,8 @@ class Contact(Document):
     """What ``owner`` keeps of ``user``. ``id`` is ``"<owner> <user>"``.
 
     ``listed``: it is in the owner's contact list (somebody may be blocked without being a contact). ``sortKey`` is what the
-    list is sorted by. ``blockedAt``: since when they are blocked. ``removedAt``: neither listed nor blocked any more; kept a while for devices that were away.
+    list is sorted by. ``blockedAt``: since when they are blocked. ``removedAt``: neither listed nor blocked any more; kept a
+    while for devices that were away.
     """
 
     id: str  # type: ignore[assignment]

@@ -89,6 +89,9 @@ class PreKey(Document):
                 unique=True,
             ),
             IndexModel(
-                [("forgottenAt", ASCENDING)], name="forgottenAt_ttl", expireAfterSeconds=REMOVED_SECONDS
+                [("forgottenAt", ASCENDING)],
+                name="forgottenAt_ttl",
+                expireAfterSeconds=REMOVED_SECONDS,
+                partialFilterExpression={"forgottenAt": {"$exists": True}},
             ),
         ]

@@ -23,12 +23,11 @@ from handlers.http.schemas.auth import (
 from handlers.http.schemas.base import DoneAnswer
 from handlers.revoking import cut_off, revoke
 from relay.security.issuer import Issuer
+from relay.store.audit_chain import NOBODY
 from relay.store.sessions import Account, Installation, Reused, new_device, too_many_devices
 from relay.wire.errors import RelayError
 from relay.wire.ids import DEVICE_ID, device_key
 
-NOBODY: Final = "$nobody"
-"""Who an act is noted for that nobody has proven to be the author of."""
 _WRONG: Final = "wrong user name or password"
 _ENDED: Final = "this refresh token is not good any more; log in again"
 

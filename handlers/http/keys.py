@@ -75,8 +75,11 @@ async def directory(ctx: Context, caller: Caller, request: web.Request) -> web.R
     """The keys of a person's devices that no reading uses up: identity key, registration id and signed prekey. Devices that
     have published none, or get no messages any more, are left out."""
     user: str = request.match_info["id"]
-    # Whom their profile does not show, this must not show either.
-    if not USER_ID.fullmatch(user) or await ctx.people.profile(user) is None:
+    # Whom their profile does not show, this shows only to those who must seal messages for them: a suspended person stays
+    # a member, and gets what was sent meanwhile when they are back.
+    if not USER_ID.fullmatch(user) or (
+        await ctx.people.profile(user) is None and not await ctx.people.share_conversation(caller.user, user)
+    ):
         raise RelayError("not_found", "no such user")
     devices = (await ctx.accounts.active_devices([user])).get(user, [])
     return answer(DirectoryAnswer(devices=[_listed(entry) for entry in await ctx.keys.directory(devices)]))

@@ -13,7 +13,7 @@ from relay.store.peers import Peers
 
 class Invalidation:
     """This node forgets at once. Other nodes are not told: while any lives, their leases run out first. ``commit_seconds``
-    is the time limit of one commit."""
+    is the time limit of one commit; ``lease`` (s) how long others are waited for."""
 
     def __init__(
         self, audiences: Audiences, commits: Commits, peers: Peers, *, commit_seconds: float
@@ -21,7 +21,7 @@ class Invalidation:
         self._audiences = audiences
         self._commits = commits
         self._peers = peers
-        self._lease = LEASE_SECONDS + commit_seconds
+        self.lease = LEASE_SECONDS + commit_seconds
 
     async def tell(self, *, conversations: Iterable[str] = (), users: Iterable[str] = ()) -> None:
         """The members of these conversations, or the devices, blocks or preferences of these users, have changed. When
@@ -32,7 +32,7 @@ class Invalidation:
             self._audiences.changed(user=user)
         alone, _ = await asyncio.gather(self._alone(), self._commits.barrier())
         if not alone:
-            await asyncio.sleep(self._lease)
+            await asyncio.sleep(self.lease)
 
     async def _alone(self) -> bool:
         try:

@@ -36,7 +36,7 @@ _START: Final[Place] = (0, "")
 
 @dataclass(frozen=True, slots=True)
 class ReadCursor:
-    """How far another member has read. ``at`` in milliseconds."""
+    """How far a member has read, oneself included. ``at`` in milliseconds."""
 
     conversation: str
     user: str
@@ -133,7 +133,6 @@ class Changes:
             reads=[
                 ReadCursor(row["conversationId"], row["user"], row["readUpTo"], milliseconds(row["readAt"]))
                 for row in reads
-                if row["user"] != user
             ],
             contacts=[
                 ContactChange(row["user"], row.get("name"), row["listed"], row["blocked"]) for row in contacts

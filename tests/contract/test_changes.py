@@ -121,7 +121,7 @@ async def test_a_dissolved_conversation_is_told_as_removed_to_all(
         assert (page.conversations, page.removed) == ([], [name]), user
 
 
-async def test_read_cursors_of_the_other_members_are_told(
+async def test_read_cursors_of_all_members_are_told(
     changes: Changes, revisions: Revisions, conversations: Conversations
 ) -> None:
     one, _ = await create(revisions, "ann", ["bob", "cleo"])
@@ -130,11 +130,18 @@ async def test_read_cursors_of_the_other_members_are_told(
     await change(revisions, left, "ann", always(Proposal("removed", ["bob"])), ["bob"])
     await settled()
     cursor = (await changes.since("bob", None)).next
-    for name, user, up_to in ((one, "ann", 7), (one, "cleo", 9), (two, "cleo", 11), (left, "ann", 13)):
+    for name, user, up_to in (
+        (one, "ann", 7),
+        (one, "bob", 8),
+        (one, "cleo", 9),
+        (two, "cleo", 11),
+        (left, "ann", 13),
+    ):
         await conversations.read(name, user, up_to)
     page = await changes.since("bob", cursor)
     assert sorted((read.conversation, read.user, read.up_to) for read in page.reads) == [
         (one, "ann", 7),
+        (one, "bob", 8),
         (one, "cleo", 9),
     ]
     assert all(abs(read.at - datetime.now(UTC).timestamp() * 1000) < 60_000 for read in page.reads)
@@ -208,7 +215,7 @@ async def test_pages_over_many_changes_are_complete(
     assert len(found) > 3
     assert {view.id for page in found for view in page.conversations} == set(made)
     assert {(read.conversation, read.user) for page in found for read in page.reads} == {
-        (name, "ann") for name in made
+        (name, user) for name in made for user in ("ann", "bob")
     }
     assert {one.user for page in found for one in page.contacts} == {f"u{number}" for number in range(9)}
     again = await pages(changes, "bob", found[-1].next)

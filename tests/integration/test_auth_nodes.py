@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from argon2 import PasswordHasher
@@ -108,9 +109,8 @@ async def test_one_address_asks_and_connects_only_so_often(nodes: NodeFactory) -
         "rate_register": ("3/minute", "/v1/auth/register"),
         "rate_refresh": ("4/minute", "/v1/auth/refresh"),
     }
-    node = await nodes.start(
-        rate_connect="2/minute", **{setting: rate for setting, (rate, _) in limits.items()}
-    )
+    rates: dict[str, Any] = {setting: rate for setting, (rate, _) in limits.items()}
+    node = await nodes.start(rate_connect="2/minute", **rates)
     for rate, path in limits.values():
         for expected in [400] * int(rate[0]) + [429]:
             async with node.http.post(node.url + path, json={}) as response:
@@ -130,7 +130,7 @@ async def two_nodes(nodes: NodeFactory, monkeypatch: pytest.MonkeyPatch) -> tupl
     node's leases have run out."""
     here, there = await nodes.start(), await nodes.start()
     for found in (here, there):
-        monkeypatch.setattr(found.relay.context.invalidation, "_lease", 0.0)
+        monkeypatch.setattr(found.relay.context.invalidation, "lease", 0.0)
     return here, there
 
 

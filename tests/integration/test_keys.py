@@ -161,11 +161,17 @@ async def test_changes_of_keys_are_limited_and_new_prekeys_are_not(nodes: NodeFa
     assert (await node.request("PUT", "/v1/keys", "ann", "tablet", upload()))[0] == 200
 
 
-async def test_the_keys_of_a_suspended_person_are_hidden_as_their_profile_is(node: Node) -> None:
+async def test_the_keys_of_a_suspended_person_are_shown_to_those_alone_who_must_seal_for_them(
+    node: Node,
+) -> None:
     await publish(node)
+    assert (await directory(node, "ann"))[0] == 200
     await node.relay.context.people.suspend("ann")
     assert await directory(node, "ann") == await directory(node, "nobody")
     assert (await directory(node, "ann"))[0] == 404
+    await node.direct("bob", "ann")
+    status, found = await directory(node, "ann")
+    assert (status, [one["device"] for one in found["devices"]]) == (200, ["ann/phone"])
 
 
 @pytest.mark.parametrize("change", [{"registrationId": 8}, {"identityKey": "b3RoZXI="}])

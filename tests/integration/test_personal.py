@@ -51,7 +51,7 @@ async def pair(nodes: NodeFactory) -> tuple[Node, Node]:
     which other tests measure."""
     node, other = await nodes.start(pseudonym_key=KEY), await nodes.start(pseudonym_key=KEY)
     for each in (node, other):
-        each.relay.context.invalidation._lease = 0.1
+        each.relay.context.invalidation.lease = 0.1
     return node, other
 
 

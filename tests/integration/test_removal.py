@@ -185,7 +185,7 @@ async def released_twice(node: Node) -> None:
 async def test_a_second_node_with_a_warm_cache_commits_nothing_for_who_was_removed(
     nodes: NodeFactory,
 ) -> None:
-    one, two = [await nodes.start(commit_timeout_seconds=0.5) for _ in range(2)]
+    one, two = [await nodes.start(leases=True, commit_timeout_seconds=0.5) for _ in range(2)]
     conv = await one.group("ann", ["bob", "cleo"])
     talker = Talker(await two.connect("bob"), conv)
     try:
@@ -210,7 +210,9 @@ async def test_a_second_node_with_a_warm_cache_commits_nothing_for_who_was_remov
 async def test_a_message_queued_for_longer_than_the_lease_resolves_its_recipients_again(
     nodes: NodeFactory,
 ) -> None:
-    one, two = [await nodes.start(commit_timeout_seconds=1.4, commits_in_flight=1) for _ in range(2)]
+    one, two = [
+        await nodes.start(leases=True, commit_timeout_seconds=1.4, commits_in_flight=1) for _ in range(2)
+    ]
     conv = await one.group("ann", ["bob", "cleo"])
     bob = await two.connect("bob")
     await bob.sent(conv, "warms the cache")
@@ -246,7 +248,7 @@ async def test_a_node_that_was_stopped_for_longer_than_all_others_wait_loses_to_
     monkeypatch.setattr(app, "_SETTLE_SECONDS", 2.0)
     # Only what a change waits for is short here, not what the other node believes.
     monkeypatch.setattr(invalidation, "LEASE_SECONDS", 0.1)
-    one, two = [await nodes.start(commit_timeout_seconds=0.5) for _ in range(2)]
+    one, two = [await nodes.start(leases=True, commit_timeout_seconds=0.5) for _ in range(2)]
     conv = await one.group("ann", ["bob", "cleo"])
     bob = await two.connect("bob")
     await bob.sent(conv, "warms the cache")

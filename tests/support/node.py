@@ -109,8 +109,9 @@ class NodeFactory:
         self._http = aiohttp.ClientSession()
         self._client: AsyncMongoClient[dict[str, Any]] = AsyncMongoClient(uri, tz_aware=True)
 
-    async def start(self, **settings: Any) -> Node:
-        """A node with these settings on top of the defaults of a test."""
+    async def start(self, *, leases: bool = False, **settings: Any) -> Node:
+        """A node with these settings on top of the defaults of a test. With ``leases`` it waits for those of other nodes as
+        long as it really would."""
         values: dict[str, Any] = {
             "host": "127.0.0.1",
             "port": 0,
@@ -125,6 +126,8 @@ class NodeFactory:
             **settings,
         }
         relay = await app.start(Settings(**values))
+        if not leases:
+            relay.context.invalidation.lease = 0.1
         node = Node(relay, self._client[values["mongo_database"]], self._http)
         self._nodes.append(node)
         return node

@@ -43,7 +43,9 @@ class Store:
         self.clock = Clock()
         self.messages = Messages(self.mongo, self.metrics, ttl_seconds=TTL_SECONDS, timeout=2)
         self.fates = Fates(self.mongo, timeout=2)
-        self.accounts = Accounts(inactive=timedelta(days=30), pseudonyms=Pseudonyms(b"a key for tests only, of 32 bytes."))
+        self.accounts = Accounts(
+            inactive=timedelta(days=30), pseudonyms=Pseudonyms(b"a key for tests only, of 32 bytes.")
+        )
         self.conversations = Conversations()
         self.audiences = Audiences(Rosters(inactive=timedelta(days=30)).load)
         self.committed: list[Envelope] = []

@@ -9,7 +9,7 @@ from handlers.http.schemas.conversations import ConversationAnswer
 
 
 class ReadCursorAnswer(Answer):
-    """How far another member has read; ``at`` in milliseconds."""
+    """How far a member has read, the caller included (on another device); ``at`` in milliseconds."""
 
     conv: str
     user: str
