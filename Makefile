@@ -11,7 +11,7 @@ run: ## start the relay on 127.0.0.1:8080, with its own MongoDB
 
 test: ## run the tests, against a real MongoDB
 	@scripts/setup dev
-	@.venv/bin/python -m pytest -m "not faults"
+	@.venv/bin/python -m pytest -m "not faults" -n 3 --dist loadfile
 
 test-faults: ## run the slow tests that kill, pause and fail real processes
 	@scripts/setup dev
