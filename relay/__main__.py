@@ -13,6 +13,7 @@ import uvloop
 
 from config import settings as configuration
 from relay import __version__, app, logs
+from relay.configured import StartError
 
 log = structlog.get_logger(__name__)
 
@@ -51,7 +52,7 @@ async def _serve(settings: configuration.Settings) -> int:
         return 0
     try:
         relay = starting.result()
-    except app.StartError as error:
+    except StartError as error:
         stop.cancel()
         print(f"relay: {error}", file=sys.stderr)
         return 1

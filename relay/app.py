@@ -10,15 +10,22 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Final, get_args
 
 import structlog
 from aiohttp import web
 
 from config.settings import Settings
-from handlers.context import Context, Health, Limits
+from handlers.context import Context, Health
 from handlers.http.routes import ROUTES
+from relay.configured import (
+    StartError,
+    keys_of,
+    limits_of,
+    make_data_dir,
+    pseudonyms_of,
+    rate_rules,
+)
 from relay.jobs.doubts import Doubts
 from relay.jobs.expiry import Expiry
 from relay.jobs.health import HealthCheck
@@ -32,11 +39,8 @@ from relay.metrics import Metrics
 from relay.routing.hub import Hub
 from relay.routing.invalidation import Invalidation
 from relay.routing.router import Router
-from relay.security.issuer import Issuer
 from relay.security.passwords import Passwords
-from relay.security.pseudonyms import Pseudonyms
 from relay.security.rates import MessageRates, Rates
-from relay.security.tokens import KeyConfigurationError, Verifier, first_secret, generate_secret, load_keys
 from relay.session.addresses import Addresses
 from relay.session.admission import Admission
 from relay.session.gateway import Gateway, GatewaySettings
@@ -67,12 +71,10 @@ from relay.store.sessions import Sessions
 from relay.wire import errors, replies
 from relay.wire.clock import Clock
 from relay.wire.envelope import Envelope
-from relay.wire.frames import MAX_OPERATIONS, AnyOperation
+from relay.wire.frames import AnyOperation
 
 # Messages are freed by reference counts; the collector only looks for cycles, and need not look 20 times a millisecond.
 _GC: Final = (50_000, 20, 50)
-SECRET_FILE: Final = "jwt-secret"
-PSEUDONYM_FILE: Final = "pseudonym-key"
 _BYE_SPREAD_MS: Final = (500, 5000)
 # One lane on a replica set; measured, two share the same groups out into twice as many calls.
 _ACK_LANES: Final = 1
@@ -94,10 +96,6 @@ _TTL_SECONDS: Final = 60.0
 _AUDIT_HEAD_SECONDS: Final = 3600.0
 
 log = structlog.get_logger(__name__)
-
-
-class StartError(Exception):
-    """The relay cannot start; one line that says why and what to do."""
 
 
 @dataclass(slots=True)
@@ -137,8 +135,8 @@ async def start(settings: Settings) -> Relay:
 
 
 async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
-    verifier, issuer = _keys(settings)
-    pseudonyms = _pseudonyms(settings)
+    verifier, issuer = keys_of(settings)
+    pseudonyms = pseudonyms_of(settings)
     embedded, uri = await _database(settings, stack)
     ttl_seconds = max(1, round(settings.message_ttl_days * 86_400))
     try:
@@ -241,13 +239,13 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
     passwords = Passwords(processes=settings.password_processes, queue=settings.password_queue)
     stack.callback(passwords.close)
     rates = Rates(
-        _rules(settings),
+        rate_rules(settings),
         redis_url=None if settings.redis_url is None else settings.redis_url.get_secret_value(),
     )
     stack.push_async_callback(rates.close)
     context = Context(
         clock=clock,
-        limits=_limits(settings, ttl_seconds),
+        limits=limits_of(settings, ttl_seconds),
         hub=hub,
         audiences=audiences,
         accounts=accounts,
@@ -396,7 +394,7 @@ async def _listen(runner: web.AppRunner, settings: Settings) -> str:
 async def _database(settings: Settings, stack: contextlib.AsyncExitStack) -> tuple[EmbeddedMongo | None, str]:
     if settings.mongo_uri is not None:
         return None, settings.mongo_uri.get_secret_value()
-    _make_data_dir(settings.data_dir)
+    make_data_dir(settings.data_dir)
     embedded = EmbeddedMongo(settings.data_dir / "mongo", cache_gb=settings.embedded_cache_gb)
     try:
         uri = await embedded.start()
@@ -404,79 +402,3 @@ async def _database(settings: Settings, stack: contextlib.AsyncExitStack) -> tup
         raise StartError(str(error)) from None
     stack.push_async_callback(embedded.stop)
     return embedded, uri
-
-
-def _make_data_dir(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StartError(f"RELAY_DATA_DIR: {path} cannot be made: {error.strerror}") from None
-
-
-def _rules(settings: Settings) -> dict[str, str]:
-    return {
-        "login_address": settings.rate_login_address,
-        "login_account": settings.rate_login_account,
-        "register": settings.rate_register,
-        "refresh": settings.rate_refresh,
-        "connect": settings.rate_connect,
-        "search": settings.rate_search,
-        "search_phone": settings.rate_search_phone,
-        "search_phone_address": settings.rate_search_phone_address,
-        "key_claim": settings.rate_key_claim,
-        "key_claim_pair": settings.rate_key_claim_pair,
-        "key_claim_caller": settings.rate_key_claim_caller,
-        "key_change": settings.rate_key_change,
-        "contact_change": settings.rate_contact_change,
-        "profile_change": settings.rate_profile_change,
-        "conversation": settings.rate_conversation,
-        "report": settings.rate_report,
-        "export": settings.rate_export,
-    }
-
-
-def _pseudonyms(settings: Settings) -> Pseudonyms:
-    if settings.pseudonym_key is not None:
-        return Pseudonyms(settings.pseudonym_key.get_secret_value().encode())
-    _make_data_dir(settings.data_dir)
-    try:
-        return Pseudonyms(generate_secret(settings.data_dir / PSEUDONYM_FILE).encode())
-    except KeyConfigurationError as error:
-        raise StartError(str(error)) from None
-
-
-def _keys(settings: Settings) -> tuple[Verifier, Issuer | None]:
-    secret = settings.jwt_secret.get_secret_value() if settings.jwt_secret is not None else None
-    try:
-        keys = load_keys(
-            secret=secret,
-            secret_file=settings.jwt_secret_file,
-            public_key_file=settings.jwt_public_key_file,
-            jwks_file=settings.jwt_jwks_file,
-        )
-        if not keys:
-            _make_data_dir(settings.data_dir)
-            made = generate_secret(settings.data_dir / SECRET_FILE)
-            keys = load_keys(secret=made, secret_file=None, public_key_file=None, jwks_file=None)
-        signing = first_secret(keys)
-        issuer = None
-        if signing is not None:
-            issuer = Issuer(signing, audience=settings.jwt_audience, lifetime=settings.access_token_seconds)
-        return Verifier(keys, audience=settings.jwt_audience), issuer
-    except KeyConfigurationError as error:
-        raise StartError(str(error)) from None
-
-
-def _limits(settings: Settings, ttl_seconds: int) -> Limits:
-    return Limits(
-        frame=settings.max_frame_bytes,
-        body=settings.max_body_bytes,
-        operations=MAX_OPERATIONS,
-        recipients=settings.inline_recipients,
-        window=settings.window,
-        window_bytes=settings.window_bytes,
-        heartbeat_ms=int(settings.heartbeat_seconds * 1000),
-        ttl_seconds=ttl_seconds,
-        send_deadline=settings.send_deadline_seconds,
-        members=settings.max_members,
-    )

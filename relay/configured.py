@@ -1,0 +1,85 @@
+"""From settings to parts: keys, limits, rules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from config.settings import Settings
+from handlers.context import Limits
+from relay.security.issuer import Issuer
+from relay.security.pseudonyms import Pseudonyms
+from relay.security.tokens import KeyConfigurationError, Verifier, first_secret, generate_secret, load_keys
+from relay.wire.frames import MAX_OPERATIONS
+
+SECRET_FILE: Final = "jwt-secret"
+PSEUDONYM_FILE: Final = "pseudonym-key"
+_RATE: Final = "rate_"
+
+
+class StartError(Exception):
+    """The relay cannot start; one line that says why and what to do."""
+
+
+def make_data_dir(path: Path) -> None:
+    """Makes the data directory. Raises StartError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StartError(f"RELAY_DATA_DIR: {path} cannot be made: {error.strerror}") from None
+
+
+def rate_rules(settings: Settings) -> dict[str, str]:
+    """The rate limits by name: each setting ``rate_…`` is one."""
+    names = [name for name in Settings.model_fields if name.startswith(_RATE)]
+    return {name.removeprefix(_RATE): getattr(settings, name) for name in names}
+
+
+def pseudonyms_of(settings: Settings) -> Pseudonyms:
+    """What people are called in what outlives their accounts. Raises StartError."""
+    if settings.pseudonym_key is not None:
+        return Pseudonyms(settings.pseudonym_key.get_secret_value().encode())
+    make_data_dir(settings.data_dir)
+    try:
+        return Pseudonyms(generate_secret(settings.data_dir / PSEUDONYM_FILE).encode())
+    except KeyConfigurationError as error:
+        raise StartError(str(error)) from None
+
+
+def keys_of(settings: Settings) -> tuple[Verifier, Issuer | None]:
+    """What verifies access tokens, and what signs them when the relay has a secret. Raises StartError."""
+    secret = settings.jwt_secret.get_secret_value() if settings.jwt_secret is not None else None
+    try:
+        keys = load_keys(
+            secret=secret,
+            secret_file=settings.jwt_secret_file,
+            public_key_file=settings.jwt_public_key_file,
+            jwks_file=settings.jwt_jwks_file,
+        )
+        if not keys:
+            make_data_dir(settings.data_dir)
+            made = generate_secret(settings.data_dir / SECRET_FILE)
+            keys = load_keys(secret=made, secret_file=None, public_key_file=None, jwks_file=None)
+        signing = first_secret(keys)
+        issuer = None
+        if signing is not None:
+            issuer = Issuer(signing, audience=settings.jwt_audience, lifetime=settings.access_token_seconds)
+        return Verifier(keys, audience=settings.jwt_audience), issuer
+    except KeyConfigurationError as error:
+        raise StartError(str(error)) from None
+
+
+def limits_of(settings: Settings, ttl_seconds: int) -> Limits:
+    """The limits that handlers enforce."""
+    return Limits(
+        frame=settings.max_frame_bytes,
+        body=settings.max_body_bytes,
+        operations=MAX_OPERATIONS,
+        recipients=settings.inline_recipients,
+        window=settings.window,
+        window_bytes=settings.window_bytes,
+        heartbeat_ms=int(settings.heartbeat_seconds * 1000),
+        ttl_seconds=ttl_seconds,
+        send_deadline=settings.send_deadline_seconds,
+        members=settings.max_members,
+    )
