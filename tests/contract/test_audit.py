@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from beanie import init_beanie
 from pymongo.errors import AutoReconnect, BulkWriteError
 from structlog.testing import capture_logs
 
@@ -22,26 +20,17 @@ from relay.store.accounts import milliseconds
 from relay.store.audit import Audit, check_key
 from relay.store.audit_chain import End
 from relay.store.embedded import EmbeddedMongo
-from relay.store.mongo import CONTROL, Mongo
 from relay.wire.errors import RelayError
-from tests.support.memory import start_in_memory
+from tests.support.control import BACKENDS, open_control
 
 KEY = b"a key for tests only, of more than 32 bytes"
 PEOPLE = Pseudonyms(KEY)
 
 
-@pytest.fixture(scope="module", params=["memory", "mongod"])
+@pytest.fixture(scope="module", params=BACKENDS)
 async def backend(request: pytest.FixtureRequest, mongod: EmbeddedMongo) -> AsyncIterator[str]:
-    name = f"a{uuid.uuid4().hex[:20]}"
-    if request.param == "memory":
-        await start_in_memory(name)
-        yield "memory"
-        return
-    mongo = Mongo(mongod.uri, name)
-    await init_beanie(database=mongo.database, document_models=list(CONTROL))
-    yield "mongod"
-    await mongo.client.drop_database(name)
-    mongo.close()
+    async with open_control(request.param, mongod.uri) as kind:
+        yield kind
 
 
 @pytest.fixture

@@ -3,39 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from beanie import init_beanie
 
 from models.accounts import Device, User
 from models.keys import PreKey, PublicKeys
 from relay.store.embedded import EmbeddedMongo
 from relay.store.keys import MAX_STOCK, KeyPair, Keys, Stock, Upload
-from relay.store.mongo import CONTROL, Mongo
 from relay.wire.errors import RelayError
-from tests.support.memory import start_in_memory
+from tests.support.control import BACKENDS, open_control
 
 PHONE = "ann/phone"
 SIGNED = KeyPair(1, "c2lnbmVk", "c2ln")
 LAST = KeyPair(99, "bGFzdA==", "c2ln")
 
 
-@pytest.fixture(scope="module", params=["memory", "mongod"])
+@pytest.fixture(scope="module", params=BACKENDS)
 async def backend(request: pytest.FixtureRequest, mongod: EmbeddedMongo) -> AsyncIterator[str]:
-    name = f"c{uuid.uuid4().hex[:20]}"
-    if request.param == "memory":
-        await start_in_memory(name)
-        yield "memory"
-        return
-    mongo = Mongo(mongod.uri, name)
-    await init_beanie(database=mongo.database, document_models=list(CONTROL))
-    yield "mongod"
-    await mongo.client.drop_database(name)
-    mongo.close()
+    async with open_control(request.param, mongod.uri) as kind:
+        yield kind
 
 
 @pytest.fixture

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from beanie import init_beanie
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,30 +16,21 @@ from models.contacts import Contact, Report
 from models.conversations import Conversation, Membership
 from relay.store.contacts import Contacts
 from relay.store.embedded import EmbeddedMongo
-from relay.store.mongo import CONTROL, Mongo
 from relay.store.people import SEARCHES, People
 from relay.store.reports import Complaint, Reports
 from relay.store.searching import KEY_LENGTH, fold, looks_like_phone, phone_key, search_keys
 from relay.wire.cursor import text_cursor_at
 from relay.wire.errors import RelayError
 from relay.wire.ids import new_id
-from tests.support.memory import start_in_memory
+from tests.support.control import BACKENDS, open_control
 
 MOST = 6
 
 
-@pytest.fixture(scope="module", params=["memory", "mongod"])
+@pytest.fixture(scope="module", params=BACKENDS)
 async def backend(request: pytest.FixtureRequest, mongod: EmbeddedMongo) -> AsyncIterator[str]:
-    name = f"p{uuid.uuid4().hex[:20]}"
-    if request.param == "memory":
-        await start_in_memory(name)
-        yield "memory"
-        return
-    mongo = Mongo(mongod.uri, name)
-    await init_beanie(database=mongo.database, document_models=list(CONTROL))
-    yield "mongod"
-    await mongo.client.drop_database(name)
-    mongo.close()
+    async with open_control(request.param, mongod.uri) as kind:
+        yield kind
 
 
 @pytest.fixture

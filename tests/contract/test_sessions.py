@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from beanie import init_beanie
 
 from models.accounts import Device, User
 from models.housekeeping import Tombstone
@@ -19,28 +17,19 @@ from relay.security.refresh import begin
 from relay.store import accounts as store
 from relay.store.accounts import Accounts, Standing
 from relay.store.embedded import EmbeddedMongo
-from relay.store.mongo import CONTROL, Mongo
 from relay.store.sessions import Installation, Opened, Renewed, Reused, Sessions, new_device
 from relay.wire.errors import RelayError
-from tests.support.memory import start_in_memory
+from tests.support.control import BACKENDS, open_control
 
 PSEUDONYMS = Pseudonyms(b"a key for tests only, of 32 bytes")
 PHONE = Installation("phone", "Ann's phone", "ios")
 TABLET = Installation("tablet", "Ann's tablet", "ios")
 
 
-@pytest.fixture(scope="module", params=["memory", "mongod"])
+@pytest.fixture(scope="module", params=BACKENDS)
 async def backend(request: pytest.FixtureRequest, mongod: EmbeddedMongo) -> AsyncIterator[str]:
-    name = f"c{uuid.uuid4().hex[:20]}"
-    if request.param == "memory":
-        await start_in_memory(name)
-        yield "memory"
-        return
-    mongo = Mongo(mongod.uri, name)
-    await init_beanie(database=mongo.database, document_models=list(CONTROL))
-    yield "mongod"
-    await mongo.client.drop_database(name)
-    mongo.close()
+    async with open_control(request.param, mongod.uri) as kind:
+        yield kind
 
 
 @pytest.fixture

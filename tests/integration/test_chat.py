@@ -7,13 +7,28 @@ import os
 import sqlite3
 import sys
 from asyncio.subprocess import DEVNULL, Process
+from collections.abc import AsyncIterator
 from pathlib import Path
+
+import pytest
 
 from tests.support.node import SECRET, Node
 from tests.support.waiting import until
 
 LINES = 3000
+_STARTED: list[Process] = []
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+async def started() -> AsyncIterator[list[Process]]:
+    """What a failing test left running is ended: it would hold the whole run up."""
+    _STARTED.clear()
+    yield _STARTED
+    for process in _STARTED:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
 async def chat(node: Node, directory: Path, *arguments: str, text: Path | None = None) -> Process:
@@ -26,9 +41,11 @@ async def chat(node: Node, directory: Path, *arguments: str, text: Path | None =
     }
     command = [sys.executable, "-m", "scripts.tools.chat", *arguments]
     with Path(text or os.devnull).open("rb") as lines:  # noqa: ASYNC230 - it is the process that reads it
-        return await asyncio.create_subprocess_exec(
+        process = await asyncio.create_subprocess_exec(
             *command, cwd=ROOT, env=environment, stdin=lines, stdout=DEVNULL, stderr=DEVNULL
         )
+    _STARTED.append(process)
+    return process
 
 
 def history(directory: Path, user: str) -> list[tuple[int, str, str]]:
@@ -36,6 +53,9 @@ def history(directory: Path, user: str) -> list[tuple[int, str, str]]:
     if not path.exists():
         return []
     with sqlite3.connect(path) as database:
+        # The file is there a moment before its tables.
+        if not database.execute("select 1 from sqlite_master where name = 'messages'").fetchall():
+            return []
         return database.execute("select seq, id, body from messages order by seq, id").fetchall()
 
 
