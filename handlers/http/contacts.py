@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 from aiohttp import web
 
 from handlers.context import Context
 from handlers.http.people import profile_answer, typed, user_named
-from handlers.http.route import Caller, Route, answer, page_limit, parsed
+from handlers.http.route import Caller, Route, answer, page_limit, paging, parsed
 from handlers.http.schemas.base import DoneAnswer
 from handlers.http.schemas.contacts import (
     AddContact,
@@ -185,10 +185,7 @@ def _shown(entry: Entry, profile: Profile | None) -> ContactAnswer:
     )
 
 
-_PAGING: Final[dict[str, dict[str, Any]]] = {
-    "cursor": {"type": "string", "description": "`next` of the page before"},
-    "limit": {"type": "integer", "minimum": 1, "maximum": _MOST, "default": _DEFAULT},
-}
+_PAGING: Final = paging(_MOST, _DEFAULT)
 
 ROUTES: Final[tuple[Route, ...]] = (
     Route(

@@ -12,7 +12,7 @@ from handlers import changing
 from handlers.context import Context
 from handlers.http.pages import PAGE_QUERY, message_page
 from handlers.http.people import typed
-from handlers.http.route import Caller, Route, answer, json_text, page_limit, parsed
+from handlers.http.route import Caller, Route, answer, json_text, page_limit, paging, parsed
 from handlers.http.schemas.base import DoneAnswer
 from handlers.http.schemas.conversations import (
     ChangeConversation,
@@ -211,10 +211,7 @@ def origin(caller: Caller) -> Origin:
     return Origin(caller.address, caller.agent)
 
 
-PAGING: Final[dict[str, dict[str, Any]]] = {
-    "cursor": {"type": "string", "description": "`next` of the page before"},
-    "limit": {"type": "integer", "minimum": 1, "maximum": _MOST},
-}
+_PAGING: Final = paging(_MOST, _DEFAULT)
 
 ROUTES: Final = (
     Route(
@@ -235,7 +232,7 @@ ROUTES: Final = (
         "conversations",
         {200: ConversationPage},
         query={
-            **PAGING,
+            **_PAGING,
             "q": {
                 "type": "string",
                 "minLength": 1,

@@ -8,8 +8,8 @@ from aiohttp import web
 
 from handlers import changing
 from handlers.context import Context
-from handlers.http.conversations import PAGING, check_welcome, know, named, origin, shown, shown_member
-from handlers.http.route import Caller, Route, answer, page_limit, parsed
+from handlers.http.conversations import check_welcome, know, named, origin, shown, shown_member
+from handlers.http.route import Caller, Route, answer, page_limit, paging, parsed
 from handlers.http.schemas.base import DoneAnswer
 from handlers.http.schemas.conversations import (
     AddMembers,
@@ -107,7 +107,7 @@ ROUTES: Final = (
         "List the members of a conversation",
         "conversations",
         {200: MemberPage},
-        query=PAGING,
+        query=paging(_MOST, _DEFAULT),
         errors=("bad_request", "not_found"),
     ),
     Route(

@@ -3,12 +3,12 @@ depth."""
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 from aiohttp import web
 
 from handlers.context import Context
-from handlers.http.route import Caller, page_limit
+from handlers.http.route import Caller, page_limit, paging
 from relay.wire import codec
 from relay.wire.cursor import cursor_at, place_of
 from relay.wire.ids import any_device_key, device_key
@@ -16,10 +16,7 @@ from relay.wire.ids import any_device_key, device_key
 _DEFAULT: Final = 100
 _MOST: Final = 256
 _BYTES: Final = 4_194_304
-PAGE_QUERY: Final[dict[str, dict[str, Any]]] = {
-    "cursor": {"type": "string", "description": "`next` of the page before"},
-    "limit": {"type": "integer", "minimum": 1, "maximum": _MOST},
-}
+PAGE_QUERY: Final = paging(_MOST, _DEFAULT)
 
 
 async def message_page(

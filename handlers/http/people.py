@@ -8,7 +8,7 @@ from unicodedata import category
 from aiohttp import web
 
 from handlers.context import Context
-from handlers.http.route import Caller, Route, answer, page_limit, parsed
+from handlers.http.route import Caller, Route, answer, page_limit, paging, parsed
 from handlers.http.schemas.base import DoneAnswer
 from handlers.http.schemas.people import (
     OwnProfileAnswer,
@@ -199,10 +199,7 @@ async def _presence(ctx: Context, caller: str, user: str) -> tuple[bool | None, 
     return False, seen if seen is None or entry.blocked_at is None else min(seen, entry.blocked_at)
 
 
-_PAGING: Final[dict[str, dict[str, Any]]] = {
-    "cursor": {"type": "string", "description": "`next` of the page before"},
-    "limit": {"type": "integer", "minimum": 1, "maximum": _MOST, "default": _DEFAULT},
-}
+_PAGING: Final = paging(_MOST, _DEFAULT)
 _Q: Final[dict[str, Any]] = {
     "required": True,
     "type": "string",

@@ -92,6 +92,14 @@ async def parsed(request: web.Request, model: type[Model]) -> Model:
         raise RelayError("bad_request", f"{place}: {text}" if place else text) from None
 
 
+def paging(most: int, default: int) -> dict[str, dict[str, Any]]:
+    """The query parameters of a list, as they are described."""
+    return {
+        "cursor": {"type": "string", "description": "`next` of the page before"},
+        "limit": {"type": "integer", "minimum": 1, "maximum": most, "default": default},
+    }
+
+
 def page_limit(request: web.Request, default: int, most: int) -> int:
     """The ``limit`` parameter. Raises RelayError."""
     text = request.query.get("limit")

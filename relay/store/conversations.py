@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from models.conversations import Conversation, Membership
 from relay.store.accounts import milliseconds
 from relay.store.people import names_of
+from relay.store.revisions import ConversationType
 from relay.wire.cursor import cursor_at, place_of
 from relay.wire.errors import RelayError
 
-ConversationType = Literal["direct", "group"]
 _SHOWN_IN_LISTS: Final = 16
 _SHOWN: Final = 100
 _SCANNED: Final = 200
@@ -149,8 +149,7 @@ class Conversations:
 
     async def read(self, conversation: str, user: str, up_to: int) -> None:
         """Moves this member's read cursor forward, never back. Raises RelayError ``not_found``."""
-        await self._row(conversation, user)
-        await Membership.get_motor_collection().update_one(
+        result = await Membership.get_motor_collection().update_one(
             {
                 "_id": f"{conversation} {user}",
                 "removedAt": None,
@@ -158,6 +157,9 @@ class Conversations:
             },
             {"$set": {"readUpTo": up_to, "readAt": datetime.now(UTC)}},
         )
+        if not result.matched_count:
+            # Read further already, or no member.
+            await self._row(conversation, user)
 
     async def of_user(self, user: str, limit: int) -> list[tuple[str, str]]:
         """Ids and types of up to so many conversations that this user is in."""
