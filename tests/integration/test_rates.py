@@ -61,7 +61,7 @@ async def test_nodes_that_share_a_redis_share_their_counts(valkey: Valkey) -> No
 
 async def test_as_many_pass_as_the_rule_says_when_many_ask_at_once(valkey: Valkey) -> None:
     async with limits(valkey.url) as one, limits(valkey.url) as other:
-        tries = [allowed(rates, "ann") for rates in (one, other) for _ in range(100)]
+        tries = [allowed(rates, "ann") for rates in (one, other) for _ in range(20)]
         assert sum(await asyncio.gather(*tries)) == 5
         assert one.shared
         assert other.shared
