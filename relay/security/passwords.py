@@ -62,10 +62,16 @@ class Passwords:
             return True
 
     def close(self) -> None:
-        """Ends the processes; what waits is refused. Takes as long as one hash."""
+        """Ends the processes at once; what waits, and what is being hashed, is refused."""
         self._closed.set()
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        pool, self._pool = self._pool, None
+        if pool is None:
+            return
+        processes = list((pool._processes or {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        # On a busy machine they might not get the time to end by themselves, and they hold nothing.
+        for process in processes:
+            process.kill()
 
     async def _run(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         if self._closed.is_set() or self._under_way >= self._most:
