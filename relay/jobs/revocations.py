@@ -15,16 +15,20 @@ _WINDOW: Final = timedelta(seconds=60)
 
 
 class Revocations:
-    """Three indexed queries a round: what ended within the last minute."""
+    """Three indexed queries a round: what ended within the last minute, and since a minute before the last round that the
+    store answered, however long it was silent."""
 
     def __init__(self, hub: Hub, accounts: Accounts) -> None:
         self._hub = hub
         self._accounts = accounts
         self._known: dict[str, int | None] = {}
+        self._looked = datetime.now(UTC)
 
     async def run(self) -> None:
         """One look."""
-        since = datetime.now(UTC) - _WINDOW
+        now = datetime.now(UTC)
+        # A clock that was set back must not have its future skipped.
+        since = min(now, self._looked) - _WINDOW
         known: dict[str, int | None] = {}
         async for key, standing in self._accounts.ended_since(since):
             known[key] = standing.ended
@@ -39,3 +43,4 @@ class Revocations:
             for connection in self._hub.of_user(user):
                 self._accounts.forget(connection.key)
                 connection.shut(errors.UNAUTHORIZED)
+        self._looked = now
