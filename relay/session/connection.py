@@ -200,6 +200,9 @@ class Connection:
         loop = asyncio.get_running_loop()
         while self.open:
             message = await ws.receive()
+            if self._close is not None:
+                # The socket is slow to take its goodbye; a revoked device may do nothing more meanwhile.
+                return
             self.heard = loop.time()
             self.pinged = False
             kind = message.type

@@ -12,6 +12,7 @@ import jwt
 import pytest
 from argon2 import PasswordHasher
 
+from relay.routing.outbox import Outbox
 from relay.security.refresh import begin
 from relay.store.embedded import EmbeddedMongo
 from relay.store.mongo import PyMongoError
@@ -425,6 +426,66 @@ async def test_a_revoked_device_is_shut_out_at_once_and_nobodys_message_waits_fo
     _, listed = await ask(node, "GET", "/v1/auth/devices", token=ann["accessToken"])
     assert [item["id"] for item in listed["items"]] == ["phone"]
     assert len(await noted(node, user, "device.revoke")) == 1
+
+
+async def test_a_revoked_device_whose_socket_is_slow_sends_nothing_more(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ann, other = await register(node), somebody("bob")
+    tablet = await logged_in(node, ann, "tablet")
+    conv = await node.direct(other, ann["user"]["id"])
+    socket = await connect(node, tablet["accessToken"])
+    await socket.expect("drained")
+    with monkeypatch.context() as patch:
+        # As when the socket does not take what is queued: the goodbye stays behind it.
+        patch.setattr(Outbox, "close", lambda _: None)
+        answer = await ask(node, "DELETE", "/v1/auth/devices/tablet", token=ann["accessToken"])
+        assert answer[0] == 200
+        late = await socket.send(conv)
+        await asyncio.sleep(0.3)
+    assert await socket.closed() in (4401, 1006)
+    assert await node.db.messages.find_one({"id": late}) is None
+
+
+LEFT_OVER = {
+    "its removal was not answered": ("sessions", "remove", True),
+    "nobody was told": ("invalidation", "tell", False),
+    "nothing was released": ("releases", "run", False),
+}
+
+
+@pytest.mark.parametrize("what", LEFT_OVER)
+async def test_wherever_a_revocation_dies_the_device_is_shut_out_and_nobodys_message_waits_for_it(
+    node: Node, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    port, name, done = LEFT_OVER[what]
+    made, other = await register(node), somebody("bob")
+    user = made["user"]["id"]
+    tablet = await logged_in(node, made, "tablet")
+    conv = await node.direct(other, user)
+    bob = await node.connect(other)
+    message = await bob.sent(conv)
+    socket = await connect(node, tablet["accessToken"])
+    assert await works(node, made["accessToken"]), "its arrival is noted, and told, before"
+    ctx = node.relay.context
+    step = getattr(getattr(ctx, port), name)
+
+    async def dies(*arguments: Any, **options: Any) -> None:
+        if done:
+            await step(*arguments, **options)
+        raise PyMongoError("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(getattr(ctx, port), name, dies)
+        answer = await ask(node, "DELETE", "/v1/auth/devices/tablet", token=made["accessToken"])
+        assert answer[0] == 503
+    assert await socket.closed(5) == 4401
+    await eventually_refused(node, tablet["accessToken"], "its token is refused")
+    await node.db.releases.update_many(
+        {"mailbox": f"{user}/tablet"}, {"$set": {"dueAt": datetime.now(UTC) - timedelta(seconds=1)}}
+    )
+    await ctx.releases.run_due()
+    assert await awaiting(node, message["id"]) == {f"{user}/phone"}
 
 
 async def test_no_device_is_revoked_and_no_session_begins_without_an_entry_in_the_trail(
