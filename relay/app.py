@@ -307,7 +307,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
             Job("releases", Released(context).run, _REPAIR_SECONDS, 0.2),
             Job("repair", Repair(context).run, _REPAIR_SECONDS, 0.2),
             Job("audit head", audit.tell_end, _AUDIT_HEAD_SECONDS, 0.1),
-            Job("health", HealthCheck(mongo, health).run, _HEALTH_SECONDS),
+            Job("health", HealthCheck(mongo, rates, health, metrics).run, _HEALTH_SECONDS),
         ]
     )
     admission = Admission(context, verifier)

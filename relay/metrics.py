@@ -88,6 +88,9 @@ class Metrics:
         self.healed = Counter(
             "relay_leftovers_removed_total", "Acknowledged leftovers the sweep removed.", registry=r
         )
+        self.problems = Gauge(
+            "relay_problem", "1 while this part does not answer, as /readyz says.", ["part"], registry=r
+        )
         self._queue = Gauge("relay_queue_items", "Items waiting for a group commit.", ["queue"], registry=r)
         self._queue_bytes = Gauge(
             "relay_queue_bytes", "Bytes waiting for a group commit.", ["queue"], registry=r

@@ -1,28 +1,43 @@
-"""Does the store answer; what ``/readyz`` tells."""
+"""Do the store and Redis answer; what ``/readyz`` and the metrics tell."""
 
 from __future__ import annotations
+
+import asyncio
 
 import structlog
 
 from handlers.context import Health
+from relay.metrics import Metrics
+from relay.security.rates import Rates
 from relay.store.mongo import Mongo
 
 log = structlog.get_logger(__name__)
 
 
 class HealthCheck:
-    """Asks MongoDB for its primary and notes the answer; changes are logged."""
+    """Asks MongoDB for its primary, and Redis to count, and notes the answers; changes are logged."""
 
-    def __init__(self, mongo: Mongo, health: Health) -> None:
+    def __init__(self, mongo: Mongo, rates: Rates, health: Health, metrics: Metrics) -> None:
         self._mongo = mongo
+        self._rates = rates
         self._health = health
+        self._metrics = metrics
 
     async def run(self) -> None:
         """One look."""
-        problems = self._health.problems
-        if await self._mongo.ping():
-            if problems.pop("mongodb", None):
+        mongodb, redis = await asyncio.gather(self._mongo.ping(), self._rates.reaches_redis())
+        if self._note("mongodb", None if mongodb else "no primary answers"):
+            if mongodb:
                 log.info("MongoDB answers again")
-        elif "mongodb" not in problems:
-            problems["mongodb"] = "no primary answers"
-            log.warning("MongoDB does not answer; messages wait with their senders")
+            else:
+                log.warning("MongoDB does not answer; messages wait with their senders")
+        self._note("redis", None if redis else "it does not count; rate limits hold for each node by itself")
+
+    def _note(self, part: str, problem: str | None) -> bool:
+        """Whether this changes what is known."""
+        problems = self._health.problems
+        before = problems.pop(part, None)
+        if problem is not None:
+            problems[part] = problem
+        self._metrics.problems.labels(part).set(problem is not None)
+        return before != problem

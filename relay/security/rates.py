@@ -49,6 +49,7 @@ _REDIS_SECONDS: Final = 0.2
 _REDIS_PAUSE: Final = 1.0
 _REDIS_CONNECTIONS: Final = 16
 _REDIS_PREFIX: Final = "relay:rates"
+_PROBE: Final = parse("1000000/minute")
 _MAX_KEYS: Final = 100_000
 # A refused device is refused for so long, at least: what it sent right behind must not be taken before what was refused.
 _PAUSE_SECONDS: Final = 1.0
@@ -83,6 +84,13 @@ class Rates:
     def shared(self) -> bool:
         """Whether Redis counted last: False while it is away, and when there is none."""
         return self._redis is not None and self._redis.working
+
+    async def reaches_redis(self) -> bool:
+        """Whether Redis counts now, which is found out by counting; True when there is none. Takes 200 ms at most."""
+        if self._redis is None:
+            return True
+        await self._redis.take(_PROBE, "probe", "probe")
+        return self._redis.working
 
     async def check(self, name: str, key: str, cost: int = 1) -> None:
         """Counts ``cost`` (one or more) for ``key``, which may be any text. Raises RelayError ``rate_limited`` when that is

@@ -17,6 +17,7 @@ from relay.wire.errors import RelayError
 from relay.wire.ids import new_id
 from tests.support.node import NodeFactory
 from tests.support.valkey import Valkey, open_valkey
+from tests.support.waiting import until
 
 RULES = {"search": "5/minute", "connect": "1000/10 seconds"}
 
@@ -159,8 +160,11 @@ async def test_a_device_over_its_message_rate_is_told_when_to_come_back_and_othe
         assert error["retry"] is True
         assert 0 < error["retryAfter"] <= 1000
     await bob.sent(conv)
-    status, _ = await node.request("POST", "/v1/messages", "ann", "phone", {**_http(sends[-1])})
-    assert status == 429
+    async with node.http.post(
+        f"{node.url}/v1/messages", headers=node.headers("ann", "phone"), json=_http(sends[-1])
+    ) as response:
+        assert (response.status, response.headers["Retry-After"]) == (429, "1")
+        assert (await response.json())["error"]["code"] == "rate_limited"
     status, _ = await node.request(
         "POST", "/v1/messages", "ann", "tablet", {**_http(sends[-1]), "id": new_id()}
     )
@@ -188,3 +192,37 @@ async def test_nodes_with_one_redis_count_together_and_answer_429_with_retry_aft
             last = response
     assert statuses == [200, 200, 200, 429]
     assert 0 < int(last.headers["Retry-After"]) <= 61
+
+
+async def test_a_redis_that_hangs_is_named_as_a_problem_until_it_counts_again_and_refuses_nobody(
+    nodes: NodeFactory, valkey: Valkey
+) -> None:
+    node = await nodes.start(redis_url=valkey.url, rate_search="3/minute")
+
+    async def told() -> tuple[int, list[str], bool]:
+        async with node.http.get(f"{node.url}/readyz") as response:
+            status, problems = response.status, list((await response.json())["problems"])
+        async with node.http.get(f"{node.url}/metrics") as response:
+            return status, problems, 'relay_problem{part="redis"} 1.0' in await response.text()
+
+    async def hurt() -> bool:
+        return await told() == (200, ["redis"], True)
+
+    async def well() -> bool:
+        return await told() == (200, [], False)
+
+    async def search() -> int:
+        return (await node.request("GET", "/v1/users?q=bob", "ann", "phone"))[0]
+
+    assert await well()
+    valkey.pause()
+    try:
+        # Nobody asks for anything that is counted.
+        await until(hurt, 6, "the hanging Redis is told of")
+        start = monotonic()
+        assert [await search() for _ in range(4)] == [200, 200, 200, 429]
+        assert monotonic() - start < 3
+        await node.connect("ann")
+    finally:
+        valkey.resume()
+    await until(well, 6, "Redis counts again")

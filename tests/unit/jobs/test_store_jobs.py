@@ -16,7 +16,9 @@ from models.accounts import Device
 from relay.jobs.expiry import Expiry
 from relay.jobs.health import HealthCheck
 from relay.jobs.sweep import LastSeen, Sweep, TimeToLive
+from relay.metrics import Metrics
 from relay.routing.hub import Hub
+from relay.security.rates import Rates
 from relay.store.embedded import EmbeddedMongo
 from relay.store.mongo import Mongo
 from tests.support.backlog import LocalConnection, MemoryBacklog, message, turns
@@ -183,16 +185,19 @@ async def test_a_time_to_live_changed_by_an_operator_is_followed(store: Store) -
 async def test_health_tells_when_mongodb_stops_answering_and_when_it_answers_again(
     mongod: EmbeddedMongo,
 ) -> None:
-    health = Health()
+    health, metrics, rates = Health(), Metrics(), Rates({}, redis_url=None)
     dead = Mongo("mongodb://127.0.0.1:1/?directConnection=true", "relay", select_seconds=0.1)
     alive = Mongo(mongod.uri, "relay")
     try:
         with capture_logs() as logs:
-            await HealthCheck(dead, health).run()
+            await HealthCheck(dead, rates, health, metrics).run()
             assert health.problems == {"mongodb": "no primary answers"}
-            await HealthCheck(alive, health).run()
-            await HealthCheck(alive, health).run()
+            assert b'relay_problem{part="mongodb"} 1.0' in metrics.render()
+            await HealthCheck(alive, rates, health, metrics).run()
+            await HealthCheck(alive, rates, health, metrics).run()
         assert health.problems == {}
+        assert b'relay_problem{part="mongodb"} 0.0' in metrics.render()
+        assert b'relay_problem{part="redis"} 0.0' in metrics.render(), "there is none to miss"
         assert len(logs) == 2
     finally:
         dead.close()
