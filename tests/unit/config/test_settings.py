@@ -43,6 +43,17 @@ def test_nothing_has_to_be_set() -> None:
     assert settings.message_ttl_days == 30
 
 
+def test_limits_are_on_from_the_start() -> None:
+    found = Settings()
+    assert (found.message_rate, found.message_burst) == (500, 2000)
+    assert (found.rate_login_address, found.rate_login_account) == ("20/minute", "10/minute")
+    assert (found.rate_register, found.rate_connect) == ("20/minute", "1000/10 seconds")
+    off = [
+        name for name in Settings.model_fields if name.startswith("rate_") and getattr(found, name) == "off"
+    ]
+    assert off == []
+
+
 def test_defaults_are_valid_values() -> None:
     values = {name: field.default for name, field in Settings.model_fields.items()}
     assert Settings(**values) == load()
