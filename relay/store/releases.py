@@ -115,7 +115,7 @@ class Releases:
             else:
                 await collection.update_one({"_id": name}, {"$set": {"dueAt": datetime.now(UTC) + _AGAIN}})
             return
-        if not await self._release(mailbox, conversation, before):
+        if not await self._release(name, mailbox, conversation, before):
             await collection.update_one({"_id": name}, {"$set": {"dueAt": datetime.now(UTC) + _AGAIN}})
         elif claimed["passes"]:
             await collection.delete_one({"_id": name})
@@ -142,7 +142,7 @@ class Releases:
         since = device.get("since")
         return since is not None and since >= at, None if since is None else milliseconds(since)
 
-    async def _release(self, mailbox: str, conversation: str | None, before: int | None) -> bool:
+    async def _release(self, name: str, mailbox: str, conversation: str | None, before: int | None) -> bool:
         keys = await self._keys(mailbox)
         stuck: set[str] = set()
         page: set[str] = set()
@@ -161,6 +161,10 @@ class Releases:
             # What comes twice is no message and cannot be released.
             stuck |= page.intersection(found)
             page = set(found) - stuck
+            # However many messages wait: who works at it is not taken for dead.
+            await Release.get_motor_collection().update_one(
+                {"_id": name}, {"$set": {"dueAt": datetime.now(UTC) + _AT_WORK}}
+            )
             if page and not await self._endings.release(
                 list(page), keys, deadline=monotonic() + _GIVE_UP_SECONDS
             ):

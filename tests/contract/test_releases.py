@@ -310,3 +310,30 @@ async def test_repeated_and_concurrent_releases_count_once(store: Store, release
     await asyncio.gather(*(releases.run(name) for name in [*names, *names]))
     assert store.ledger.count("released") == 10
     await balance(store)
+
+
+async def test_a_release_that_takes_long_is_not_done_by_another_node_meanwhile(
+    store: Store, releases: Releases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await device("bob/phone", removedAt=datetime.now(UTC))
+    for _ in range(6):
+        await store.put(["bob/phone"])
+    monkeypatch.setattr(module, "_PAGE", 2)
+    monkeypatch.setattr(module, "_AT_WORK", timedelta(seconds=0.6))
+    release, pages = store.endings.release, list[int]()
+
+    async def slowly(doc_ids: list[str], keys: list[str], *, deadline: float) -> bool:
+        pages.append(len(doc_ids))
+        await asyncio.sleep(0.4)
+        return await release(doc_ids, keys, deadline=deadline)
+
+    monkeypatch.setattr(store.endings, "release", slowly)
+    other = Releases(store.messages, store.endings, settle_seconds=SETTLE)
+    author = asyncio.create_task(releases.run(await releases.plan("bob/phone")))
+    looks = 0
+    while not author.done():
+        await asyncio.sleep(0.05)
+        looks += await other.run_due()
+    await author
+    assert (pages, looks) == ([2, 2, 2], 0)
+    assert store.ledger.count("released") == 6
