@@ -24,7 +24,15 @@ from handlers.http.schemas.base import DoneAnswer
 from handlers.revoking import cut_off, revoke
 from relay.security.issuer import Issuer
 from relay.store.audit_chain import NOBODY
-from relay.store.sessions import Account, Installation, Reused, new_device, too_many_devices
+from relay.store.sessions import (
+    Account,
+    Installation,
+    Reused,
+    name_taken,
+    new_device,
+    new_user,
+    too_many_devices,
+)
 from relay.wire.errors import RelayError
 from relay.wire.ids import DEVICE_ID, device_key
 
@@ -39,14 +47,16 @@ async def register(ctx: Context, caller: Caller, request: web.Request) -> web.Re
         raise RelayError("forbidden", "nobody can register at this relay; its operator makes the accounts")
     await ctx.rates.check("register", caller.address)
     wanted = await parsed(request, RegisterRequest)
+    if await ctx.sessions.account(wanted.username) is not None:
+        raise name_taken()
     hashed = await ctx.passwords.hash(wanted.password)
-    account = await ctx.sessions.register(wanted.username, hashed, name=wanted.name, phone=wanted.phone)
+    user = new_user()
+    # Before the account: rather one entry too many than none.
     await ctx.audit.record(
-        "account.register",
-        actor=account.user,
-        target=account.user,
-        address=caller.address,
-        agent=caller.agent,
+        "account.register", actor=user, target=user, address=caller.address, agent=caller.agent
+    )
+    account = await ctx.sessions.register(
+        wanted.username, hashed, user=user, name=wanted.name, phone=wanted.phone
     )
     return await _open(ctx, issuer, caller, account, wanted.device, 201)
 

@@ -109,13 +109,19 @@ class Sessions:
         self._most = max_devices
 
     async def register(
-        self, username: str, password: str, *, name: str | None = None, phone: str | None = None
+        self,
+        username: str,
+        password: str,
+        *,
+        user: str | None = None,
+        name: str | None = None,
+        phone: str | None = None,
     ) -> Account:
-        """Makes an account; ``username`` is folded, ``password`` a hash. Raises RelayError ``conflict`` when the name is
-        taken."""
+        """Makes an account; ``username`` is folded, ``password`` a hash, ``user`` its id from ``new_user``. Raises RelayError
+        ``conflict`` when the name is taken."""
         now = datetime.now(UTC)
         document: dict[str, Any] = {
-            "_id": uuid.uuid4().hex,
+            "_id": user or new_user(),
             "createdAt": now,
             "updatedAt": now,
             "username": username,
@@ -129,7 +135,7 @@ class Sessions:
         try:
             await User.get_motor_collection().insert_one({**document, **found})
         except DuplicateKeyError:
-            raise RelayError("conflict", "this user name is taken") from None
+            raise name_taken() from None
         return _account(document)
 
     async def account(self, username: str) -> Account | None:
@@ -335,6 +341,16 @@ def _view(row: Mapping[str, Any]) -> DeviceView:
         created_at=milliseconds(row["createdAt"]),
         last_seen=None if seen is None else milliseconds(seen),
     )
+
+
+def new_user() -> str:
+    """An id for an account: a random UUID in hex."""
+    return uuid.uuid4().hex
+
+
+def name_taken() -> RelayError:
+    """What somebody is told who registers under a user name that another account has."""
+    return RelayError("conflict", "this user name is taken")
 
 
 def new_device() -> str:

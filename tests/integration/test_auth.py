@@ -488,6 +488,20 @@ async def test_wherever_a_revocation_dies_the_device_is_shut_out_and_nobodys_mes
     assert await awaiting(node, message["id"]) == {f"{user}/phone"}
 
 
+async def test_no_account_is_made_without_an_entry_in_the_trail(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    username = somebody()
+    body = {"username": username, "password": PASSWORD, "device": device()}
+    with monkeypatch.context() as patch:
+        patch.setattr(type(node.relay.context.audit), "record", unwritable)
+        assert (await ask(node, "POST", "/v1/auth/register", body))[0] == 503
+    assert await node.db.users.find_one({"username": username}) is None
+    made = await register(node, username)
+    assert len(await noted(node, made["user"]["id"], "account.register")) == 1
+    assert (await ask(node, "POST", "/v1/auth/register", body))[0] == 409
+
+
 async def test_no_device_is_revoked_and_no_session_begins_without_an_entry_in_the_trail(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
