@@ -199,7 +199,8 @@ class _Redis:
         try:
             async with asyncio.timeout(_REDIS_SECONDS):
                 wait = await self._take(rule, name, digest, cost)
-        except (RedisError, OSError, TimeoutError) as error:
+        # What answers without speaking its language has the driver raise the latter two.
+        except (RedisError, OSError, TimeoutError, ValueError, TypeError) as error:
             self._ask_at = monotonic() + _REDIS_PAUSE
             if self.working:
                 self.working = False
