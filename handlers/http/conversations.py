@@ -27,7 +27,7 @@ from handlers.http.schemas.conversations import (
 )
 from handlers.http.schemas.messages import MessagePage
 from relay.store.conversations import ConversationView, Member
-from relay.store.revisions import Origin
+from relay.store.revisions import Origin, Revision
 from relay.wire.errors import RelayError
 from relay.wire.ids import CONVERSATION_ID, is_placeholder
 
@@ -47,15 +47,25 @@ async def create(ctx: Context, caller: Caller, request: web.Request) -> web.Resp
     if len(others) + 1 > ctx.limits.members:
         raise RelayError("too_large", f"a group has at most {ctx.limits.members} members")
     await ctx.rates.check("conversation", caller.user)
-    await know(ctx, caller, others)
-    await check_welcome(ctx, caller, others, "whoMayMessage" if wanted.type == "direct" else "whoMayAdd")
-    conversation, revision, created = await ctx.revisions.create(
-        caller.user, wanted.type, others, name=wanted.name, ref=wanted.ref, origin=origin(caller)
-    )
+    conversation, revision, created = await _made(ctx, caller, wanted, others)
     if revision is not None:
         await changing.carry_out(ctx, revision)
     view = await ctx.conversations.get(conversation, caller.user)
     return answer(shown(view), 201 if created else 200)
+
+
+async def _made(
+    ctx: Context, caller: Caller, wanted: CreateConversation, others: Sequence[str]
+) -> tuple[str, Revision | None, bool]:
+    # What is there is found whatever has changed since about the people named: the first answer may have been lost.
+    found = await ctx.revisions.made(caller.user, wanted.type, others, ref=wanted.ref)
+    if found is not None:
+        return *found, False
+    await know(ctx, caller, others)
+    await check_welcome(ctx, caller, others, "whoMayMessage" if wanted.type == "direct" else "whoMayAdd")
+    return await ctx.revisions.create(
+        caller.user, wanted.type, others, name=wanted.name, ref=wanted.ref, origin=origin(caller)
+    )
 
 
 async def know(ctx: Context, caller: Caller, users: Sequence[str]) -> None:
@@ -237,8 +247,8 @@ ROUTES: Final = (
                 "type": "string",
                 "minLength": 1,
                 "maxLength": _LONGEST_Q,
-                "description": "only conversations with a word in their name, or in a member's, that begins so; "
-                "a page may then hold fewer than `limit` and still have a `next`",
+                "description": "only conversations with a word in their name, or in that of one of up to 16 members, "
+                "that begins so; a page may then hold fewer than `limit` and still have a `next`",
             },
         },
         errors=("bad_request",),

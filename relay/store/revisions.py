@@ -146,10 +146,7 @@ class Revisions:
         """Makes a conversation, or finds the one that exists: the direct one of the same pair, or the one that this user
         made with the same ``ref``. Its id, its unfinished revision if any, and whether it is new."""
         people = list(dict.fromkeys([creator, *members]))
-        if kind == "direct":
-            unique: str | None = "direct " + " ".join(sorted(people))
-        else:
-            unique = None if ref is None else f"ref {creator} {ref}"
+        unique = _unique(creator, kind, members, ref)
         moment = datetime.now(UTC)
         document: dict[str, Any] = {
             "_id": ids.new_id(),
@@ -177,12 +174,23 @@ class Revisions:
         try:
             await collection.insert_one(document)
         except DuplicateKeyError:
-            # Without the type MongoDB would not use the partial index.
-            found = await collection.find_one({"unique": {"$eq": unique, "$type": "string"}})
+            found = await self.made(creator, kind, members, ref=ref)
             if found is None:
                 raise RelayError("unavailable", "the conversation is being changed; try again") from None
-            return found["_id"], _pending(found), False
+            return *found, False
         return document["_id"], _pending(document), True
+
+    async def made(
+        self, creator: str, kind: ConversationType, members: Sequence[str], *, ref: str | None
+    ) -> tuple[str, Revision | None] | None:
+        """The conversation that such a creation would find, and its unfinished revision if any."""
+        unique = _unique(creator, kind, members, ref)
+        if unique is None:
+            return None
+        # Without the type MongoDB would not use the partial index.
+        query = {"unique": {"$eq": unique, "$type": "string"}}
+        found = await Conversation.get_motor_collection().find_one(query)
+        return None if found is None else (found["_id"], _pending(found))
 
     async def begin(
         self,
@@ -251,20 +259,21 @@ class Revisions:
                 {"_id": {"$in": names}, "removedAt": None, **earlier},
                 {"$set": {"role": revision.role, **stamp}},
             )
+        present = {"conversationId": revision.conversation, "removedAt": None}
         if revision.event != "created":
-            await rows.update_many(
-                {"conversationId": revision.conversation, "removedAt": None},
-                {"$max": {"updatedAt": now}},
+            # Before the members are told by ``updatedAt``: a count that came later nobody would hear of.
+            await Conversation.get_motor_collection().update_one(
+                {"_id": revision.conversation, "pending.id": revision.id},
+                {"$set": {"memberCount": await rows.count_documents(present)}},
             )
+            await rows.update_many(present, {"$max": {"updatedAt": now}})
         return True
 
     async def finish(self, revision: Revision) -> None:
         """The revision is carried out."""
-        rows = Membership.get_motor_collection()
-        count = await rows.count_documents({"conversationId": revision.conversation, "removedAt": None})
-        change: dict[str, Any] = {"$set": {"memberCount": count}, "$unset": {"pending": ""}}
+        change: dict[str, Any] = {"$unset": {"pending": ""}}
         if revision.event == "dissolved":
-            change["$set"]["dissolvedAt"] = revision.at
+            change["$set"] = {"dissolvedAt": revision.at}
             change["$unset"]["unique"] = ""
         await Conversation.get_motor_collection().update_one(
             {"_id": revision.conversation, "pending.id": revision.id}, change
@@ -334,6 +343,13 @@ class Revisions:
             return_document=ReturnDocument.AFTER,
         )
         return None if found is None else _pending(found)
+
+
+def _unique(creator: str, kind: ConversationType, members: Sequence[str], ref: str | None) -> str | None:
+    """The key under which a second creation finds the first."""
+    if kind == "direct":
+        return "direct " + " ".join(sorted({creator, *members}))
+    return None if ref is None else f"ref {creator} {ref}"
 
 
 def _joins(revision: Revision, earlier: Mapping[str, Any], now: datetime) -> list[UpdateOne]:

@@ -121,6 +121,20 @@ async def test_a_dissolved_conversation_is_told_as_removed_to_all(
         assert (page.conversations, page.removed) == ([], [name]), user
 
 
+async def test_the_number_of_members_is_never_told_late(changes: Changes, revisions: Revisions) -> None:
+    """A change may take longer to end than what was changed is told again."""
+    name, _ = await create(revisions, "ann", ["bob", "cleo"])
+    await settled()
+    revision, _ = await revisions.begin(name, "ann", ["cleo"], always(Proposal("removed", ["cleo"])))
+    assert revision is not None
+    await revisions.apply(revision)
+    await settled()
+    page = await changes.since("bob", None)
+    assert [view.member_count for view in page.conversations] == [2]
+    await revisions.finish(revision)
+    assert (await changes.since("bob", page.next)).conversations == []
+
+
 async def test_read_cursors_of_all_members_are_told(
     changes: Changes, revisions: Revisions, conversations: Conversations
 ) -> None:

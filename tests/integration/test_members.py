@@ -205,6 +205,37 @@ async def test_twenty_who_make_one_conversation_at_once_are_told_once(node: Node
     )
 
 
+async def test_a_creation_whose_answer_was_lost_is_found_whatever_its_members_want_since(node: Node) -> None:
+    body = {"type": "group", "members": ["bob", "cleo"], "ref": new_id()}
+    _, made = await ask(node, "ann", "POST", "/v1/conversations", body)
+    preferences = {"whoMayAdd": "contacts", "whoMayMessage": "contacts"}
+    assert (await ask(node, "bob", "PATCH", "/v1/me", {"preferences": preferences}))[0] == 200
+    assert (await ask(node, "cleo", "DELETE", "/v1/me"))[0] == 200
+    status, again = await ask(node, "ann", "POST", "/v1/conversations", body)
+    assert (status, again["id"]) == (200, made["id"])
+    for user, other in (("ann", {**body, "ref": new_id()}), ("zoe", body)):
+        status, _ = await ask(node, user, "POST", "/v1/conversations", other)
+        assert status == 404, "what is new is refused, and a ref is its user's own"
+
+
+async def test_of_a_pair_that_writes_to_each_other_at_once_on_two_nodes_one_conversation_comes(
+    nodes: NodeFactory,
+) -> None:
+    one, two = [await nodes.start() for _ in range(2)]
+
+    async def make(number: int) -> tuple[int, Any]:
+        user, other = ("ann", "bob") if number % 2 else ("bob", "ann")
+        body = {"type": "direct", "members": [other]}
+        return await ask((one, two)[number // 2 % 2], user, "POST", "/v1/conversations", body)
+
+    found = await asyncio.gather(*(make(number) for number in range(20)))
+    assert sorted(status for status, _ in found) == [200] * 19 + [201]
+    (conv,) = {answer["id"] for _, answer in found}
+    assert all({member["user"] for member in answer["members"]} == {"ann", "bob"} for _, answer in found)
+    assert await one.db.conversations.count_documents({}) == 1
+    assert set(await roles(two, conv)) == {"ann", "bob"}
+
+
 @pytest.mark.parametrize("how", ["asked again", "repair"])
 @pytest.mark.parametrize("kind", ["direct", "group"])
 async def test_a_creation_that_died_after_its_first_write_is_finished(
