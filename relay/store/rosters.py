@@ -35,7 +35,7 @@ class Rosters:
         found: dict[str, Roster] = {}
         with time_limit(self._timeout):
             for start in range(0, len(conversations), _LOAD):
-                found.update(await self._load(conversations[start : start + _LOAD]))
+                found.update(await self._load(conversations[start : start + _LOAD], {}))
         return found
 
     async def mailboxes(self, users: Sequence[str]) -> dict[str, list[str]]:
@@ -44,7 +44,7 @@ class Rosters:
             devices = await self._devices(users)
         return {user: sorted(devices.get(user, ())) or [any_device_key(user)] for user in users}
 
-    async def _load(self, conversations: list[str]) -> dict[str, Roster]:
+    async def _load(self, conversations: list[str], making: Mapping[str, Sequence[str]]) -> dict[str, Roster]:
         cursor = Membership.get_motor_collection().find(
             {"conversationId": {"$in": conversations}, "removedAt": None},
             {"conversationId": 1, "user": 1, "role": 1},
@@ -52,10 +52,14 @@ class Rosters:
         roles: dict[str, dict[str, str]] = {}
         async for row in cursor:
             roles.setdefault(row["conversationId"], {})[row["user"]] = row["role"]
+        for name, people in making.items():
+            roles[name] = {**dict.fromkeys(people, "member"), **roles.get(name, {})}
         users = list({user for members in roles.values() for user in members})
         devices, settings, blocks = await asyncio.gather(
             self._devices(users), self._settings(list(roles)), blocks_among(users)
         )
+        if not making and (making := _being_made(roles, settings)):
+            return await self._load(conversations, making)
         direct = {name: roles[name] for name, one in settings.items() if one["type"] == "direct"}
         closed = await self._closed(direct)
         found: dict[str, Roster] = {}
@@ -94,7 +98,8 @@ class Rosters:
 
     async def _settings(self, conversations: Sequence[str]) -> dict[str, Mapping[str, Any]]:
         cursor = Conversation.get_motor_collection().find(
-            {"_id": {"$in": list(conversations)}}, {"type": 1, "whoMayPost": 1}
+            {"_id": {"$in": list(conversations)}},
+            {"type": 1, "whoMayPost": 1, "rev": 1, "memberCount": 1, "pending.event": 1, "pending.users": 1},
         )
         return {row["_id"]: row async for row in cursor}
 
@@ -121,3 +126,15 @@ class Rosters:
         )
         listed = {row["_id"] async for row in rows}
         return {(name, user) for name, owner, user in asked if f"{owner} {user}" not in listed}
+
+
+def _being_made(
+    roles: Mapping[str, Collection[str]], settings: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Sequence[str]]:
+    """The conversations whose memberships were not all written when they were read, and who is to be in those that are
+    still being made: who sees a conversation early writes to everybody in it."""
+    return {
+        name: one["pending"]["users"] if one.get("pending", {}).get("event") == "created" else ()
+        for name, one in settings.items()
+        if one.get("memberCount", 0) > len(roles[name])
+    }

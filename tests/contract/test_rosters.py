@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -90,6 +90,39 @@ async def test_a_change_that_is_only_written_down_changes_no_recipients(
     assert revision is not None
     await revisions.apply(revision)
     assert set((await rosters.load([name]))[name].members) == {"ann"}
+
+
+async def test_who_sees_a_conversation_while_it_is_made_writes_to_everybody_in_it(
+    revisions: Revisions, rosters: Rosters
+) -> None:
+    await device("bob/phone")
+    name, revision, _ = await revisions.create("ann", "group", ["bob", "cleo"], name=None, ref=None)
+    assert await rosters.load([name]) == {}
+    assert revision is not None
+    await revisions.apply(revision)
+    rows = Membership.get_motor_collection()
+    late = await rows.find_one_and_delete({"_id": f"{name} bob"})
+    everybody = {"ann": [], "bob": ["bob/phone"], "cleo": []}
+    assert (await rosters.load([name]))[name].members == everybody
+    await rows.insert_one(late)
+    await revisions.finish(revision)
+    assert (await rosters.load([name]))[name].members == everybody
+
+
+async def test_memberships_that_are_written_while_they_are_read_are_read_again(
+    revisions: Revisions, rosters: Rosters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, _ = await create(revisions, "ann", ["bob"])
+    rows = Membership.get_motor_collection()
+    late = await rows.find_one_and_delete({"_id": f"{name} bob"})
+    real = rosters._settings
+
+    async def settings(conversations: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
+        await rows.replace_one({"_id": late["_id"]}, late, upsert=True)
+        return await real(conversations)
+
+    monkeypatch.setattr(rosters, "_settings", settings)
+    assert set((await rosters.load([name]))[name].members) == {"ann", "bob"}
 
 
 async def test_many_rosters_are_complete(
