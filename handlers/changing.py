@@ -169,11 +169,13 @@ def promoting(actor: str, user: str, role: str) -> Decide:
 
 
 def editing(fields: dict[str, Any]) -> Decide:
-    """Changes name, picture, description or settings."""
+    """Changes name, picture, description or settings; what is so already is told nobody again."""
 
     def decide(situation: Situation) -> Proposal | None:
         may_manage(situation)
-        return Proposal("changed", fields=fields) if fields else None
+        before = {"whoMayPost": "members", **situation.settings}
+        news = {name: value for name, value in fields.items() if before.get(name) != value}
+        return Proposal("changed", fields=news) if news else None
 
     return decide
 

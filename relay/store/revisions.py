@@ -46,13 +46,14 @@ NOWHERE: Final = Origin("", "")
 @dataclass(frozen=True, slots=True)
 class Situation:
     """What a decision about a conversation is made from. ``role`` is the actor's; ``roles`` those of the members among
-    the people concerned; ``admins`` counts up to two."""
+    the people concerned; ``admins`` counts up to two; ``settings`` are the conversation's fields as they are stored."""
 
     type: ConversationType
     role: str
     roles: Mapping[str, str]
     admins: int
     members: int
+    settings: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +267,7 @@ class Revisions:
                 {"_id": revision.conversation, "pending.id": revision.id},
                 {"$set": {"memberCount": await rows.count_documents(present)}},
             )
-            await rows.update_many(present, {"$max": {"updatedAt": now}})
+            await rows.update_many(present, {"$max": {"updatedAt": datetime.now(UTC)}})
         return True
 
     async def finish(self, revision: Revision) -> None:
@@ -307,7 +308,7 @@ class Revisions:
         if count is None:
             count = await rows.count_documents({"conversationId": name, "removedAt": None})
         own = "admin" if actor is None else roles[actor]
-        return Situation(document["type"], own, roles, admins, count), sorted(roles)
+        return Situation(document["type"], own, roles, admins, count, document), sorted(roles)
 
     async def _write(
         self,

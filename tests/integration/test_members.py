@@ -527,7 +527,9 @@ async def test_nothing_is_told_of_what_changes_nothing(node: Node) -> None:
     before = await node.db.conversations.find_one({"_id": conv})
     assert (await ask(node, "ann", "POST", at(conv, "/members"), {"users": ["bob", "ann"]}))[0] == 200
     assert (await ask(node, "ann", "PATCH", at(conv, "/members/bob"), {"role": "member"}))[0] == 200
-    assert (await ask(node, "ann", "PATCH", at(conv), {}))[0] == 200
+    fields = {"picture": None, "description": None, "settings": {"whoMayPost": "members"}}
+    for body in ({}, {"name": "group"}, fields):
+        assert (await ask(node, "ann", "PATCH", at(conv), body))[0] == 200
     assert await node.db.conversations.find_one({"_id": conv}) == before
     assert await told(node, conv) == []
 
