@@ -44,7 +44,7 @@ from relay.security.rates import MessageRates, Rates
 from relay.session.addresses import Addresses
 from relay.session.admission import Admission
 from relay.session.gateway import Gateway, GatewaySettings
-from relay.session.web import application
+from relay.session.web import Runner, application
 from relay.store.accounts import Accounts
 from relay.store.acks import Acks
 from relay.store.audience import Audiences
@@ -321,7 +321,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
     app = application(
         context, admission, gateway, ROUTES, max_body=settings.max_frame_bytes, addresses=addresses
     )
-    runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
+    runner = Runner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
     await runner.setup()
     stack.push_async_callback(
         _drain, context, commits, gateway, jobs, runner, settings.drain_seconds, accounts

@@ -9,18 +9,18 @@ from typing import Any, Final
 from relay.wire.frames import MAX_OPERATIONS
 
 _DEPTH: Final = 8
-_AT: Final = 1_795_221_560_670
+AT: Final = 1_795_221_560_670
 MESSAGE: Final = "7f9c24e8-3b1a-4f0d-9c55-0a1b2c3d4e5f"
 CONVERSATION: Final = "2b0f6a3e-58d1-4c7e-8f7a-6d5c4b3a2910"
 
 _SEQ: Final = 117_651_640_200_000
-_STORED: Final = {"t": "stored", "conv": CONVERSATION, "id": MESSAGE, "seq": _SEQ, "at": _AT}
+_STORED: Final = {"t": "stored", "conv": CONVERSATION, "id": MESSAGE, "seq": _SEQ, "at": AT}
 
 REQUESTS: Final[Mapping[str, dict[str, Any]]] = {
     "LoginRequest": {
         "username": "ann",
-        "password": "correct horse battery staple",
-        "device": {"id": "phone", "name": "Ann's phone", "platform": "android"},
+        "password": "correct horse battery",
+        "device": {"id": "phone", "name": "Ann's phone", "platform": "ios"},
     },
     "CreateConversation": {
         "type": "group",
@@ -52,7 +52,6 @@ _NAMED: Final[Mapping[str, Any]] = {
     "message": "one line for people",
     "name": "Ann",
     "next": "WzE3OTUyMjE1NjA2NzAsInRhbGsiXQ",
-    "password": "correct horse battery staple",
     "phone": "+4930123456",
     "picture": "cGljdHVyZQ",
     "platform": "android",
@@ -73,6 +72,8 @@ _NUMBERS: Final[Mapping[str, int]] = {
     "heartbeat": 25_000,
     "ops": MAX_OPERATIONS,
     "protocol": 1,
+    "readUpTo": _SEQ,
+    "registrationId": 11_845,
     "seq": _SEQ,
     "ttl": 2_592_000,
     "upTo": _SEQ,
@@ -151,7 +152,7 @@ def _string(schema: Mapping[str, Any], name: str) -> str:
 
 def _number(schema: Mapping[str, Any], name: str) -> int:
     moment = name in ("at", "since", "time", "until") or name.endswith(("At", "Until", "Seen"))
-    wanted = _AT if moment else _NUMBERS.get(name, 3)
+    wanted = AT if moment else _NUMBERS.get(name, 3)
     low, high = schema.get("minimum", wanted), schema.get("maximum", wanted)
     return int(min(max(wanted, low), high))
 
@@ -182,13 +183,13 @@ FRAMES: Final[dict[str, tuple[dict[str, Any], ...]]] = {
             "v": 1,
             "user": "ann",
             "device": "phone",
-            "time": _AT,
+            "time": AT,
             "heartbeat": 25_000,
             "window": 256,
             "windowBytes": 1_048_576,
             "limits": {"frame": 262_144, "body": 65_536, "ops": MAX_OPERATIONS},
             "features": ["again", "after"],
-            "gap": {"since": _AT, "why": "inactive"},
+            "gap": {"since": AT, "why": "inactive"},
         },
     ),
     "stored": (_STORED, {**_STORED, "ref": "1"}),
@@ -209,7 +210,7 @@ FRAMES: Final[dict[str, tuple[dict[str, Any], ...]]] = {
             "id": MESSAGE,
             "conv": CONVERSATION,
             "seq": _SEQ,
-            "at": _AT,
+            "at": AT,
             "from": {"user": "bob", "device": "phone"},
             "kind": "text",
             "body": "Hello, Ann",
@@ -222,10 +223,10 @@ FRAMES: Final[dict[str, tuple[dict[str, Any], ...]]] = {
             "conv": CONVERSATION,
             "ids": [MESSAGE],
             "by": {"user": "bob", "device": "phone"},
-            "at": _AT,
+            "at": AT,
         },
     ),
-    "pong": ({"t": "pong", "time": _AT},),
+    "pong": ({"t": "pong", "time": AT},),
     "authed": ({"t": "authed", "exp": 1_795_222_460},),
     "bye": ({"t": "bye", "retryAfter": 1500},),
     "keys": ({"t": "keys", "oneTime": 19},),

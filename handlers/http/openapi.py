@@ -89,7 +89,8 @@ def document(routes: Sequence[Route]) -> dict[str, Any]:
             "description": "A store-and-forward chat relay. Messages travel over the WebSocket `/v1/ws`, which "
             "`/asyncapi.json` describes; this is the HTTP side.\n\nRequests with unknown fields are "
             "refused. Answers may grow: ignore fields you do not know. Times are integer milliseconds since the epoch. "
-            "Absent and not yours look the same (404). Lists come in pages: pass `next` as `cursor` until it is null.",
+            "Absent and not yours look the same (404). Lists come in pages: pass `next` as `cursor` until it is null.\n\n"
+            "To try it: register or log in below, copy the `accessToken` of the answer, press Authorize and paste it.",
         },
         "tags": [{"name": name, "description": text} for name, text in TAGS.items() if name in used],
         "paths": paths,

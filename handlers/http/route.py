@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
 from handlers.context import Context
+from handlers.http.wording import said
 from relay.wire import codec
 from relay.wire.errors import Code, RelayError
 
 Model = TypeVar("Model", bound=BaseModel)
-_OBJECT: Final = "Input should be a JSON object"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +82,14 @@ async def parsed(request: web.Request, model: type[Model]) -> Model:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        if first["type"] == "too_long" and isinstance(first["loc"][-1], str):
-            raise RelayError("too_large", f"{first['loc'][-1]}: {first['msg']}") from None
-        text = _OBJECT if first["type"] == "model_type" else str(first["msg"]).removeprefix("Value error, ")
+        first = error.errors(include_url=False, include_input=False)[0]
+        code: Code = "too_large" if first["type"] == "too_long" else "bad_request"
         place = ".".join(str(part) for part in first["loc"])[:80]
         # Names of unknown fields are as the client wrote them.
         place = "".join(sign if sign.isprintable() else "?" for sign in place)
-        raise RelayError("bad_request", f"{place}: {text}" if place else text) from None
+        raise RelayError(
+            code, f"{place}: {said(first)}" if place else f"the request body {said(first)}"
+        ) from None
 
 
 def paging(most: int, default: int) -> dict[str, dict[str, Any]]:

@@ -65,7 +65,12 @@ class Gateway:
             compress=False,
             timeout=_CLOSE_SECONDS,
         )
-        await ws.prepare(request)
+        try:
+            await ws.prepare(request)
+        except web.HTTPBadRequest:
+            raise RelayError(
+                "bad_request", "this path is a WebSocket, and the request does not ask for one"
+            ) from None
         if not await self._may_connect(request):
             await self._refuse(ws, errors.TOO_MANY)
             return ws

@@ -8,6 +8,7 @@ from typing import Final
 
 import structlog
 from aiohttp import web
+from aiohttp.http_exceptions import LineTooLong
 
 from handlers.context import Context
 from handlers.http.route import Caller, Route, only
@@ -96,14 +97,54 @@ async def _errors(
         code = _CODE_OF_STATUS.get(error.status)
         if code is None:
             raise
-        return _failure(
-            RelayError(code, error.text or error.reason), status=error.status, headers=error.headers
-        )
+        text = error.text or error.reason
+        if error.status == 404:
+            text = "there is nothing at this path; /docs lists what there is"
+        elif isinstance(error, web.HTTPMethodNotAllowed):
+            text = f"this path takes {', '.join(sorted(error.allowed_methods))} only"
+        return _failure(RelayError(code, text), status=error.status, headers=error.headers)
     except ConnectionError:
         raise
     except Exception:
         log.exception("request failed", method=request.method)
         return _failure(RelayError("internal", "something went wrong in the relay"))
+
+
+class Runner(web.AppRunner):
+    """Runs the application. What cannot be read as HTTP is answered as an error like any other, and hung up on."""
+
+    async def _make_server(self) -> web.Server:
+        server = await super()._make_server()
+        server.__class__ = _Server
+        return server
+
+
+class _Server(web.Server):
+    def __call__(self) -> web.RequestHandler:
+        return _Protocol(self, loop=self._loop, **self._kwargs)
+
+
+class _Protocol(web.RequestHandler):
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        # It may raise instead, and closes the connection.
+        super().handle_error(request, status, exc, message)
+        if status >= 500:
+            error = RelayError("internal", "something went wrong in the relay")
+        elif isinstance(exc, LineTooLong):
+            error = RelayError("bad_request", "the address or a header of the request is too long")
+        else:
+            error = RelayError("bad_request", "this is not a request in HTTP that the relay can read")
+        response = _failure(error, status=status)
+        response.force_close()
+        return response
 
 
 def _failure(error: RelayError, *, status: int | None = None, headers: object = None) -> web.Response:

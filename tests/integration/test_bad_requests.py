@@ -177,7 +177,7 @@ STRANGE_NAMES: Final = ("surplus", "$where", "__proto__", "_id", "two\nlines", "
 
 PROGRAM_WORDS: Final = re.compile(
     r"Traceback|Error\b|Exception|object has no|instance of|dictionary|NoneType|<class|\bNone\b|pydantic|msgspec"
-    r"|bson|pymongo|0x[0-9a-f]{6}|\.py\b|"
+    r"|bson|pymongo|0x[0-9a-f]{6}|\.py\b|Input should|(?:String|List) should|of another form|\[\^|\)\*|\{\d+,\d*\}|"
     + "|".join(route.request.__name__ for route in WITH_BODY.values() if route.request)
 )
 
@@ -499,6 +499,71 @@ async def test_a_body_that_is_not_encoded_as_it_says_or_bursts_is_refused(scene:
         async with scene.node.http.request(ENDPOINTS[name].method, url, data=data, headers=headers) as answer:
             refused((answer.status, await answer.text()), (name, encoding), status)
     assert await scene.stored() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("POST /v1/auth/login", {"device": None}, "device: must be a JSON object"),
+        ("POST /v1/auth/login", {"password": 5}, "password: must be a string"),
+        ("POST /v1/auth/login", {"extra": 5}, "extra: is not a field of this request"),
+        ("PATCH /v1/me", {"name": " "}, "name: must be one line of text that is not blank"),
+        ("PATCH /v1/me", {"phone": "030 1"}, "phone: must be an international number, like +49 30 5550100"),
+        ("PATCH /v1/me", {"phone": "+49 30 12"}, "phone: must have 7 to 15 digits after the +"),
+        ("PATCH /v1/me", {"about": "x" * 257}, "about: must have at most 256 characters"),
+        ("PUT /v1/me/push", {"provider": "x"}, "provider: must be 'apns', 'fcm', 'expo' or 'webpush'"),
+        ("POST /v1/conversations", {"ref": "x"}, "ref: must be a UUID in lower case"),
+        (
+            "POST /v1/conversations",
+            {"members": ["a b"]},
+            "members.0: must be a user id: 1 to 128 of A-Z a-z 0-9 _ . @ : + -",
+        ),
+        ("POST /v1/conversations", {"members": ["x"] * 1001}, "members: must have at most 1000 items"),
+        ("PATCH /v1/conversations/{id}/me", {"pinned": 1}, "pinned: must be true or false"),
+        ("POST /v1/keys/claim", {"devices": ["a/b", "a/b"]}, "devices: a device comes twice"),
+    ],
+)
+async def test_what_is_wrong_is_said_in_words_for_people(
+    scene: Scene, name: str, change: dict[str, Any], words: str
+) -> None:
+    await scene.renew()
+    status, text = await scene.put(name, {**scene.good(name), **change})
+    assert (status, json.loads(text)["error"]["message"]) == (413 if "1000" in words else 400, words)
+
+
+async def test_a_body_that_lacks_a_field_or_is_no_object_is_said_in_words_for_people(scene: Scene) -> None:
+    for body, words in (({}, "devices: is missing"), ([], "the request body must be a JSON object")):
+        status, text = await scene.put("POST /v1/keys/claim", body)
+        assert (status, json.loads(text)["error"]["message"]) == (400, words)
+
+
+@pytest.mark.parametrize(
+    ("request_line", "headers", "words"),
+    [
+        ("GET /v1/users?q=" + "a" * 9000, "", "the address or a header of the request is too long"),
+        ("GET /v1/me", "X-Long: " + "a" * 9000, "the address or a header of the request is too long"),
+        ("POST /v1/acks", "Content-Length: -1", "this is not a request in HTTP that the relay can read"),
+        ("BREW /v1/me", "", "this is not a request in HTTP that the relay can read"),
+        ("PUT /v1/contacts", "", "this path takes GET, POST only"),
+        ("GET /v1/nothing", "", "there is nothing at this path; /docs lists what there is"),
+        ("GET /v1/ws", "", "this path is a WebSocket, and the request does not ask for one"),
+    ],
+)
+async def test_what_no_endpoint_sees_is_a_typed_error_too(
+    scene: Scene, request_line: str, headers: str, words: str
+) -> None:
+    where = URL(scene.node.url)
+    reader, writer = await asyncio.open_connection(where.host, where.port)
+    lines = [f"{request_line} HTTP/1.1", "Host: relay", "Connection: close", *([headers] if headers else [])]
+    writer.write("\r\n".join([*lines, "", ""]).encode())
+    answer = (await asyncio.wait_for(reader.read(), 10)).decode()
+    writer.close()
+    head, _, text = answer.partition("\r\n\r\n")
+    assert "Content-Type: application/json" in head
+    assert json.loads(text)["error"]["message"] == words
+    status = int(head.split()[1])
+    assert status in (400, 404, 405)
+    assert json.loads(text)["error"]["code"] == ("not_found" if status == 404 else "bad_request")
 
 
 STRANGE_PARTS: Final = (

@@ -165,6 +165,33 @@ def test_the_example_of_an_answer_is_one() -> None:
     assert without == []
 
 
+async def test_who_registers_with_the_example_logs_in_with_the_example(node: Node) -> None:
+    for path, status in (("/v1/auth/register", 201), ("/v1/auth/login", 200)):
+        body = DOCUMENT["paths"][path]["post"]["requestBody"]["content"]["application/json"]["example"]
+        async with node.http.post(node.url + path, json=body) as answer:
+            assert answer.status == status, await answer.text()
+
+
+def test_the_examples_of_answers_agree_with_themselves() -> None:
+    for method, path, operation in operations():
+        for answer in operation["responses"].values():
+            for one in parts(answer.get("content", {}).get("application/json", {}).get("example")):
+                if "memberCount" in one:
+                    assert one["type"] == "group", (method, path)
+                    assert one["memberCount"] == len(one["members"]), (method, path)
+                    assert one["me"]["role"] in [member["role"] for member in one["members"]], (method, path)
+                if "profile" in one:
+                    assert one["profile"]["id"] == one["user"], (method, path)
+                    assert one["listed"], (method, path)
+
+
+def parts(value: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(value, dict):
+        yield value
+    for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from parts(one)
+
+
 async def test_every_route_answers_as_described(node: Node) -> None:
     checked = Checked(node, await description(node))
     ask = checked.ask

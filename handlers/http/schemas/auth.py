@@ -8,9 +8,10 @@ from pydantic import AfterValidator, Field
 
 from handlers.http.schemas.base import Answer, DeviceId, Milliseconds, Request, UserId
 from handlers.http.schemas.names import Name
+from handlers.http.wording import form
 from relay.security.passwords import MAX_PASSWORD, MIN_PASSWORD
 
-_TYPED: Final = r"^[^\x00-\x1f\x7f]+$"
+_TYPED: Final = form(r"^[^\x00-\x1f\x7f]+$", "text without control characters")
 _BLANKS: Final = str.maketrans("", "", " -()")
 _MIN_DIGITS: Final = 7
 _MAX_DIGITS: Final = 15
@@ -23,10 +24,24 @@ def _e164(value: str) -> str:
     return number
 
 
-Username = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{2,31}$"), AfterValidator(str.lower)]
+Username = Annotated[
+    str,
+    Field(
+        pattern=form(
+            r"^[A-Za-z0-9][A-Za-z0-9._-]{2,31}$",
+            "3 to 32 of A-Z a-z 0-9 . _ -, and begin with a letter or digit",
+        )
+    ),
+    AfterValidator(str.lower),
+]
 Password = Annotated[str, Field(min_length=MIN_PASSWORD, max_length=MAX_PASSWORD, pattern=_TYPED)]
 Phone = Annotated[
-    str, Field(max_length=32, pattern=r"^\+[ ()-]*[1-9][0-9 ()-]{5,30}$"), AfterValidator(_e164)
+    str,
+    Field(
+        max_length=32,
+        pattern=form(r"^\+[ ()-]*[1-9][0-9 ()-]{5,30}$", "an international number, like +49 30 5550100"),
+    ),
+    AfterValidator(_e164),
 ]
 
 
@@ -36,7 +51,12 @@ class DeviceRequest(Request):
 
     id: DeviceId | None = None
     name: Name = Field(examples=["Ann's phone"])
-    platform: str = Field(min_length=1, max_length=32, pattern=r"^[A-Za-z0-9._ -]+$", examples=["ios"])
+    platform: str = Field(
+        min_length=1,
+        max_length=32,
+        pattern=form(r"^[A-Za-z0-9._ -]+$", "a word like ios, android or web"),
+        examples=["ios"],
+    )
     reset: bool = False
 
 
@@ -81,8 +101,8 @@ class OwnDeviceAnswer(Answer):
     """The device that is logged in."""
 
     id: DeviceId
-    name: str
-    platform: str
+    name: str = Field(examples=["Ann's phone"])
+    platform: str = Field(examples=["ios"])
 
 
 class TokensAnswer(Answer):
@@ -105,11 +125,11 @@ class DeviceAnswer(Answer):
     """One of one's own devices. ``current``: the one that asks; ``online``: connected to this node."""
 
     id: DeviceId
-    name: str | None
-    platform: str | None
+    name: str | None = Field(examples=["Ann's phone"])
+    platform: str | None = Field(examples=["ios"])
     created_at: Milliseconds = Field(alias="createdAt")
     last_seen: Milliseconds | None = Field(alias="lastSeen")
-    current: bool
+    current: bool = Field(examples=[True])
     online: bool
 
 

@@ -6,13 +6,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from handlers.http.wording import form
 from relay.wire.ids import CONVERSATION_PATTERN, DEVICE_PATTERN, MEDIA_PATTERN, USER_PATTERN, UUID_PATTERN
 
-UserId = Annotated[str, Field(pattern=f"^{USER_PATTERN}$")]
-DeviceId = Annotated[str, Field(pattern=f"^{DEVICE_PATTERN}$")]
-ConversationId = Annotated[str, Field(pattern=f"^{CONVERSATION_PATTERN}$")]
-MessageId = Annotated[str, Field(pattern=f"^{UUID_PATTERN}$")]
-MediaId = Annotated[str, Field(pattern=f"^{MEDIA_PATTERN}$")]
+UserId = Annotated[
+    str, Field(pattern=form(f"^{USER_PATTERN}$", "a user id: 1 to 128 of A-Z a-z 0-9 _ . @ : + -"))
+]
+DeviceId = Annotated[
+    str, Field(pattern=form(f"^{DEVICE_PATTERN}$", "a device id: 1 to 64 of A-Z a-z 0-9 _ . : -"))
+]
+ConversationId = Annotated[str, Field(pattern=form(f"^{CONVERSATION_PATTERN}$", "the id of a conversation"))]
+MessageId = Annotated[str, Field(pattern=form(f"^{UUID_PATTERN}$", "a UUID in lower case"))]
+MediaId = Annotated[str, Field(pattern=form(f"^{MEDIA_PATTERN}$", "the id of an attachment"))]
 Milliseconds = Annotated[int, Field(ge=0, le=253_402_300_799_999)]
 
 

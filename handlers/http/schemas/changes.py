@@ -21,8 +21,8 @@ class ContactChangeAnswer(Answer):
     """A contact as it is now; neither ``listed`` nor ``blocked`` means that it is gone."""
 
     user: str
-    name: str | None
-    listed: bool
+    name: str | None = Field(examples=["Bob next door"])
+    listed: bool = Field(examples=[True])
     blocked: bool
 
 

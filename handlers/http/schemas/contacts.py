@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import Field
 
 from handlers.http.schemas.base import Answer, ConversationId, MessageId, Request, UserId
-from handlers.http.schemas.people import LongText, Name, ProfileAnswer
+from handlers.http.schemas.names import Name
+from handlers.http.schemas.people import LongText, ProfileAnswer
+
+_BOB: Final = {"id": "bob", "username": "bob", "name": "Bob", "picture": None, "about": "at work"}
 
 
 class AddContact(Request):
@@ -20,7 +23,7 @@ class AddContact(Request):
 class ContactPatch(Request):
     """The own name (null clears it), and whether the person is blocked."""
 
-    name: Name | None = None
+    name: Name | None = Field(default=None, examples=["Bob next door"])
     blocked: bool | None = None
 
 
@@ -29,10 +32,10 @@ class ContactAnswer(Answer):
     there is no such account any more). Somebody may be blocked without being ``listed``. ``createdAt`` in milliseconds."""
 
     user: str
-    name: str | None
-    listed: bool
+    name: str | None = Field(examples=["Bob next door"])
+    listed: bool = Field(examples=[True])
     blocked: bool
-    profile: ProfileAnswer | None
+    profile: ProfileAnswer | None = Field(examples=[_BOB])
     created_at: int = Field(alias="createdAt")
 
 

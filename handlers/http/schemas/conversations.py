@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
+from handlers.http.examples import AT, CONVERSATION
 from handlers.http.schemas.base import Answer, MediaId, MessageId, Milliseconds, Request, UserId
 from handlers.http.schemas.names import SIGNS, GroupName
+from handlers.http.wording import form
 
 MAX_NAMED: int = 1000
-Description = Annotated[str, Field(max_length=1024, pattern=rf"^(?:[^{SIGNS}]|[\t\n])*$")]
+Description = Annotated[
+    str, Field(max_length=1024, pattern=form(rf"^(?:[^{SIGNS}]|[\t\n])*$", "text without control characters"))
+]
 Role = Literal["admin", "moderator", "member"]
+_MEMBERS: Final = [
+    {"user": user, "role": role, "name": user.title(), "joinedAt": AT}
+    for user, role in (("ann", "admin"), ("bob", "moderator"), ("cleo", "member"))
+]
 
 
 class CreateConversation(Request):
-    """``members`` are the others; the creator is added. A repeated ``ref`` finds the first creation."""
+    """``members`` are the user ids of the others (``GET /v1/users`` finds them); the creator is added. A repeated ``ref``
+    finds the first creation."""
 
     type: Literal["direct", "group"]
     members: list[UserId] = Field(max_length=MAX_NAMED, examples=[["bob"]])
@@ -62,8 +71,8 @@ class MemberAnswer(Answer):
     """One person in a conversation; ``name`` is their name or user name, when they have one."""
 
     user: str
-    role: Role
-    name: str | None
+    role: Role = Field(examples=["moderator"])
+    name: str | None = Field(examples=["Bob"])
     joined_at: int = Field(alias="joinedAt")
 
 
@@ -71,7 +80,7 @@ class OwnAnswer(Answer):
     """What the conversation is to the caller."""
 
     role: Role
-    muted_until: int | None = Field(alias="mutedUntil")
+    muted_until: int | None = Field(alias="mutedUntil", examples=[None])
     pinned: bool
     archived: bool
     read_up_to: int | None = Field(alias="readUpTo")
@@ -88,14 +97,14 @@ class ConversationAnswer(Answer):
     """A conversation as its members see it; times in milliseconds. ``members`` holds the first 100; in lists, everybody of
     conversations up to 16 and the caller alone of larger ones. ``memberCount`` counts all."""
 
-    id: str
-    type: Literal["direct", "group"]
-    name: str | None
+    id: str = Field(examples=[CONVERSATION])
+    type: Literal["direct", "group"] = Field(examples=["group"])
+    name: str | None = Field(examples=["Allotment"])
     picture: str | None
     description: str | None
     settings: SettingsAnswer
-    members: list[MemberAnswer]
-    member_count: int = Field(alias="memberCount")
+    members: list[MemberAnswer] = Field(examples=[_MEMBERS])
+    member_count: int = Field(alias="memberCount", examples=[len(_MEMBERS)])
     created_at: int = Field(alias="createdAt")
     updated_at: int = Field(alias="updatedAt")
     me: OwnAnswer

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator, ConfigDict, Field
 
 from handlers.http.schemas.base import Answer, Request
+from handlers.http.wording import form
 from relay.wire.ids import DEVICE_PATTERN, USER_PATTERN
 
 MAX_UPLOAD = 200
@@ -15,7 +16,7 @@ MAX_CLAIM = 256
 Base64 = Annotated[
     str,
     Field(
-        pattern=r"^[A-Za-z0-9+/_-]+={0,2}$",
+        pattern=form(r"^[A-Za-z0-9+/_-]+={0,2}$", "Base64"),
         max_length=4096,
         description="Base64, with or without padding",
         examples=["BU6pMRmRvJ7P0bnEkEgcOBoqQNOj8C1rk9mrqGmnbJdb"],
@@ -25,7 +26,7 @@ KeyId = Annotated[int, Field(ge=0, lt=2**31, examples=[7])]
 DeviceKey = Annotated[
     str,
     Field(
-        pattern=f"^{USER_PATTERN}/{DEVICE_PATTERN}$",
+        pattern=form(f"^{USER_PATTERN}/{DEVICE_PATTERN}$", "a user id and a device id, user/device"),
         description="`user/device`",
         examples=["bob/phone"],
     ),

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from handlers.http.schemas.auth import Phone
 from handlers.http.schemas.base import Answer, MediaId, Request
+from handlers.http.schemas.names import LINES, SIGNS, Name
+from handlers.http.wording import form
 
-# No control characters, no line or paragraph separators, no signs that turn the direction of what follows around.
-_SIGNS: Final = r"\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069"
-_LINE: Final = rf"^[^{_SIGNS}]*[^{_SIGNS}\s][^{_SIGNS}]*$"
-_LINES: Final = rf"^(?:[^{_SIGNS}]|\n)*$"
-
-Name = Annotated[str, Field(min_length=1, max_length=64, pattern=_LINE), AfterValidator(str.strip)]
-"""A name that a person typed: one line, not blank."""
-About = Annotated[str, Field(max_length=256, pattern=_LINES)]
-LongText = Annotated[str, Field(max_length=1000, pattern=_LINES)]
+About = Annotated[str, Field(max_length=256, pattern=LINES)]
+LongText = Annotated[str, Field(max_length=1000, pattern=LINES)]
 Circle = Literal["anyone", "contacts"]
 
 
@@ -43,8 +38,8 @@ class ProfilePatch(Request):
 class Preferences(Answer):
     """Whether others find one by name and user name, and by phone; who may write, and who may add one to groups."""
 
-    findable_by_name: bool = Field(alias="findableByName")
-    findable_by_phone: bool = Field(alias="findableByPhone")
+    findable_by_name: bool = Field(alias="findableByName", examples=[True])
+    findable_by_phone: bool = Field(alias="findableByPhone", examples=[True])
     who_may_message: Circle = Field(alias="whoMayMessage")
     who_may_add: Circle = Field(alias="whoMayAdd")
 
@@ -105,7 +100,10 @@ class SearchPage(Answer):
 class PushRequest(Request):
     """Where this device is told that something waits."""
 
-    provider: Literal["apns", "fcm", "expo", "webpush"]
+    provider: Literal["apns", "fcm", "expo", "webpush"] = Field(examples=["expo"])
     token: str = Field(
-        min_length=1, max_length=512, pattern=rf"^[^{_SIGNS}]+$", examples=["ExponentPushToken[xyz]"]
+        min_length=1,
+        max_length=512,
+        pattern=form(rf"^[^{SIGNS}]+$", "text without control characters"),
+        examples=["ExponentPushToken[xyz]"],
     )
