@@ -78,12 +78,14 @@ def _greet(relay: app.Relay) -> None:
     log.info("listening", url=relay.url, waiting=relay.context.ledger.waiting)
     if relay.embedded is None and not sys.stdout.isatty():
         return
+    # scripts/chat looks for a relay there by itself.
+    where = "" if relay.url == "http://127.0.0.1:8080" else f" --url {relay.url}"
     kept = f"in {settings.data_dir}/ (own MongoDB)" if relay.embedded is not None else "in your MongoDB"
     print(
         f"\n  Relay {__version__} listens on {relay.url}; messages are kept {kept}.\n\n"
         "  Try it, in two more terminals:\n"
-        "    scripts/chat --user ann --to bob\n"
-        "    scripts/chat --user bob --to ann\n\n"
+        f"    scripts/chat --user ann --to bob{where}\n"
+        f"    scripts/chat --user bob --to ann{where}\n\n"
         f"  Look at it:  {relay.url}/docs  {relay.url}/metrics\n"
         "  Stop it:     Ctrl-C\n",
         flush=True,
