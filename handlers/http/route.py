@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -16,6 +17,8 @@ from relay.wire import codec
 from relay.wire.errors import Code, RelayError
 
 Model = TypeVar("Model", bound=BaseModel)
+BODY_SECONDS: Final = 30.0
+"""How long a request body may be under way: who announces one and does not send it holds nothing for longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,10 @@ def answer(model: BaseModel, status: int = 200) -> web.Response:
 async def body(request: web.Request) -> Any:
     """The parsed JSON body. Raises RelayError ``bad_request`` or ``too_large``."""
     try:
-        text = (await request.read()).decode()
+        async with asyncio.timeout(BODY_SECONDS):
+            text = (await request.read()).decode()
+    except TimeoutError:
+        raise RelayError("bad_request", "the request body did not come in time") from None
     except UnicodeDecodeError:
         raise RelayError("bad_request", "the request body is not UTF-8") from None
     except web.HTTPRequestEntityTooLarge:

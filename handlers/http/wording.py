@@ -25,8 +25,10 @@ _OPENINGS: Final = {
 
 
 def form(pattern: str, words: str) -> str:
-    """The pattern, for a field; who breaks it is told that the value must be ``words``."""
-    _FORMS[pattern] = words
+    """The pattern, for a field; who breaks it is told that the value must be ``words``. One pattern has the same words
+    everywhere: a refusal knows the pattern only."""
+    if _FORMS.setdefault(pattern, words) != words:
+        raise ValueError(f"{pattern} has other words already: {_FORMS[pattern]}")
     return pattern
 
 

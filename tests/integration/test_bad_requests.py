@@ -20,6 +20,7 @@ import pytest
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from yarl import URL
 
+import handlers.http.route
 from handlers.http.openapi import document
 from handlers.http.route import Route
 from handlers.http.routes import ROUTES
@@ -506,6 +507,11 @@ async def test_a_body_that_is_not_encoded_as_it_says_or_bursts_is_refused(scene:
     [
         ("POST /v1/auth/login", {"device": None}, "device: must be a JSON object"),
         ("POST /v1/auth/login", {"password": 5}, "password: must be a string"),
+        (
+            "POST /v1/auth/login",
+            {"device": {**DEVICE, "id": "/"}},
+            "device.id: must be an id: 1 to 64 of A-Z a-z 0-9 _ . : -",
+        ),
         ("POST /v1/auth/login", {"extra": 5}, "extra: is not a field of this request"),
         ("PATCH /v1/me", {"name": " "}, "name: must be one line of text that is not blank"),
         ("PATCH /v1/me", {"phone": "030 1"}, "phone: must be an international number, like +49 30 5550100"),
@@ -564,6 +570,20 @@ async def test_what_no_endpoint_sees_is_a_typed_error_too(
     status = int(head.split()[1])
     assert status in (400, 404, 405)
     assert json.loads(text)["error"]["code"] == ("not_found" if status == 404 else "bad_request")
+
+
+async def test_a_body_that_is_announced_and_does_not_come_is_given_up(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handlers.http.route, "BODY_SECONDS", 0.2)
+    where = URL(scene.node.url)
+    reader, writer = await asyncio.open_connection(where.host, where.port)
+    writer.write(b"POST /v1/auth/login HTTP/1.1\r\nHost: relay\r\nContent-Length: 200000000\r\n\r\n{")
+    status, *_ = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)).split(b"\r\n")
+    answer = json.loads(await asyncio.wait_for(reader.readuntil(b"}}"), 5))
+    assert status == b"HTTP/1.1 400 Bad Request"
+    assert answer["error"] == {"code": "bad_request", "message": "the request body did not come in time"}
+    writer.close()
 
 
 STRANGE_PARTS: Final = (

@@ -12,10 +12,10 @@ from relay.wire.ids import CONVERSATION_PATTERN, DEVICE_PATTERN, MEDIA_PATTERN, 
 UserId = Annotated[
     str, Field(pattern=form(f"^{USER_PATTERN}$", "a user id: 1 to 128 of A-Z a-z 0-9 _ . @ : + -"))
 ]
-DeviceId = Annotated[
-    str, Field(pattern=form(f"^{DEVICE_PATTERN}$", "a device id: 1 to 64 of A-Z a-z 0-9 _ . : -"))
+DeviceId = Annotated[str, Field(pattern=form(f"^{DEVICE_PATTERN}$", "an id: 1 to 64 of A-Z a-z 0-9 _ . : -"))]
+ConversationId = Annotated[
+    str, Field(pattern=form(f"^{CONVERSATION_PATTERN}$", "an id: 1 to 64 of A-Z a-z 0-9 _ . : -"))
 ]
-ConversationId = Annotated[str, Field(pattern=form(f"^{CONVERSATION_PATTERN}$", "the id of a conversation"))]
 MessageId = Annotated[str, Field(pattern=form(f"^{UUID_PATTERN}$", "a UUID in lower case"))]
 MediaId = Annotated[str, Field(pattern=form(f"^{MEDIA_PATTERN}$", "the id of an attachment"))]
 Milliseconds = Annotated[int, Field(ge=0, le=253_402_300_799_999)]
