@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from relay.wire import ids
 from scripts.tools import login, stdin
 from scripts.tools.names import Names, Unknown, find_user
 from scripts.tools.screen import Screen, concerned
+from scripts.tools.typing_line import Line, columns, keys
 
 _NAMESPACE: Final = uuid.UUID("5b0a9d0e-4f59-4a3c-9c5e-9a51c2f1d7b4")
 _QUEUED: Final = 4096
@@ -78,7 +80,7 @@ class Options:
 async def converse(options: Options) -> int:
     """Does what the options say; the exit code."""
     interactive = os.isatty(0) and bool(options.to or options.conversation)
-    screen = Screen(options.url, as_json=options.as_json, prompt=interactive and sys.stdout.isatty())
+    screen = Screen(options.url, as_json=options.as_json)
     options.database.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     async def show(message: Message) -> None:
@@ -166,17 +168,43 @@ async def _open(device: Device, options: Options, people: list[str]) -> str:
 
 
 async def _type(device: Device, screen: Screen, conv: str) -> None:
-    screen.prompt()
-    async for found in stdin.lines(0, _AT_ONCE):
-        for line in found:
-            text = line.decode(errors="replace")
+    lines = _typed(screen) if sys.stdout.isatty() and sys.stderr.isatty() else _entered()
+    async with contextlib.aclosing(lines):
+        async for text in lines:
             if text.strip():
                 try:
                     await device.send(conv, text)
                 except DeviceError as error:
                     screen.say(str(error))
-            screen.prompt()
     await device.settled()
+
+
+async def _entered() -> AsyncGenerator[str, None]:
+    async for found in stdin.lines(0, _AT_ONCE):
+        for line in found:
+            yield line.decode(errors="replace")
+
+
+async def _typed(screen: Screen) -> AsyncGenerator[str, None]:
+    line = Line(sys.stderr, lambda: columns(2))
+    with keys(0) as again:
+
+        def goes_on() -> None:
+            again()
+            line.show()
+
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGCONT, goes_on)
+        screen.line = line
+        line.show()
+        try:
+            while not line.ended and (data := await stdin.read(0)):
+                for text in line.typed(data):
+                    yield text
+        finally:
+            loop.remove_signal_handler(signal.SIGCONT)
+            screen.line = None
+            line.hide()
 
 
 async def _pipe(device: Device, screen: Screen, options: Options, conv: str) -> int:

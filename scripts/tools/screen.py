@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ from rich.text import Text
 
 from relay.client import Connected, Disconnected, Event, Failed, Message, Stored
 from relay.wire.ids import RELAY_USER
+from scripts.tools.typing_line import Line
 
 _COLOURS: Final = ("cyan", "green", "magenta", "yellow", "blue", "bright_red")
 _MOST_NAMED: Final = 10
@@ -23,28 +25,31 @@ _MOST_NAMED: Final = 10
 class Screen:
     """Standard output for what arrives, standard error for the rest; counts progress."""
 
-    def __init__(self, url: str, *, as_json: bool, prompt: bool) -> None:
+    def __init__(self, url: str, *, as_json: bool) -> None:
         self.progress = 0
         self.conv: str | None = None
+        self.line: Line | None = None
         self.stored = 0
         self.failed = 0
         self.broken = asyncio.Event()
         self._url = url
         self._json = as_json
-        self._prompt = prompt
         self._out = Console(highlight=False, soft_wrap=True) if sys.stdout.isatty() else None
         self._told = False
 
-    def prompt(self) -> None:
-        """Asks for the next line, in a terminal."""
-        if self._prompt:
-            sys.stderr.write("> ")
-            sys.stderr.flush()
-
     def say(self, line: str) -> None:
         """A line about the program itself."""
-        clear = "\r\x1b[K" if self._prompt else ""
-        print(f"{clear}{_printable(line)}", file=sys.stderr, flush=True)
+        with self._above():
+            print(_printable(line), file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def _above(self) -> Iterator[None]:
+        """What is shown meanwhile stands above the ``line`` that is being typed."""
+        if self.line is not None:
+            self.line.hide()
+        yield
+        if self.line is not None:
+            self.line.show()
 
     def on_message(self, message: Message, names: Mapping[str, str]) -> None:
         """Shows one message; ``names`` are those of the people ``concerned``."""
@@ -69,16 +74,13 @@ class Screen:
         if self._out is None:
             print(f"{sender}\t{text}", flush=True)
             return
-        if self._prompt:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
         at = datetime.fromtimestamp(message.at / 1000).strftime("%H:%M")
-        if _is_system(message):
-            self._out.print(Text(f"{at} {text}", "dim"))
-        else:
-            colour = _COLOURS[sum(message.user.encode()) % len(_COLOURS)]
-            self._out.print(Text.assemble((f"{at} ", "dim"), (f"{sender} ", f"bold {colour}"), text))
-        self.prompt()
+        colour = _COLOURS[sum(message.user.encode()) % len(_COLOURS)]
+        with self._above():
+            if _is_system(message):
+                self._out.print(Text(f"{at} {text}", "dim"))
+            else:
+                self._out.print(Text.assemble((f"{at} ", "dim"), (f"{sender} ", f"bold {colour}"), text))
 
     def on_event(self, event: Event) -> None:
         """Tells of trouble once an outage, and counts what the relay answered."""

@@ -34,7 +34,7 @@ def content_hash(descriptor: int) -> str:
 async def lines(descriptor: int, most: int) -> AsyncIterator[list[bytes]]:
     """Complete lines as they come, without their newline, at most ``most`` at once. Raises LineTooLong."""
     rest = b""
-    while data := await _read(descriptor):
+    while data := await read(descriptor):
         found = (rest + data).split(b"\n")
         rest = found.pop()
         if len(rest) > MAX_LINE:
@@ -45,7 +45,8 @@ async def lines(descriptor: int, most: int) -> AsyncIterator[list[bytes]]:
         yield [rest]
 
 
-async def _read(descriptor: int) -> bytes:
+async def read(descriptor: int) -> bytes:
+    """What comes next, as soon as it is there; nothing at the end."""
     loop = asyncio.get_running_loop()
     readable = asyncio.Event()
     try:

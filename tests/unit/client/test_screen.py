@@ -22,7 +22,7 @@ def system(event: str, by: str = "u1", users: list[str] | None = None, **more: A
 
 @pytest.fixture
 def screen() -> Screen:
-    return Screen("http://relay", as_json=False, prompt=False)
+    return Screen("http://relay", as_json=False)
 
 
 def printed(screen: Screen, shown: Message, capsys: pytest.CaptureFixture[str]) -> str:
