@@ -89,6 +89,8 @@ class Screen:
             self._answered(event)
         elif isinstance(event, Connected):
             self.progress += 1
+            if self._told and self.line is not None:
+                self.say("connected again")
             self._told = False
         elif isinstance(event, Disconnected) and event.code is None:
             self.unreachable(event.reason)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 
-from relay.client import Disconnected, Message
+from relay.client import Connected, Disconnected, Message
 from scripts.tools.screen import Screen, concerned
+from scripts.tools.typing_line import Line
 
 NAMES = {"u1": "Ann", "u2": "Bob", "u3": "Cleo"}
 
@@ -85,3 +87,17 @@ def test_a_disk_that_refuses_the_session_is_not_told_as_an_absent_relay(
 ) -> None:
     screen.on_event(Disconnected(None, "cannot write the session file a: no space", 1.0))
     assert capsys.readouterr().err == "cannot write the session file a: no space\n"
+
+
+@pytest.mark.parametrize("typing", [True, False])
+def test_who_types_is_told_that_an_outage_is_over_and_a_pipe_is_not(
+    screen: Screen, capsys: pytest.CaptureFixture[str], typing: bool
+) -> None:
+    screen.line = Line(sys.stderr, lambda: 80) if typing else None
+    screen.on_event(Connected("u1", "phone"))
+    assert capsys.readouterr().err == ""
+    screen.on_event(Disconnected(None, "refused", 1.0))
+    assert "is it running?" in capsys.readouterr().err
+    for told in (typing, False):
+        screen.on_event(Connected("u1", "phone"))
+        assert ("connected again" in capsys.readouterr().err) == told
