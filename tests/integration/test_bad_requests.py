@@ -26,6 +26,7 @@ from handlers.http.route import Route
 from handlers.http.routes import ROUTES
 from relay.store.embedded import EmbeddedMongo
 from relay.wire.errors import CODES
+from tests.support.described import undescribed
 from tests.support.device import new_id
 from tests.support.node import Node, NodeFactory
 
@@ -252,7 +253,10 @@ class Scene:
             headers["Content-Type"] = "application/json"
         url = URL(self.node.url + path, encoded=True)
         async with self.node.http.request(ENDPOINTS[name].method, url, data=data, headers=headers) as answer:
-            return answer.status, await answer.text()
+            text = await answer.text()
+            missing = undescribed(ENDPOINTS[name].method, path, answer.status, text)
+            assert missing is None, f"{name} as {path[:100]}: {missing} is not described"
+            return answer.status, text
 
     async def put(self, name: str, body: Any) -> tuple[int, str]:
         """The answer to a body, however wrong."""

@@ -2,7 +2,7 @@
 
 The tables are the truth: a row is a request, a column is who asks, a cell is the status of the answer. A failure has the code
 that belongs to its status (``CODE``) unless the cell names another; ``200=`` does nothing. Whoever is refused has changed nothing. What is absent and
-what is not yours are answered with the same bytes.
+what is not yours are answered with the same bytes. Every answer is one that ``/openapi.json`` tells of.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import pytest
 from handlers.http.routes import ROUTES
 from relay.store.embedded import EmbeddedMongo
 from tests.support import forge
+from tests.support.described import undescribed
 from tests.support.device import new_id
 from tests.support.node import SECRET, Node, NodeFactory
 
@@ -340,7 +341,9 @@ async def ask(node: Node, method: str, path: str, headers: Mapping[str, str], bo
         if answer.content_type == "application/zip":
             with zipfile.ZipFile(io.BytesIO(content)) as archive:
                 content = b"".join(archive.read(name) for name in archive.namelist())
-        return Asked(answer.status, content.decode(errors="replace"), dict(answer.headers))
+        text = content.decode(errors="replace")
+        assert undescribed(method, path, answer.status, text) is None, f"{method} {path}: {text[:200]}"
+        return Asked(answer.status, text, dict(answer.headers))
 
 
 def test_every_endpoint_stands_in_a_table() -> None:
