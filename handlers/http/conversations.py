@@ -37,7 +37,7 @@ _LONGEST_Q: Final = 64
 
 
 async def create(ctx: Context, caller: Caller, request: web.Request) -> web.Response:
-    """201 with a new conversation, 200 with the one that exists."""
+    """201 with a new conversation, 200 with the one that exists. ``members`` are user ids, as ``GET /v1/users`` finds them."""
     wanted = await parsed(request, CreateConversation)
     others = [user for user in dict.fromkeys(wanted.members) if user != caller.user]
     if wanted.type == "direct" and len(others) != 1:

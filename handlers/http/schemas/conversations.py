@@ -23,8 +23,7 @@ _MEMBERS: Final = [
 
 
 class CreateConversation(Request):
-    """``members`` are the user ids of the others (``GET /v1/users`` finds them); the creator is added. A repeated ``ref``
-    finds the first creation."""
+    """``members`` are the others; the creator is added. A repeated ``ref`` finds the first creation."""
 
     type: Literal["direct", "group"]
     members: list[UserId] = Field(max_length=MAX_NAMED, examples=[["bob"]])
