@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Final
@@ -22,6 +23,8 @@ from relay.wire.errors import CODES, Code, RelayError
 
 log = structlog.get_logger(__name__)
 
+FIRST_REQUEST_SECONDS: Final = 30.0
+"""How long a connection may take until its first request is there, headers and all."""
 _MAX_AGENT: Final = 200
 _CODE_OF_STATUS: dict[int, Code] = {
     400: "bad_request",
@@ -125,7 +128,20 @@ class _Server(web.Server):
 
 
 class _Protocol(web.RequestHandler):
-    __slots__ = ()
+    __slots__ = ("_silence",)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._silence = asyncio.get_running_loop().call_later(FIRST_REQUEST_SECONDS, self._give_up)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._silence.cancel()
+        super().connection_lost(exc)
+
+    def _give_up(self) -> None:
+        # Between requests aiohttp's own limit holds.
+        if self._request_count == 0:
+            self.force_close()
 
     def handle_error(
         self,

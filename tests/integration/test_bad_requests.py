@@ -21,6 +21,7 @@ from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from yarl import URL
 
 import handlers.http.route
+import relay.session.web
 from handlers.http.openapi import document
 from handlers.http.route import Route
 from handlers.http.routes import ROUTES
@@ -574,6 +575,22 @@ async def test_what_no_endpoint_sees_is_a_typed_error_too(
     status = int(head.split()[1])
     assert status in (400, 404, 405)
     assert json.loads(text)["error"]["code"] == ("not_found" if status == 404 else "bad_request")
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET /livez HTTP/1.1\r\nHost: rel"])
+async def test_a_connection_without_a_whole_request_is_given_up(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, begun: bytes
+) -> None:
+    monkeypatch.setattr(relay.session.web, "FIRST_REQUEST_SECONDS", 0.3)
+    where = URL(scene.node.url)
+    reader, writer = await asyncio.open_connection(where.host, where.port)
+    writer.write(begun)
+    assert await asyncio.wait_for(reader.read(), 5) == b""
+    writer.close()
+    socket = await scene.node.connect("ann", "watch")
+    await asyncio.sleep(0.5)
+    await socket.put({"t": "ping"})
+    await socket.expect("pong")
 
 
 async def test_a_body_that_is_announced_and_does_not_come_is_given_up(
