@@ -160,8 +160,8 @@ def entry_of(document: Mapping[str, Any], fate: Fate, also: Sequence[str]) -> Fa
 
 
 def _shrink(document: Mapping[str, Any], acks: Sequence[Ack], dropped: Sequence[str]) -> UpdateOne:
-    """Takes devices out of ``awaiting`` and notes those that acknowledged in ``deliveredTo``. Idempotent: a device that is no longer awaited
-    changes nothing, so a retry does not double an entry."""
+    """Takes devices out of ``awaiting`` and notes those that acknowledged in ``deliveredTo``; what is sealed for those dropped
+    goes. Idempotent: a device that is no longer awaited changes nothing, so a retry does not double an entry."""
     gone = [key for ack in acks for key in (ack.key, ids.any_device_key(ack.user))] + list(dropped)
     new = [
         {
@@ -171,6 +171,22 @@ def _shrink(document: Mapping[str, Any], acks: Sequence[Ack], dropped: Sequence[
         for ack in acks
     ]
     still_awaited = {"$gt": [{"$size": {"$setIntersection": ["$$this.keys", "$awaiting"]}}, 0]}
+    change: dict[str, Any] = {
+        "deliveredTo": {
+            "$concatArrays": [
+                {"$ifNull": ["$deliveredTo", []]},
+                {
+                    "$map": {
+                        "input": {"$filter": {"input": {"$literal": new}, "cond": still_awaited}},
+                        "in": "$$this.entry",
+                    }
+                },
+            ]
+        },
+        "awaiting": {"$setDifference": ["$awaiting", {"$literal": gone}]},
+    }
+    if dropped:
+        change["sealed"] = _sealed_without(dropped)
     return UpdateOne(
         {
             "_id": document["_id"],
@@ -178,22 +194,30 @@ def _shrink(document: Mapping[str, Any], acks: Sequence[Ack], dropped: Sequence[
             "seq": document["seq"],
             "awaiting": {"$in": gone},
         },
-        [
-            {
-                "$set": {
-                    "deliveredTo": {
-                        "$concatArrays": [
-                            {"$ifNull": ["$deliveredTo", []]},
-                            {
-                                "$map": {
-                                    "input": {"$filter": {"input": {"$literal": new}, "cond": still_awaited}},
-                                    "in": "$$this.entry",
-                                }
-                            },
-                        ]
-                    },
-                    "awaiting": {"$setDifference": ["$awaiting", {"$literal": gone}]},
-                }
-            }
-        ],
+        [{"$set": change}],
     )
+
+
+def _sealed_without(dropped: Sequence[str]) -> dict[str, Any]:
+    """``sealed`` without what is for these mailboxes; a placeholder is dropped for all devices of its user."""
+    people = [ids.user_of(key) for key in dropped if ids.is_placeholder(key)]
+    # An expression that fails would fail the whole group: what is no name is nobody's.
+    name = {"$cond": [{"$eq": [{"$type": "$$this.device"}, "string"]}, "$$this.device", ""]}
+    user = {"$arrayElemAt": [{"$split": [name, "/"]}, 0]}
+    stays = {
+        "$not": [
+            {
+                "$or": [
+                    {"$in": ["$$this.device", {"$literal": list(dropped)}]},
+                    {"$in": [user, {"$literal": people}]},
+                ]
+            }
+        ]
+    }
+    return {
+        "$cond": [
+            {"$isArray": ["$sealed"]},
+            {"$filter": {"input": "$sealed", "cond": stays}},
+            "$$REMOVE",
+        ]
+    }
