@@ -28,7 +28,7 @@ _INTRODUCTION: Final = """\
 Everything that this relay keeps about {user}, as of {moment}.
 
 The files are JSON, in UTF-8. Times are milliseconds since 1 January 1970 (UTC). Messages are kept only until the devices
-they are for have stored them: what was delivered is on your devices, not here. For 72 hours the relay also remembers the ids
+they are for have stored them: what everybody has is on your devices, not here. For 72 hours the relay also remembers the ids
 of messages that are gone, who sent them and who received them, without their content; these records run out by themselves and
 are not listed.
 
@@ -43,6 +43,7 @@ _FILES: Final = {
     "searches.json": "what you searched for last",
     "reports.json": "what you reported to the operators",
     "waiting.json": "messages that wait for one of your devices (`mailbox`); `sealed` is encrypted for that device",
+    "received.json": "messages that devices of yours have (`deliveredTo`) and that still wait for other devices",
     "sent.json": "messages you sent that still wait; `awaiting` counts the people without it",
     "audit.json": "the audit trail: what you did, from where, and what others did to your account or memberships",
 }
@@ -126,6 +127,7 @@ async def _archive(ctx: Context, exports: Exports, user: str, profile: Value) ->
         "searches.json": exports.searches(user),
         "reports.json": exports.reports(user),
         "waiting.json": exports.waiting(user),
+        "received.json": exports.received(user),
         "sent.json": exports.sent(user),
         "audit.json": ctx.audit.entries_of(user),
     }

@@ -76,7 +76,8 @@ class Exports:
             yield _plain(document, frozenset({"owner", "sortKey"}))
 
     async def conversations(self, user: str) -> AsyncIterator[Value]:
-        """The conversations they are in, or left not long ago, with what they set there."""
+        """The conversations they are in, or left not long ago, with what they set there; then those they only made. Of one that
+        they left there is no name: it may be a later one."""
         collection = Membership.get_motor_collection()
         names = [row["_id"] async for row in collection.find({"user": user}, {"_id": 1})]
         for start in range(0, len(names), _PAGE):
@@ -89,11 +90,18 @@ class Exports:
                 found = _plain(row, frozenset({"_id", "user", "rev"}))
                 found |= {
                     "type": document.get("type"),
-                    "name": document.get("name"),
+                    "name": document.get("name") if row.get("removedAt") is None else None,
                     "createdByYou": document.get("createdBy") == user,
                 }
                 other = _other_of(document, user)
                 yield found if other is None else {**found, "with": other}
+        told = {name.partition(" ")[0] for name in names}
+        cursor = Conversation.get_motor_collection().find({"createdBy": user}, {"type": 1, "createdAt": 1})
+        async for document in cursor:
+            if document["_id"] not in told:
+                found = _plain(document, frozenset({"_id", "createdAt"}))
+                made = milliseconds(document["createdAt"])
+                yield {"conversationId": document["_id"], **found, "createdByYou": True, "createdAt": made}
 
     async def reports(self, user: str) -> AsyncIterator[Value]:
         """What they reported."""
@@ -105,6 +113,19 @@ class Exports:
         for key in [*await _device_keys(user), any_device_key(user)]:
             async for document in _waiting(key):
                 yield {"mailbox": key, **_message(document, key)}
+
+    async def received(self, user: str) -> AsyncIterator[Value]:
+        """The messages that devices of theirs have and other devices have not: ``deliveredTo`` says which, and since when."""
+        messages = _messages()
+        found = [row["_id"] async for row in messages.find({"deliveredTo.user": user}, {"_id": 1})]
+        for start in range(0, len(found), _PAGE):
+            async for document in messages.find({"_id": {"$in": found[start : start + _PAGE]}}):
+                own = [
+                    {"device": entry["device"], "at": int(entry["at"])}
+                    for entry in document.get("deliveredTo") or ()
+                    if entry["user"] == user
+                ]
+                yield {**_message(document, None), "deliveredTo": own}
 
     async def sent(self, user: str) -> AsyncIterator[Value]:
         """The messages they sent that still wait for somebody. There is no index by sender, and need not be one: what they
