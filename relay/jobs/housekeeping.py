@@ -10,8 +10,7 @@ import structlog
 from handlers import erasing
 from handlers.context import Context
 from relay.store.erasure import Erasures
-from relay.store.mongo import PyMongoError, brief
-from relay.wire.errors import RelayError
+from relay.store.mongo import brief
 
 _AT_ONCE: Final = 1000
 
@@ -31,5 +30,5 @@ class InterruptedErasures:
             try:
                 if await erasing.resume(self._ctx, intent, self._settle):
                     log.info("an erasure has ended")
-            except (PyMongoError, RelayError) as error:
+            except Exception as error:  # noqa: BLE001 - a document that is none of ours may be in the way
                 log.warning("an erasure could not be finished; it is tried again", error=brief(error))

@@ -104,15 +104,21 @@ class Erasures:
         )
 
     async def drop_memberships(self, intent: Intent) -> None:
-        """What is left of their memberships, when they have left every conversation. A row stays as long as a change of its
-        conversation is under way, which may name them."""
+        """What is left of their memberships. A row stays as long as they have not left that conversation, or a change of it is
+        under way, which may name them."""
         rows = Membership.get_motor_collection()
         collection = Conversation.get_motor_collection()
-        names = [row["_id"] async for row in rows.find({"user": intent.user}, {"_id": 1})]
+        query = {"user": intent.user}
+        left = {row["_id"]: row.get("removedAt") async for row in rows.find(query, {"removedAt": 1})}
+        names = list(left)
         for start in range(0, len(names), _PAGE):
             page = {name.partition(" ")[0]: name for name in names[start : start + _PAGE]}
-            changing = {"_id": {"$in": list(page)}, "pending.at": {"$exists": True}}
-            busy = {row["_id"] async for row in collection.find(changing, {"_id": 1})}
+            cursor = collection.find({"_id": {"$in": list(page)}}, {"dissolvedAt": 1, "pending.at": 1})
+            busy = {
+                row["_id"]
+                async for row in cursor
+                if row.get("pending") or (row.get("dissolvedAt") is None and left[page[row["_id"]]] is None)
+            }
             await rows.delete_many({"_id": {"$in": [name for key, name in page.items() if key not in busy]}})
 
     async def is_complete(self, intent: Intent) -> bool:

@@ -246,6 +246,36 @@ async def test_an_erased_person_leaves_nothing_but_a_pseudonym(node: Node, known
     assert (told["actorKey"], told["personal"]) == (pseudonym(), {})
 
 
+async def test_what_was_sealed_for_an_erased_person_goes(node: Node) -> None:
+    for device in ("phone", "tablet"):
+        await node.request("GET", "/v1/me", ANN, device)
+    for user in ("bob", "cleo"):
+        await node.request("GET", "/v1/me", user, "phone")
+    bob = await node.connect("bob", "phone")
+    conversation = await node.group("bob", [ANN, "cleo"])
+    sealed = {f"{ANN}/phone": "YQ==", f"{ANN}/tablet": "Yg==", "cleo/phone": "Yw=="}
+    logged_out = (await bob.sent(conversation, None, sealed=sealed))["id"]
+    assert (await node.request("DELETE", "/v1/auth/devices/tablet", ANN, "phone"))[0] == 200
+    sealed.pop(f"{ANN}/tablet")
+    waiting = (await bob.sent(conversation, None, sealed=sealed))["id"]
+    # Blocked: it waits under another name than it is sealed for.
+    await node.request("PATCH", "/v1/contacts/bob", ANN, "phone", {"blocked": True})
+    blocked = (await bob.sent(conversation, None, sealed=sealed))["id"]
+    # What is no ciphertext keeps nothing else from going.
+    odd = await node.db.messages.find_one({"id": waiting})
+    odd |= {"_id": f"{conversation} odd", "id": "odd", "sealed": [7, {"device": 5}]}
+    await node.db.messages.insert_one(odd)
+    await erase(node)
+    await settle(node)
+    assert (await node.db.messages.find_one({"id": "odd"}))["awaiting"] == ["cleo/phone"]
+    rows = {
+        row["id"]: [entry["device"] for entry in row["sealed"]]
+        async for row in node.db.messages.find({"sender.user": "bob", "id": {"$ne": "odd"}})
+    }
+    assert rows == {key: ["cleo/phone"] for key in (logged_out, waiting, blocked)}
+    await assert_gone(node)
+
+
 async def test_what_others_have_stays(node: Node) -> None:
     life = await live(node)
     await node.request("GET", "/v1/me", "cleo", "phone")
@@ -354,8 +384,9 @@ async def test_an_erasure_that_takes_long_is_answered_and_goes_on(
     await assert_gone(node)
 
 
+@pytest.mark.parametrize("error", [RelayError("unavailable", "not now"), KeyError("type")])
 async def test_one_erasure_that_fails_keeps_no_other_from_ending(
-    node: Node, monkeypatch: pytest.MonkeyPatch
+    node: Node, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     for user in ("dan", ANN):
         await node.request("GET", "/v1/conversations", user, "phone")
@@ -363,7 +394,7 @@ async def test_one_erasure_that_fails_keeps_no_other_from_ending(
 
     async def failing_for_dan(ctx: Any, user: str) -> None:
         if user == "dan":
-            raise RelayError("unavailable", "not now")
+            raise error
         await leave_all(ctx, user)
 
     monkeypatch.setattr(erasing, "leave_all", failing_for_dan)
@@ -372,6 +403,24 @@ async def test_one_erasure_that_fails_keeps_no_other_from_ending(
     monkeypatch.undo()
     await settle(node)
     assert await node.db.erasures.count_documents({}) == 0
+
+
+async def test_a_conversation_that_was_not_left_is_left_before_its_membership_goes(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("handlers.changing._MOST_LEFT", 1)
+    await node.request("GET", "/v1/me", "bob", "phone")
+    groups = [await node.group(ANN, ["bob"]) for _ in range(3)]
+    # One that is gone, and one whose membership stayed behind: there is nothing to leave.
+    await node.db.conversations.delete_one({"_id": groups[0]})
+    assert (await erase(node))[0] == 200
+    for _ in groups:
+        await settle(node)
+    for group in groups[1:]:
+        status, found = await node.request("GET", f"/v1/conversations/{group}", "bob", "phone")
+        assert (status, [member["user"] for member in found["members"]]) == (200, ["bob"])
+        assert (found["memberCount"], found["members"][0]["role"]) == (1, "admin")
+    await assert_gone(node)
 
 
 async def test_two_nodes_that_end_one_erasure_at_once_end_it(nodes: NodeFactory) -> None:
@@ -443,12 +492,45 @@ async def test_an_export_holds_everything_kept_about_a_person(node: Node) -> Non
         (f"{ANN}/tablet", "to ann"),
     } <= waiting
     assert [message["body"] for message in found["sent.json"]] == ["from ann"]
+    assert [message["body"] for message in found["received.json"]] == ["to ann"]
     assert {entry.get("device") for entry in found["audit.json"] if entry["act"] == "device.note"} == {
         "tablet"
     }
     acts = [entry["act"] for entry in found["audit.json"]]
     assert {"me.export", "session.start", "member.role"} <= set(acts)
     assert "contact.block" not in acts
+
+
+async def test_an_export_holds_what_was_received_and_still_waits_for_others(node: Node) -> None:
+    phone = await node.connect(ANN, "phone")
+    for user in ("bob", "cleo"):
+        await node.request("GET", "/v1/me", user, "phone")
+    bob = await node.connect("bob", "phone")
+    conversation = await node.group("bob", [ANN, "cleo"])
+    message = (await bob.sent(conversation, "to all"))["id"]
+    await phone.expect("msg", id=message)
+    await phone.ack(conversation, message)
+    found, _ = await exported(node)
+    (received,) = found["received.json"]
+    assert (received["id"], received["from"]["user"], received["body"]) == (message, "bob", "to all")
+    assert [entry["device"] for entry in received["deliveredTo"]] == ["phone"]
+    assert found["waiting.json"] == []
+    assert (await exported(node, "cleo"))[0]["received.json"] == []
+
+
+async def test_an_export_names_groups_that_were_made_and_left_long_ago(node: Node) -> None:
+    await node.request("GET", "/v1/me", "bob", "phone")
+    group = await node.group(ANN, ["bob"])
+    await node.request("PATCH", f"/v1/conversations/{group}/members/bob", ANN, "phone", {"role": "admin"})
+    assert (await node.request("DELETE", f"/v1/conversations/{group}/members/{ANN}", ANN, "phone"))[0] == 200
+    await node.request("PATCH", f"/v1/conversations/{group}", "bob", "phone", {"name": "a later name"})
+    files, _ = await exported(node)
+    assert [(row["conversationId"], row["name"]) for row in files["conversations.json"]] == [(group, None)]
+    await node.db.memberships.delete_one({"_id": f"{group} {ANN}"})
+    files, _ = await exported(node)
+    (row,) = files["conversations.json"]
+    assert (row["conversationId"], row["createdByYou"]) == (group, True)
+    assert "a later name" not in json.dumps(files)
 
 
 async def test_an_export_holds_no_secret_and_nobody_elses_data(node: Node) -> None:
