@@ -122,8 +122,17 @@ class Erasures:
             await rows.delete_many({"_id": {"$in": [name for key, name in page.items() if key not in busy]}})
 
     async def is_complete(self, intent: Intent) -> bool:
-        """Whether nothing is under way any more that names them."""
-        return await Membership.get_motor_collection().find_one({"user": intent.user}, {"_id": 1}) is None
+        """Whether nothing is under way any more that names them: a conversation whose creation stopped half-way has no
+        memberships yet."""
+        user = intent.user
+        naming = {
+            "pending.at": {"$exists": True},
+            "$or": [{"pending.users": user}, {"pending.by": user}],
+        }
+        return (
+            await Membership.get_motor_collection().find_one({"user": user}, {"_id": 1}) is None
+            and await Conversation.get_motor_collection().find_one(naming, {"_id": 1}) is None
+        )
 
     async def rename_deliveries(self, intent: Intent, devices: Sequence[str]) -> None:
         """In messages of others that still wait: who has got them becomes a pseudonym, and what was sealed for their devices

@@ -423,6 +423,23 @@ async def test_a_conversation_that_was_not_left_is_left_before_its_membership_go
     await assert_gone(node)
 
 
+async def test_an_erasure_awaits_a_creation_that_stopped_half_way(node: Node) -> None:
+    ctx = node.relay.context
+    await node.request("GET", "/v1/me", ANN, "phone")
+    await node.request("GET", "/v1/me", "bob", "phone")
+    # Its node lives, and may still be at it.
+    await ctx.revisions.create("bob", "group", [ANN], name="g", ref=None)
+    _, revision, _ = await ctx.revisions.create(ANN, "group", ["bob"], name="g", ref=None)
+    assert revision is not None
+    with ctx.revisions.carrying(revision):
+        assert (await erase(node))[0] == 200
+        await InterruptedErasures(ctx, settle=AT_ONCE).run()
+        assert await node.db.erasures.count_documents({}) == 1
+    await settle(node)
+    await settle(node)
+    await assert_gone(node)
+
+
 async def test_two_nodes_that_end_one_erasure_at_once_end_it(nodes: NodeFactory) -> None:
     node, other = await pair(nodes)
     await live(node)
