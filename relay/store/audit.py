@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -174,7 +175,8 @@ class Audit:
                 log.warning("the audit trail cannot be written; it is tried again", error=brief(error))
             # Somebody was faster, or nobody knows what became of it.
             self._end = None
-            await asyncio.sleep(pause)
+            # At random: nodes that wait alike meet again, and the one that is busiest wins.
+            await asyncio.sleep(pause * random.uniform(0, 1))
             pause = min(2 * pause, _PAUSE[1])
 
     async def _attempt(self, waiting: Sequence[_Act]) -> bool:
