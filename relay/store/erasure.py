@@ -2,7 +2,7 @@
 
 handlers.erasing says in which order, and why. What stays of a person is a pseudonym, in the tombstone of the account, in
 reports about them and in the audit trail; and, until they run out, the messages they sent, the system messages that name
-them, and the fates of messages (72 h).
+them, and the fates of messages (72 h). What others typed into their last searches is those others' own.
 """
 
 from __future__ import annotations

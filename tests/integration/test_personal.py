@@ -451,6 +451,22 @@ async def test_two_nodes_that_end_one_erasure_at_once_end_it(nodes: NodeFactory)
     await assert_gone(node)
 
 
+async def test_fates_run_out_after_72_hours_or_as_the_operator_sets(nodes: NodeFactory) -> None:
+    node = await nodes.start()
+    phone, bob = await node.connect(ANN, "phone"), await node.connect("bob", "phone")
+    conversation = await node.direct(ANN, "bob")
+    message = (await phone.sent(conversation))["id"]
+    await bob.expect("msg", id=message)
+    await bob.ack(conversation, message)
+    # MongoDB's time to live takes a date, and leaves anything else for ever.
+    assert await node.db.fates.count_documents({"at": {"$type": "date"}}) == 1
+    assert (await node.db.fates.index_information())["at_ttl"]["expireAfterSeconds"] == 72 * 3600
+    await nodes.stop(node)
+    node = await nodes.start(fate_hours=1)
+    found = await node.db.fates.index_information()
+    assert (found["at_ttl"]["key"], found["at_ttl"]["expireAfterSeconds"]) == ([("at", 1)], 3600)
+
+
 @pytest.mark.parametrize("path", ["/v1/me?all=1", "/v1/me/export?user=bob"])
 async def test_parameters_are_refused(node: Node, path: str) -> None:
     method = "GET" if "export" in path else "DELETE"
