@@ -183,7 +183,15 @@ class Settings(BaseSettings):
         262_144, ge=1024, le=16_777_216, description="Largest WebSocket frame, either way."
     )
     max_body_bytes: int = Field(65_536, ge=1, le=1_048_576, description="Largest message body.")
-    inline_recipients: int = Field(64, ge=1, le=1024, description="Most recipient devices of one message.")
+    inline_recipients: int = Field(
+        64,
+        ge=1,
+        le=1024,
+        description="Recipient devices up to which a message is stored in one piece; for more, in parts of so many.",
+    )
+    max_recipients: int = Field(
+        10_000, ge=1, le=100_000, description="Most recipient devices of one message."
+    )
     window: int = Field(256, ge=1, le=10_000, description="Unacknowledged messages on one connection.")
     window_bytes: int = Field(1_048_576, ge=1024, description="Unacknowledged bytes on one connection.")
     outbox_bytes: int = Field(

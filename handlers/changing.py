@@ -16,9 +16,9 @@ from bson.errors import BSONError
 
 from handlers.context import Context
 from relay.store.batcher import BatcherClosed
-from relay.store.commits import Stored, Submission
 from relay.store.releases import Planned
 from relay.store.revisions import NOWHERE, Event, Origin, Proposal, Revision, Situation
+from relay.store.submissions import Stored, Submission
 from relay.wire.codec import dumps
 from relay.wire.envelope import Envelope
 from relay.wire.errors import RelayError
@@ -294,8 +294,9 @@ async def _announce(ctx: Context, revision: Revision) -> None:
             deadline=monotonic() + ctx.limits.send_deadline,
             done=done,
             also=also,
+            inline=ctx.limits.inline,
         )
-        ctx.sends.submit(submission, envelope.size)
+        ctx.sends.submit(submission)
     except (BSONError, BatcherClosed):
         raise RelayError("unavailable", "the relay is stopping; try again", retry_after=1000) from None
     result = await outcome

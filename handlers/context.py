@@ -17,14 +17,12 @@ from relay.security.rates import MessageRates, Rates
 from relay.store.accounts import Accounts
 from relay.store.audience import Audiences
 from relay.store.audit import Audit
-from relay.store.batcher import Batcher
 from relay.store.changes import Changes
-from relay.store.commits import Submission
 from relay.store.contacts import Contacts
 from relay.store.conversations import Conversations
 from relay.store.fates import Fates
 from relay.store.keys import Keys
-from relay.store.lanes import EndingLanes
+from relay.store.lanes import EndingLanes, SendLanes
 from relay.store.ledger import Ledger
 from relay.store.messages import Messages
 from relay.store.people import People
@@ -42,7 +40,10 @@ class Limits:
     frame: int
     body: int
     operations: int
+    inline: int
+    """Recipient devices up to which a message is stored in one piece."""
     recipients: int
+    """Most recipient devices of one message."""
     window: int
     window_bytes: int
     heartbeat_ms: int
@@ -73,7 +74,7 @@ class Context:
     conversations: Conversations
     messages: Messages
     fates: Fates
-    sends: Batcher[Submission]
+    sends: SendLanes
     endings: EndingLanes
     ledger: Ledger
     metrics: Metrics
@@ -105,6 +106,8 @@ class Peer(Protocol):
 
     last_seq: int
     """The highest ``seq`` given to a message of this connection."""
+    crowded: bool
+    """Whether it has sent to many devices since it was last held back for that."""
 
     @property
     def user(self) -> str:

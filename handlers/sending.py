@@ -12,8 +12,8 @@ from bson.errors import BSONError
 from handlers.context import Context
 from relay.store.audience import Audience
 from relay.store.batcher import BatcherClosed
-from relay.store.commits import Done, Stored, Submission
 from relay.store.messages import owner
+from relay.store.submissions import Done, Stored, Submission
 from relay.wire.codec import dumps
 from relay.wire.envelope import Envelope
 from relay.wire.errors import RelayError
@@ -34,8 +34,8 @@ class Sender(NamedTuple):
     floor: int = 0
 
 
-def submit(ctx: Context, sender: Sender, op: Send, audience: Audience, done: Done) -> int:
-    """Checks a message, gives it its place in the order and queues it; returns its ``seq``.
+def submit(ctx: Context, sender: Sender, op: Send, audience: Audience, done: Done) -> Submission:
+    """Checks a message, gives it its place in the order and queues it.
 
     ``done`` is called once, when it is durable or has failed. Raises RelayError when it is refused here.
     """
@@ -87,14 +87,15 @@ def submit(ctx: Context, sender: Sender, op: Send, audience: Audience, done: Don
             deadline=monotonic() + ctx.limits.send_deadline,
             done=done,
             check=partial(_check_devices, op, sender) if sealed else None,
+            inline=ctx.limits.inline,
         )
     except (BSONError, OverflowError, UnicodeEncodeError):
         raise RelayError("bad_request", "this message cannot be stored") from None
     try:
-        ctx.sends.submit(submission, envelope.size)
+        ctx.sends.submit(submission)
     except BatcherClosed:
         raise RelayError("unavailable", "the relay is stopping; send again", retry_after=1000) from None
-    return seq
+    return submission
 
 
 def check(ctx: Context, op: Send) -> tuple[str | None, bool]:

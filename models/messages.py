@@ -7,7 +7,7 @@ encode every document again).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, TypedDict
+from typing import Any, Final, NotRequired, TypedDict
 
 from bson.datetime_ms import DatetimeMS
 from pymongo import ASCENDING, IndexModel
@@ -29,7 +29,12 @@ class SenderField(TypedDict):
 
 
 class MessageFields(TypedDict, total=False):
-    """A stored message. ``awaiting`` only ever shrinks."""
+    """A stored message, or one of its parts. ``awaiting`` only ever shrinks.
+
+    A message to many devices is stored in ``parts`` documents under one ``writing``: its head, and parts with a ``part``
+    number. Before its parts are written the head is a *claim*: it holds the id and nothing to deliver, ``claimedAt`` is there,
+    and ``abandoned`` names writings of others that were under way (docs/decisions/0010).
+    """
 
     _id: str
     conversationId: str
@@ -46,10 +51,16 @@ class MessageFields(TypedDict, total=False):
     awaiting: list[str]
     deliveredTo: list[dict[str, Any]]
     expiresAt: DatetimeMS
+    parts: int
+    writing: str
+    part: int
+    claimedAt: DatetimeMS
+    abandoned: list[dict[str, Any]]
 
 
 class FateEntry(TypedDict):
-    """What became of one message; ``delivered`` lists the people who got it, its sender aside."""
+    """What became of one message, or one part; ``delivered`` lists the people who got it, its sender aside. ``parts`` and
+    ``writing`` name the others of a message in parts."""
 
     id: str
     sender: SenderField
@@ -57,6 +68,8 @@ class FateEntry(TypedDict):
     at: int
     fate: str
     delivered: list[str]
+    parts: NotRequired[int]
+    writing: NotRequired[str]
 
 
 def message_indexes(ttl_seconds: int) -> list[IndexModel]:
@@ -75,6 +88,11 @@ def message_indexes(ttl_seconds: int) -> list[IndexModel]:
             name="expiresAt_ttl",
             expireAfterSeconds=EXPIRES_GRACE_SECONDS,
             partialFilterExpression={"expiresAt": {"$exists": True}},
+        ),
+        IndexModel(
+            [("claimedAt", ASCENDING)],
+            name="claimedAt",
+            partialFilterExpression={"claimedAt": {"$exists": True}},
         ),
     ]
 

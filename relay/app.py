@@ -7,7 +7,6 @@ import contextlib
 import gc
 import random
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Final, get_args
@@ -31,11 +30,13 @@ from relay.jobs.expiry import Expiry
 from relay.jobs.health import HealthCheck
 from relay.jobs.heartbeat import Heartbeat
 from relay.jobs.housekeeping import InterruptedErasures
+from relay.jobs.parts import Parts
 from relay.jobs.repair import Released, Repair
 from relay.jobs.revocations import Revocations
 from relay.jobs.supervisor import Job, Supervisor
 from relay.jobs.sweep import LastSeen, Sweep, TimeToLive
 from relay.metrics import Metrics
+from relay.pipeline import message_path
 from relay.routing.hub import Hub
 from relay.routing.invalidation import Invalidation
 from relay.routing.router import Router
@@ -46,19 +47,14 @@ from relay.session.admission import Admission
 from relay.session.gateway import Gateway, GatewaySettings
 from relay.session.web import Runner, application
 from relay.store.accounts import Accounts
-from relay.store.acks import Acks
 from relay.store.audience import Audiences
 from relay.store.audit import Audit, check_key
-from relay.store.batcher import Batcher, BatcherClosed
 from relay.store.changes import Changes
-from relay.store.commits import Commits, Submission
 from relay.store.contacts import Contacts
 from relay.store.conversations import Conversations
 from relay.store.embedded import EmbeddedError, EmbeddedMongo
-from relay.store.endings import Ending
 from relay.store.fates import Fates
 from relay.store.keys import Keys
-from relay.store.lanes import EndingLanes
 from relay.store.ledger import Ledger
 from relay.store.messages import Messages
 from relay.store.mongo import Mongo, MongoUnavailable
@@ -70,18 +66,11 @@ from relay.store.rosters import Rosters
 from relay.store.sessions import Sessions
 from relay.wire import errors, replies
 from relay.wire.clock import Clock
-from relay.wire.envelope import Envelope
 from relay.wire.frames import AnyOperation
 
 # Messages are freed by reference counts; the collector only looks for cycles, and need not look 20 times a millisecond.
 _GC: Final = (50_000, 20, 50)
 _BYE_SPREAD_MS: Final = (500, 5000)
-# One lane on a replica set; measured, two share the same groups out into twice as many calls.
-_ACK_LANES: Final = 1
-# A group of acknowledgements holds so many times as many as one of messages. Two groups may wait; then sockets are not
-# read, so that messages do not come faster than they can be ended.
-_ACK_GROUP: Final = 4
-_ACK_SPACING: Final = 0.015
 # Lease of resolved recipients, deadline of a send and one database call, with room to spare: after this nothing that was
 # resolved before a change can still be committed.
 _SETTLE_SECONDS: Final = 20.0
@@ -172,64 +161,12 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
         for node in faults:
             node.fail(error)
 
-    acks = Acks(
-        mongo, messages, fates, ledger, metrics, timeout=timeout, now=clock.now, settled=router.settled
+    path = message_path(
+        settings, mongo, messages, fates, audiences, ledger, metrics, router, now=clock.now, dead=dead
     )
-    lanes = [
-        Batcher[Ending](
-            f"ack-{number}",
-            acks.commit,
-            acks.abandon,
-            metrics=metrics,
-            max_items=_ACK_GROUP * settings.commit_messages,
-            max_bytes=settings.commit_bytes,
-            queue_items=min(settings.queue_messages, 2 * _ACK_GROUP * settings.commit_messages),
-            queue_bytes=settings.queue_bytes,
-            workers=1,
-            dead=dead,
-            spacing=_ACK_SPACING,
-        )
-        for number in range(_ACK_LANES)
-    ]
-    endings = EndingLanes(lanes)
-
-    def committed(envelopes: Sequence[Envelope]) -> None:
-        router.committed(envelopes)
-        for envelope in envelopes:
-            if not envelope.awaiting:
-                with contextlib.suppress(BatcherClosed):
-                    endings.discard(
-                        envelope.doc_id, "delivered", deadline=asyncio.get_running_loop().time() + timeout
-                    )
-
-    def strayed(doc_id: str, keys: list[str]) -> None:
-        with contextlib.suppress(BatcherClosed):
-            endings.drop(doc_id, keys, deadline=asyncio.get_running_loop().time() + timeout)
-
-    commits = Commits(
-        mongo,
-        messages,
-        fates,
-        audiences,
-        ledger,
-        metrics,
-        timeout=timeout,
-        committed=committed,
-        found=router.found,
-        strayed=strayed,
-    )
-    sends = Batcher[Submission](
-        "send",
-        commits.commit,
-        commits.abandon,
-        metrics=metrics,
-        max_items=settings.commit_messages,
-        max_bytes=settings.commit_bytes,
-        queue_items=settings.queue_messages,
-        queue_bytes=settings.queue_bytes,
-        workers=settings.commits_in_flight,
-        dead=dead,
-    )
+    acks, sends, endings = path.acks, path.sends, path.endings
+    router.fanout.start()
+    stack.push_async_callback(router.fanout.close)
     peers = Peers()
     await peers.beat()
     stack.push_async_callback(_leave, peers)
@@ -270,7 +207,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
         keys=Keys(),
         audit=audit,
         releases=Releases(messages, endings, settle_seconds=_SETTLE_SECONDS),
-        invalidation=Invalidation(audiences, commits, peers, commit_seconds=timeout),
+        invalidation=Invalidation(audiences, sends, peers, commit_seconds=timeout),
         passwords=passwords,
         pseudonyms=pseudonyms,
         rates=rates,
@@ -301,7 +238,8 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
             ),
             Job("time to live", TimeToLive(mongo, messages).run, _TTL_SECONDS, 0.1),
             Job("revocations", Revocations(hub, accounts).run, _REVOCATIONS_SECONDS, 0.1),
-            Job("doubts", Doubts(commits, acks).run, _DOUBTS_SECONDS, 0.1),
+            Job("doubts", Doubts(sends, acks).run, _DOUBTS_SECONDS, 0.1),
+            Job("parts", Parts(messages, acks, clock.now).run, settings.sweep_seconds, 0.2),
             Job("erasures", InterruptedErasures(context).run, _ERASURES_SECONDS, 0.2),
             Job("peers", peers.beat, BEAT_SECONDS),
             Job("releases", Released(context).run, _REPAIR_SECONDS, 0.2),
@@ -323,9 +261,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
     )
     runner = Runner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
     await runner.setup()
-    stack.push_async_callback(
-        _drain, context, commits, gateway, jobs, runner, settings.drain_seconds, accounts
-    )
+    stack.push_async_callback(_drain, context, gateway, jobs, runner, settings.drain_seconds, accounts)
     jobs.start()
     url = await _listen(runner, settings)
     # What is alive now stays: the collector need not look at it again.
@@ -339,7 +275,6 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
 
 async def _drain(
     context: Context,
-    commits: Commits,
     gateway: Gateway,
     jobs: Supervisor,
     runner: web.AppRunner,
@@ -351,7 +286,6 @@ async def _drain(
     loop = asyncio.get_running_loop()
     deadline = loop.time() + seconds
     await context.sends.close(seconds / 2)
-    await commits.close()
     await context.endings.close(max(0.1, (deadline - loop.time()) / 2))
     for connection in context.hub:
         connection.shut(errors.RESTARTING)

@@ -16,7 +16,7 @@ from handlers.http.schemas.base import DoneAnswer
 from handlers.http.schemas.messages import Acknowledge, StoredAnswer, SyncPage
 from handlers.sending import Sender
 from relay.store.batcher import BatcherClosed
-from relay.store.commits import Stored
+from relay.store.submissions import Stored
 from relay.wire.codec import decode_send
 from relay.wire.errors import RelayError
 from relay.wire.frames import Send
@@ -37,6 +37,8 @@ async def send(ctx: Context, caller: Caller, request: web.Request) -> web.Respon
     if ctx.sends.full or ctx.endings.full:
         raise RelayError("unavailable", "the relay is busy; send again", retry_after=1000)
     audience = await ctx.audiences.resolve(op.conv)
+    if len(audience.keys) > ctx.limits.inline and ctx.sends.large_full:
+        raise RelayError("unavailable", "the relay is busy; send again", retry_after=1000)
     outcome: asyncio.Future[Stored | RelayError] = asyncio.get_running_loop().create_future()
 
     def done(result: Stored | RelayError) -> None:

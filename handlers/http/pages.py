@@ -38,4 +38,4 @@ async def message_page(
     if page.exhausted or not page.envelopes:
         return frames, "null"
     last = page.envelopes[-1]
-    return frames, codec.dumps(cursor_at(last.seq, last.doc_id))
+    return frames, codec.dumps(cursor_at(last.seq, last.stored_id))

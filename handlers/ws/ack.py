@@ -23,10 +23,11 @@ def ack(ctx: Context, peer: Peer, op: Ack) -> None:
     for message in op.ids:
         doc_id = document_id(op.conv, message)
         found = in_flight.get(doc_id)
-        messages[doc_id] = None
-        if found is not None:
+        if found is None:
+            messages[doc_id] = None
+        else:
             # Only once: a second acknowledgement must look whether the first was enough.
-            messages[doc_id], found.sole = found.sole, None
+            messages[found.stored_id], found.sole = found.sole, None
     now = ctx.clock.now()
 
     def done(durable: bool) -> None:

@@ -8,7 +8,8 @@ from functools import partial
 from handlers import sending
 from handlers.context import Context, Peer
 from handlers.sending import Sender
-from relay.store.commits import Stored
+from relay.store.audience import Audience
+from relay.store.submissions import Stored
 from relay.wire import replies
 from relay.wire.errors import RelayError
 from relay.wire.frames import Send
@@ -27,7 +28,7 @@ def send(ctx: Context, peer: Peer, op: Send) -> Awaitable[None] | None:
         or op.devices_rev is not None
     ):
         return _send_slowly(ctx, peer, op)
-    peer.last_seq = sending.submit(ctx, _sender(peer), op, audience, partial(_answer, ctx, peer, op))
+    _submit(ctx, peer, op, audience)
     return None
 
 
@@ -45,9 +46,16 @@ async def _send_slowly(ctx: Context, peer: Peer, op: Send) -> None:
     try:
         if op.kind == sending.WITHDRAWN and peer.user in audience.members:
             await sending.check_withdrawal(ctx, sender, op)
-        peer.last_seq = sending.submit(ctx, sender, op, audience, partial(_answer, ctx, peer, op))
+        _submit(ctx, peer, op, audience)
     except RelayError as refusal:
         _answer(ctx, peer, op, await sending.first_answer(ctx, sender, op, refusal))
+
+
+def _submit(ctx: Context, peer: Peer, op: Send, audience: Audience) -> None:
+    submission = sending.submit(ctx, _sender(peer), op, audience, partial(_answer, ctx, peer, op))
+    peer.last_seq = submission.envelope.seq
+    if submission.large:
+        peer.crowded = True
 
 
 def _sender(peer: Peer) -> Sender:

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from handlers.context import Context, Peer
+from handlers.parts import add_parts
 from relay.store.messages import owner
 from relay.wire import replies
 from relay.wire.codec import check_ids
 from relay.wire.frames import Status
-from relay.wire.ids import document_id, user_of
+from relay.wire.ids import PARTS_KEY, document_id, user_of
 
 
 async def status(ctx: Context, peer: Peer, op: Status) -> None:
@@ -22,27 +23,37 @@ async def status(ctx: Context, peer: Peer, op: Status) -> None:
 
 async def _items(ctx: Context, user: str, conversation: str, messages: list[str]) -> list[dict[str, object]]:
     doc_ids = [document_id(conversation, message) for message in messages]
-    waiting = await ctx.messages.read(doc_ids)
+    waiting: dict[str, Mapping[str, Any]] = dict(await ctx.messages.read(doc_ids))
     gone = await ctx.fates.find([doc_id for doc_id in doc_ids if doc_id not in waiting])
+    # Of what is not one's own nothing is told: its parts need not be read.
+    own = {doc_id: one for doc_id, one in waiting.items() if (owner(one) or ("",))[0] == user}
+    past = {doc_id: one for doc_id, one in gone.items() if doc_id not in waiting and one.user == user}
+    await add_parts(ctx, own, past)
     items: list[dict[str, object]] = []
     now = ctx.clock.now()
+    room = ctx.limits.frame // 2
     for message, doc_id in zip(messages, doc_ids, strict=True):
-        document = waiting.get(doc_id)
-        fate = gone.get(doc_id)
-        if document is not None and (owner(document) or ("",))[0] == user:
-            told = _waiting(document, user)
+        document, fate = own.get(doc_id), past.get(doc_id)
+        if document is not None:
+            awaiting, people = _people(document, user)
+            told: dict[str, object] = {"awaiting": awaiting}
             if ctx.messages.is_due(document, now):
-                told = {"gone": True, "fate": "expired", "delivered": told["delivered"]}
-            items.append({"id": message, **told})
-        elif document is None and fate is not None and fate.user == user:
-            items.append({"id": message, "gone": True, "fate": fate.fate, "delivered": fate.delivered})
+                told = {"gone": True, "fate": "expired"}
+        elif fate is not None:
+            people, told = fate.delivered, {"gone": True, "fate": fate.fate}
         else:
-            items.append({"id": message, "gone": True, "fate": "unknown", "delivered": []})
+            people, told = [], {"gone": True, "fate": "unknown"}
+        size = sum(map(len, people)) + 3 * len(people)
+        if size > room:
+            told["deliveredCount"], people = len(people), []
+        else:
+            room -= size
+        items.append({"id": message, **told, "delivered": people})
     return items
 
 
-def _waiting(document: Mapping[str, Any], user: str) -> dict[str, object]:
-    """Counts people, not devices: a person has the message from their first device on."""
+def _people(document: Mapping[str, Any], user: str) -> tuple[int, list[str]]:
+    """How many people await a message, and who has it: a person has it from their first device on."""
     delivered = {entry["user"] for entry in document.get("deliveredTo", ())} - {user}
-    awaiting = {user_of(key) for key in document["awaiting"]} - {user} - delivered
-    return {"awaiting": len(awaiting), "delivered": sorted(delivered)}
+    awaiting = {user_of(key) for key in document["awaiting"] if key != PARTS_KEY} - {user} - delivered
+    return len(awaiting), sorted(delivered)

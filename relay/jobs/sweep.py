@@ -84,7 +84,7 @@ class Sweep:
             found = await self._messages.keys_with_waiting(keys[start : start + _KEYS], before, _PAGE)
             for key, doc_ids in found.items():
                 for missed in self._hub.serving(key):
-                    if not doc_ids <= missed.delivery.in_flight.keys():
+                    if not missed.delivery.holds(doc_ids):
                         self._metrics.missed.inc(len(doc_ids))
                         missed.delivery.fall_behind()
 

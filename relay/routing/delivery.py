@@ -22,7 +22,7 @@ from relay.store.messages import Page
 from relay.store.mongo import PyMongoError, brief
 from relay.wire import replies
 from relay.wire.envelope import Envelope
-from relay.wire.ids import any_device_key
+from relay.wire.ids import any_device_key, head_id
 
 _FEW_SECONDS: Final = 0.05
 _RETRY_SECONDS: Final = 0.5
@@ -48,14 +48,16 @@ def _nothing() -> None:
 
 
 class InFlight:
-    """One delivered message that is not durably acknowledged. ``sole`` when only this device awaited it."""
+    """One delivered message that is not durably acknowledged. ``sole`` when only this device awaited it; ``stored_id`` is the
+    document that it waits in."""
 
-    __slots__ = ("at", "size", "sole")
+    __slots__ = ("at", "size", "sole", "stored_id")
 
-    def __init__(self, size: int, sole: Sole | None, at: int) -> None:
+    def __init__(self, size: int, sole: Sole | None, at: int, stored_id: str) -> None:
         self.size = size
         self.sole = sole
         self.at = at
+        self.stored_id = stored_id
 
 
 class Delivery:
@@ -154,7 +156,8 @@ class Delivery:
         self._task = asyncio.create_task(self._drain(first=False), name="drain")
 
     def release(self, doc_id: str) -> None:
-        """The message needs no credit any more: acknowledged durably, by whatever path, or gone."""
+        """The message, or the part of it, needs no credit any more: acknowledged durably, by whatever path, or gone."""
+        doc_id = head_id(doc_id)
         found = self.in_flight.pop(doc_id, None)
         if found is None:
             return
@@ -166,7 +169,7 @@ class Delivery:
 
     def redeliver(self, doc_ids: Iterable[str]) -> None:
         """The acknowledgement of these did not become durable: they are delivered again on this connection."""
-        for doc_id in doc_ids:
+        for doc_id in map(head_id, doc_ids):
             found = self.in_flight.pop(doc_id, None)
             if found is not None:
                 self._bytes -= found.size
@@ -177,6 +180,10 @@ class Delivery:
         self._redelivered += 1
         self.fall_behind()
         self.has_room()
+
+    def holds(self, stored_ids: AbstractSet[str]) -> bool:
+        """Whether all of these documents are in flight."""
+        return all(head_id(stored_id) in self.in_flight for stored_id in stored_ids)
 
     def has_room(self) -> None:
         """Wakes a drain that waits for credit or for the outbox."""
@@ -206,7 +213,7 @@ class Delivery:
         sole = None
         if not envelope.shared:
             sole = Sole(envelope.seq, envelope.user, envelope.device, envelope.at)
-        self.in_flight[envelope.doc_id] = InFlight(envelope.size, sole, envelope.at)
+        self.in_flight[envelope.doc_id] = InFlight(envelope.size, sole, envelope.at, envelope.stored_id)
         self._bytes += envelope.size
         self._outbox.put(envelope.frame_for(self._key))
 
@@ -275,7 +282,7 @@ class Delivery:
                 self._now(),
                 limit=limit,
                 max_bytes=max(1, self._window_bytes - self._bytes),
-                exclude=list(self.in_flight),
+                exclude=[one.stored_id for one in self.in_flight.values()],
             )
         except PyMongoError as error:
             log.warning("backlog cannot be read", error=brief(error))

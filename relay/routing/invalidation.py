@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterable
 
 from relay.store.audience import LEASE_SECONDS, Audiences
-from relay.store.commits import Commits
+from relay.store.lanes import SendLanes
 from relay.store.mongo import PyMongoError
 from relay.store.peers import Peers
 
@@ -16,10 +16,10 @@ class Invalidation:
     is the time limit of one commit; ``lease`` (s) how long others are waited for."""
 
     def __init__(
-        self, audiences: Audiences, commits: Commits, peers: Peers, *, commit_seconds: float
+        self, audiences: Audiences, sends: SendLanes, peers: Peers, *, commit_seconds: float
     ) -> None:
         self._audiences = audiences
-        self._commits = commits
+        self._sends = sends
         self._peers = peers
         self.lease = LEASE_SECONDS + commit_seconds
 
@@ -30,7 +30,7 @@ class Invalidation:
             self._audiences.changed(conversation=conversation)
         for user in users:
             self._audiences.changed(user=user)
-        alone, _ = await asyncio.gather(self._alone(), self._commits.barrier())
+        alone, _ = await asyncio.gather(self._alone(), self._sends.barrier())
         if not alone:
             await asyncio.sleep(self.lease)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from relay.metrics import Metrics
+from relay.routing.fanout import Fanout
 from relay.routing.hub import Hub
 from relay.store.endings import Settlement
 from relay.wire import replies
@@ -21,14 +22,21 @@ class Router:
     def __init__(self, hub: Hub, metrics: Metrics) -> None:
         self._hub = hub
         self._latency = metrics.delivery
+        self.fanout = Fanout(self._deliver)
 
     def committed(self, envelopes: Sequence[Envelope]) -> None:
         """Delivers fresh messages to connected devices; the others find them when they connect."""
-        serving = self._hub.serving
         for envelope in envelopes:
-            for key in envelope.awaiting:
-                for connection in serving(key):
-                    connection.delivery.push(envelope)
+            if envelope.parts > 1:
+                self.fanout.put(envelope)
+            else:
+                self._deliver(envelope)
+
+    def _deliver(self, envelope: Envelope) -> None:
+        serving = self._hub.serving
+        for key in envelope.awaiting:
+            for connection in serving(key):
+                connection.delivery.push(envelope)
 
     def found(self, keys: Iterable[str]) -> None:
         """Something waits for these that was not pushed."""

@@ -44,6 +44,7 @@ class Connection:
         "_transport",
         "_waits",
         "_ws",
+        "crowded",
         "delivery",
         "device",
         "expires",
@@ -79,6 +80,7 @@ class Connection:
         self.issued = identity.issued
         self.session = identity.session
         self.last_seq = 0
+        self.crowded = False
         self.heard = asyncio.get_running_loop().time()
         self.pinged = False
         self._close: Close | None = None
@@ -222,6 +224,10 @@ class Connection:
                 while ctx.sends.full or ctx.endings.full:
                     await ctx.sends.room()
                     await ctx.endings.room()
+                if self.crowded:
+                    # Only who sends to many devices waits for those messages.
+                    self.crowded = False
+                    await ctx.sends.large_room()
                 if self.outbox.full:
                     await self.outbox.room()
             elif kind is WSMsgType.PING:

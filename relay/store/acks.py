@@ -20,17 +20,18 @@ import structlog
 
 from relay.metrics import Metrics
 from relay.store.ending_plan import EndingGroup, Expectation, entry_of
-from relay.store.endings import Acknowledged, Ending, Settlement
+from relay.store.endings import Acknowledged, Ending, Release, Settlement
 from relay.store.fates import Fates
 from relay.store.ledger import Ledger
 from relay.store.messages import Messages
 from relay.store.mongo import Mongo, PyMongoError, brief, time_limit
-from relay.wire.ids import any_device_key, user_of
+from relay.wire.ids import PARTS_KEY, any_device_key, head_id, is_part, user_of
 
 _FIRST_DELAY: Final = 0.05
 _LAST_DELAY: Final = 1.0
 _MAX_DOUBTS: Final = 200_000
 _DOUBTS_PAGE: Final = 500
+_MAX_HEADLESS: Final = 50_000
 
 log = structlog.get_logger(__name__)
 
@@ -59,6 +60,8 @@ class Acks:
         self._timeout = timeout
         self._now = now
         self._settled = settled
+        # Messages of which a part has ended: the last one ends the head.
+        self._headless: dict[str, tuple[str, int]] = {}
         # By document id: what may have happened, and since when (monotonic) no attempt is under way.
         self._doubts: dict[str, tuple[dict[str, Expectation], float]] = {}
 
@@ -86,6 +89,8 @@ class Acks:
         self._settled(group.settlement)
         for ending in batch:
             ending.done(True)
+        if self._headless:
+            await self._end_heads()
 
     def abandon(self, batch: list[Ending]) -> None:
         """Tells that these did not become durable here; the messages still wait, as far as anybody knows."""
@@ -106,13 +111,7 @@ class Acks:
 
     async def _attempt(self, group: EndingGroup, *, careful: bool) -> None:
         if group.read:
-            doubtful = careful or any(doc_id in self._doubts for doc_id in group.read)
-            documents = await self._messages.read(list(group.read), committed=doubtful)
-            if doubtful:
-                for doc_id in group.read:
-                    self._settle_doubt(doc_id, documents.get(doc_id), group.settlement.acknowledged)
-            for doc_id, document in documents.items():
-                self._plan(group, doc_id, document)
+            await self._read(group, careful=careful)
         entries = [*group.sole_entries, *group.final_entries]
         if entries:
             await self._fates.record(entries, self._now())
@@ -126,10 +125,46 @@ class Acks:
             await self._delete(list(group.final.items()))
         if group.updates:
             await self._finish_emptied(group)
+        self._headless.update(group.ended_parts)
         self._ledger.add("acknowledged", deleted)
         for outcome, count in group.counts.items():
             if count:
                 self._ledger.add(outcome, count)
+
+    async def _read(self, group: EndingGroup, *, careful: bool) -> None:
+        doubtful = careful or any(doc_id in self._doubts for doc_id in group.read)
+        documents = await self._messages.read(list(group.read), committed=doubtful)
+        if doubtful:
+            for doc_id in group.read:
+                self._settle_doubt(doc_id, documents.get(doc_id), group.settlement.acknowledged)
+        heads = {doc_id: one for doc_id, one in documents.items() if "parts" in one and "part" not in one}
+        if heads:
+            parts = group.parts_of_whole(heads)
+            documents.update(await self._messages.read_all(parts, committed=doubtful))
+            parts, mailboxes = group.parts_to_search(heads)
+            found = await self._messages.read_all(parts, committed=doubtful, awaiting=list(mailboxes))
+            documents.update(found)
+        for doc_id, document in documents.items():
+            self._plan(group, doc_id, document)
+
+    async def end_heads(self, heads: Mapping[str, tuple[str, int]]) -> None:
+        """Ends the messages, given with their writing and number of documents, of which no part waits any more. Raises what
+        the store raises."""
+        left = await self._messages.heads.with_parts(heads)
+        ended = [doc_id for doc_id in heads if doc_id not in left]
+        if ended:
+            group = EndingGroup([Release(ended, [PARTS_KEY], deadline=0, done=_nothing)])
+            await self._attempt(group, careful=False)
+
+    async def _end_heads(self) -> None:
+        heads, self._headless = self._headless, {}
+        try:
+            await self.end_heads(heads)
+        except PyMongoError as error:
+            # The next group, or the sweep, tries again.
+            log.warning("ends of parts are not looked at yet", error=brief(error))
+            if len(self._headless) < _MAX_HEADLESS:
+                self._headless.update(heads)
 
     def _plan(self, group: EndingGroup, doc_id: str, document: Mapping[str, Any]) -> None:
         try:
@@ -163,7 +198,13 @@ class Acks:
                     told.append(expectation.told)
 
     async def _delete(self, wanted: Sequence[tuple[str, int]]) -> int:
-        """By id, conversation and ``seq``: a later incarnation of an id must survive."""
+        """By id, conversation and ``seq``: a later incarnation of an id must survive. Parts before heads: without its head a
+        part is nobody's message."""
+        parts = [one for one in wanted if is_part(one[0])]
+        if parts and len(parts) < len(wanted):
+            return await self._delete(parts) + await self._delete(
+                [one for one in wanted if not is_part(one[0])]
+            )
         doc_ids = [doc_id for doc_id, _ in wanted]
         with time_limit(self._timeout):
             result = await self._collection.delete_many(
@@ -186,7 +227,15 @@ class Acks:
         ]
         await self._fates.record(entries, self._now())
         await self._delete([(document["_id"], document["seq"]) for document in emptied])
+        for document in emptied:
+            if "part" in document:
+                place = (str(document["writing"]), int(document["parts"]))
+                self._headless[head_id(document["_id"])] = place
 
 
 def _always(_: str) -> bool:
     return True
+
+
+def _nothing(_: bool) -> None:
+    return None

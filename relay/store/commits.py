@@ -14,17 +14,17 @@ import asyncio
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import monotonic
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import structlog
-from bson.raw_bson import RawBSONDocument
 
 from relay.metrics import Metrics
-from relay.store.audience import Audience, Audiences
+from relay.store.audience import Audiences
 from relay.store.fates import Fates
 from relay.store.ledger import Ledger
-from relay.store.messages import Messages, encode, owner
+from relay.store.messages import Messages, owner
 from relay.store.mongo import BulkWriteError, Mongo, PyMongoError, brief, time_limit
+from relay.store.submissions import GivenUp, Stored, Submission, conflict, stranger
 from relay.wire.envelope import Envelope
 from relay.wire.errors import RelayError
 from relay.wire.ids import RELAY_USER, user_of
@@ -39,73 +39,6 @@ _MAX_GIVEN_UP: Final = 100_000
 _GIVEN_UP_PAGE: Final = 500
 
 log = structlog.get_logger(__name__)
-
-
-class Stored(NamedTuple):
-    """A durable message. ``fresh`` is False when an earlier attempt had stored it."""
-
-    seq: int
-    at: int
-    fresh: bool
-
-
-class GivenUp(NamedTuple):
-    """A message whose outcome was still unknown at its deadline; ``since`` is monotonic."""
-
-    seq: int
-    deliveries: int
-    since: float
-
-
-Done = Callable[[Stored | RelayError], None]
-
-
-class Submission:
-    """One message on its way into the store; ``done`` is called exactly once. ``also`` are mailboxes that get it besides the
-    audience's: a system message tells those who were removed, too. ``check`` raises RelayError when it must not go to
-    recipients that were resolved again."""
-
-    __slots__ = (
-        "again",
-        "also",
-        "audience",
-        "check",
-        "deadline",
-        "done",
-        "envelope",
-        "raw",
-        "sender_key",
-        "settled",
-    )
-
-    def __init__(
-        self,
-        envelope: Envelope,
-        audience: Audience,
-        sender_key: str,
-        *,
-        again: bool,
-        deadline: float,
-        done: Done,
-        also: Sequence[str] = (),
-        check: Callable[[Audience], None] | None = None,
-    ) -> None:
-        self.also = also
-        self.check = check
-        self.envelope = envelope
-        self.raw: RawBSONDocument = encode(envelope)
-        self.audience = audience
-        self.sender_key = sender_key
-        self.again = again
-        self.deadline = deadline
-        self.done = done
-        self.settled = False
-
-    def settle(self, outcome: Stored | RelayError) -> None:
-        """Tells the sender, once."""
-        if not self.settled:
-            self.settled = True
-            self.done(outcome)
 
 
 class Commits:
@@ -173,7 +106,7 @@ class Commits:
             if document is not None:
                 self._settle_given_up(doc_id, document)
             elif fate is not None and given_up is not None and fate.seq == given_up.seq:
-                self._ledger.add("accepted", given_up.deliveries)
+                self._ledger.add("accepted", len(given_up.awaiting))
             self._given_up.pop(doc_id, None)
 
     def _settle_given_up(self, doc_id: str, document: Mapping[str, Any]) -> None:
@@ -181,6 +114,10 @@ class Commits:
         if given_up is None or document.get("seq") != given_up.seq:
             return
         del self._given_up[doc_id]
+        if "parts" in document:
+            self._ledger.add("accepted", len(given_up.awaiting))
+            self._found(given_up.awaiting)
+            return
         self._ledger.add("accepted", len(document["awaiting"]) + len(document.get("deliveredTo", ())))
         self._found(document["awaiting"])
 
@@ -235,7 +172,7 @@ class Commits:
         for submission in late:
             envelope = submission.envelope
             if len(self._given_up) < _MAX_GIVEN_UP:
-                self._given_up[envelope.doc_id] = GivenUp(envelope.seq, len(envelope.awaiting), now)
+                self._given_up[envelope.doc_id] = GivenUp(envelope.seq, envelope.awaiting, now)
             submission.settle(
                 RelayError(
                     "unavailable", "the message could not be stored in time; send it again", retry_after=1000
@@ -249,13 +186,16 @@ class Commits:
         if asked_again:
             await self._answer_from_fates(asked_again, inserted=bool(attempt))
         batch = [submission for submission in batch if not submission.settled]
-        if not batch:
-            return
+        if batch:
+            await self._insert(batch, attempt)
+
+    async def _insert(self, batch: list[Submission], attempt: int) -> None:
+        """Writes these, and brings those of known outcome to it."""
         duplicates: list[Submission] = []
         unknown: set[int] = set()
         try:
             with time_limit(self._timeout):
-                await self._collection.insert_many([s.raw for s in batch], ordered=False)
+                await self._collection.insert_many([s.raws[0] for s in batch], ordered=False)
         except BulkWriteError as error:
             duplicates, unknown = self._sort_out(batch, error.details)
         doubtful = {id(s) for s in duplicates}
@@ -298,9 +238,9 @@ class Commits:
         self._ledger.add("accepted", sum(len(s.envelope.awaiting) for s in inserted))
         outdated = [s for s in inserted if not s.audience.fresh]
         kept_back = await self._check_again(outdated) if outdated else set()
-        self._committed([s.envelope for s in inserted if s not in kept_back])
+        self._committed([piece for s in inserted for piece in s.pieces if piece not in kept_back])
 
-    async def _check_again(self, outdated: list[Submission]) -> set[Submission]:
+    async def _check_again(self, outdated: list[Submission]) -> set[Envelope]:
         """Members or devices may have changed while these were being written: nothing is pushed to who is no member any
         more, and it does not wait for them. Returns what is not to be pushed now."""
         try:
@@ -309,20 +249,22 @@ class Commits:
             log.warning("recipients of fresh messages are not known; drains deliver", error=brief(error))
             for submission in outdated:
                 self._found(submission.envelope.awaiting)
-            return set(outdated)
+            return {piece for submission in outdated for piece in submission.pieces}
         kept_back = set()
         for submission in outdated:
-            envelope = submission.envelope
-            allowed = set(audiences[envelope.conversation].awaiting(submission.sender_key)).union(
-                submission.also
-            )
-            members = audiences[envelope.conversation].members
-            strayed = [key for key in envelope.awaiting if key not in allowed and user_of(key) not in members]
-            if strayed:
-                envelope.awaiting = [key for key in envelope.awaiting if key not in strayed]
-                self._strayed(envelope.doc_id, strayed)
-                if not envelope.awaiting:
-                    kept_back.add(submission)
+            audience = audiences[submission.envelope.conversation]
+            allowed = set(audience.awaiting(submission.sender_key)).union(submission.also)
+            for piece in submission.pieces:
+                strayed = {
+                    key
+                    for key in piece.awaiting
+                    if key not in allowed and user_of(key) not in audience.members
+                }
+                if strayed:
+                    piece.awaiting = [key for key in piece.awaiting if key not in strayed]
+                    self._strayed(piece.stored_id, sorted(strayed))
+                    if not piece.awaiting:
+                        kept_back.add(piece)
         return kept_back
 
     async def _answer_from_fates(self, batch: list[Submission], *, inserted: bool) -> None:
@@ -335,17 +277,21 @@ class Commits:
             if known is None:
                 continue
             if inserted and known.seq != envelope.seq:
-                with time_limit(self._timeout):
-                    await self._collection.delete_one(
-                        {"_id": envelope.doc_id, "conversationId": envelope.conversation, "seq": envelope.seq}
-                    )
+                await self._take_back(submission)
             if (known.user, known.device) != (envelope.user, envelope.device):
-                submission.settle(_conflict())
+                submission.settle(conflict())
                 continue
             if known.seq == envelope.seq:
                 # An attempt of this very submission was stored, delivered and deleted before its answer arrived.
                 self._ledger.add("accepted", len(envelope.awaiting))
             submission.settle(Stored(known.seq, known.at, fresh=known.seq == envelope.seq))
+
+    async def _take_back(self, submission: Submission) -> None:
+        envelope = submission.envelope
+        with time_limit(self._timeout):
+            await self._collection.delete_one(
+                {"_id": envelope.doc_id, "conversationId": envelope.conversation, "seq": envelope.seq}
+            )
 
     async def _answer_duplicates(self, batch: list[Submission]) -> None:
         """Only a majority-committed copy may be answered with ``stored``; anything else stays unknown."""
@@ -358,7 +304,7 @@ class Commits:
             if document is None:
                 missing.append(submission)
             elif owner(document) != (envelope.user, envelope.device):
-                submission.settle(_conflict())
+                submission.settle(conflict())
             elif document["seq"] == envelope.seq:
                 envelope.awaiting = list(document["awaiting"])
                 envelope.shared = len(envelope.awaiting) > 1 or "deliveredTo" in document
@@ -371,6 +317,11 @@ class Commits:
         await self._succeed(fresh)
         if missing:
             await self._answer_from_fates(missing, inserted=False)
+            # The id may be held by what a large group's message left when its writer died: the next attempt finds it free.
+            claims = await self._messages.read_all([s.envelope.doc_id for s in missing if not s.settled])
+            for claim in claims.values():
+                if "claimedAt" in claim:
+                    await self._messages.heads.clear(claim)
 
     async def _refresh(self, batch: list[Submission], attempt: int) -> None:
         """Resolves recipients again where they changed since, or were resolved longer ago than the lease: a node that was
@@ -402,8 +353,8 @@ class Commits:
             if awaiting != submission.envelope.awaiting:
                 submission.envelope.awaiting = awaiting
                 submission.envelope.shared = len(awaiting) > 1
-                submission.raw = encode(submission.envelope)
-        refused += [(submission, _stranger(submission)) for submission in strangers]
+                submission.encode()
+        refused += [(submission, stranger(submission)) for submission in strangers]
         if refused:
             await self._refuse(refused)
 
@@ -420,12 +371,3 @@ class Commits:
         await self._answer_from_fates([s for s in batch if not s.settled and s.again], inserted=False)
         for submission, refusal in refused:
             submission.settle(refusal)
-
-
-def _stranger(submission: Submission) -> RelayError:
-    refusal = submission.audience.refusals.get(submission.envelope.user)
-    return RelayError(*refusal) if refusal is not None else RelayError("not_member", "no such conversation")
-
-
-def _conflict() -> RelayError:
-    return RelayError("id_conflict", "this id is taken by another message")

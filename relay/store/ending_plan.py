@@ -46,6 +46,9 @@ class EndingGroup:
         """For each message that was read and is changed: what becomes of its deliveries, by device key."""
         self.counts: dict[Outcome, int] = dict.fromkeys(OUTCOMES[1:], 0)
         self.settlement = Settlement([], [])
+        self.ended_parts: dict[str, tuple[str, int]] = {}
+        """Messages of which a part ends here: their writing and number of documents, by document id."""
+        self._whole: set[str] = set()
         self._acks: dict[str, list[Ack]] = {}
         self._removals: dict[str, Fate] = {}
         self._releases: dict[str, set[str]] = {}
@@ -54,6 +57,8 @@ class EndingGroup:
                 for doc_id in ending.doc_ids:
                     self._removals.setdefault(doc_id, ending.fate)
                     self.read[doc_id] = None
+                if ending.whole:
+                    self._whole.update(ending.doc_ids)
                 continue
             if isinstance(ending, Release):
                 for doc_id in ending.doc_ids:
@@ -74,6 +79,30 @@ class EndingGroup:
             self._acks.setdefault(doc_id, []).insert(0, ack)
         self.sole_entries = [self._sole_entry(doc_id, sole, ack) for doc_id, (sole, ack) in self.sole.items()]
 
+    def parts_of_whole(self, documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """The parts that end together with these heads."""
+        wanted: list[str] = []
+        for doc_id in self._whole & documents.keys():
+            parts = _parts(documents[doc_id])
+            for part in parts:
+                self._removals.setdefault(part, self._removals[doc_id])
+            wanted += parts
+        return wanted
+
+    def parts_to_search(self, documents: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], set[str]]:
+        """The parts of which one may wait for a device that acknowledged its message by the message's id, and the mailboxes in
+        question."""
+        wanted: list[str] = []
+        mailboxes: set[str] = set()
+        for doc_id, head in documents.items():
+            strayed = [ack for ack in self._acks.get(doc_id, ()) if not _awaited(ack, head["awaiting"])]
+            parts = _parts(head) if strayed else []
+            for part in parts:
+                self._acks.setdefault(part, []).extend(strayed)
+                mailboxes.update(key for ack in strayed for key in _mailboxes(ack))
+            wanted += parts
+        return wanted, mailboxes
+
     def plan(self, doc_id: str, document: Mapping[str, Any]) -> None:
         """Decides what becomes of one stored message. Raises KeyError, TypeError or ValueError, and decides nothing, when
         the document is no message."""
@@ -86,7 +115,7 @@ class EndingGroup:
         expected: dict[str, Expectation] = {}
         counted: dict[str, Ack] = {}
         for ack in self._acks.get(doc_id, ()):
-            for key in (ack.key, ids.any_device_key(ack.user)):
+            for key in _mailboxes(ack):
                 if key in remaining:
                     remaining.discard(key)
                     told = None
@@ -115,6 +144,9 @@ class EndingGroup:
         if entry is not None:
             self.final[doc_id] = seq
             self.final_entries.append(entry)
+            if "part" in document:
+                self.ended_parts[ids.head_id(doc_id)] = (str(document["writing"]), int(document["parts"]))
+        expected.pop(ids.PARTS_KEY, None)
         if expected:
             self.expected[doc_id] = expected
         for expectation in expected.values():
@@ -144,12 +176,26 @@ class EndingGroup:
         }
 
 
+def _mailboxes(ack: Ack) -> tuple[str, str]:
+    return ack.key, ids.any_device_key(ack.user)
+
+
+def _awaited(ack: Ack, awaiting: Sequence[str]) -> bool:
+    return any(key in awaiting for key in _mailboxes(ack))
+
+
+def _parts(head: Mapping[str, Any]) -> list[str]:
+    if "parts" not in head or "part" in head:
+        return []
+    return ids.part_ids(head["_id"], str(head["writing"]), int(head["parts"]))
+
+
 def entry_of(document: Mapping[str, Any], fate: Fate, also: Sequence[str]) -> FateEntry:
     """The fate of a stored message that is about to be deleted; ``also`` have just acknowledged it."""
     sender = document["sender"]
     people = {entry["user"] for entry in document.get("deliveredTo", ())} | set(also)
     people.discard(sender["user"])
-    return {
+    entry: FateEntry = {
         "id": document["_id"],
         "sender": {"user": sender["user"], "device": sender["device"]},
         "seq": document["seq"],
@@ -157,6 +203,10 @@ def entry_of(document: Mapping[str, Any], fate: Fate, also: Sequence[str]) -> Fa
         "fate": fate,
         "delivered": sorted(people),
     }
+    if "parts" in document:
+        entry["parts"] = document["parts"]
+        entry["writing"] = document["writing"]
+    return entry
 
 
 def _shrink(document: Mapping[str, Any], acks: Sequence[Ack], dropped: Sequence[str]) -> UpdateOne:

@@ -45,9 +45,9 @@ class Ack:
 
 
 class Removal:
-    """These messages end now, for everybody who still awaits them."""
+    """These messages end now, for everybody who still awaits them; with ``whole`` their parts, too."""
 
-    __slots__ = ("deadline", "doc_ids", "done", "fate")
+    __slots__ = ("deadline", "doc_ids", "done", "fate", "whole")
 
     def __init__(
         self,
@@ -56,9 +56,11 @@ class Removal:
         *,
         deadline: float,
         done: Callable[[bool], None] | None = None,
+        whole: bool = False,
     ) -> None:
         self.doc_ids = doc_ids
         self.fate = fate
+        self.whole = whole
         self.deadline = deadline
         self.done = done or _nothing
 

@@ -17,7 +17,7 @@ from models.keys import PreKey, PublicKeys
 from models.messages import MESSAGES
 from relay.store.accounts import milliseconds
 from relay.store.mongo import MESSAGE_CODEC
-from relay.wire.ids import any_device_key, user_of
+from relay.wire.ids import PARTS_KEY, any_device_key, part_ids, user_of
 
 _PAGE: Final = 200
 _SECRET_IN_USER: Final = frozenset({"password", "usernameKey", "nameKey", "phoneKey", "searches"})
@@ -133,8 +133,14 @@ class Exports:
         collection = Membership.get_motor_collection()
         cursor = collection.find({"user": user}, {"conversationId": 1})
         for name in [row["conversationId"] async for row in cursor]:
-            async for document in _messages().find({"conversationId": name, "sender.user": user}):
-                yield {**_message(document, None), "awaiting": len(_awaited(document, user))}
+            query = {"conversationId": name, "sender.user": user, "part": None, "claimedAt": None}
+            async for document in _messages().find(query):
+                awaited = _awaited(document, user)
+                if "parts" in document:
+                    parts = part_ids(document["_id"], document["writing"], document["parts"])
+                    async for part in _messages().find({"_id": {"$in": parts}, "conversationId": name}):
+                        awaited |= _awaited(part, user)
+                yield {**_message(document, None), "awaiting": len(awaited)}
 
 
 async def _device_keys(user: str) -> list[str]:
@@ -195,7 +201,8 @@ def _awaited(document: Mapping[str, Any], user: str) -> set[str]:
     """The people who have not got a message, as ``status`` counts them: by mailboxes, a sender could tell who has blocked
     them, as such a person has one instead of one for each device."""
     delivered = {entry["user"] for entry in document.get("deliveredTo") or ()}
-    return {user_of(key) for key in document.get("awaiting") or ()} - {user} - delivered
+    mailboxes = [key for key in document.get("awaiting") or () if key != PARTS_KEY]
+    return {user_of(key) for key in mailboxes} - {user} - delivered
 
 
 def _other_of(document: Mapping[str, Any], user: str) -> str | None:

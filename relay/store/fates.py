@@ -25,7 +25,8 @@ _PART_BYTES: Final = 4_000_000
 
 @dataclass(frozen=True, slots=True)
 class Gone:
-    """The fate of one message. ``at`` is when the message was accepted (ms); ``delivered`` are people, not devices."""
+    """The fate of one message, or of one part. ``at`` is when the message was accepted (ms); ``delivered`` are people, not
+    devices. ``parts`` and ``writing`` name the other documents of a message in parts."""
 
     user: str
     device: str
@@ -33,6 +34,8 @@ class Gone:
     at: int
     fate: Fate
     delivered: list[str]
+    parts: int = 1
+    writing: str = ""
 
 
 def _parts(entries: Sequence[FateEntry]) -> list[list[FateEntry]]:
@@ -95,6 +98,8 @@ class Fates:
                         entry["at"],
                         entry["fate"],
                         entry["delivered"],
+                        entry.get("parts", 1),
+                        entry.get("writing", ""),
                     ),
                 )
         return found

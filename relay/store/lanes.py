@@ -1,4 +1,5 @@
-"""Lanes of group commit. All endings of one conversation's messages go through one lane, in order.
+"""Lanes of group commit. All endings of one conversation's messages go through one lane, in order; messages to many
+devices have a lane of their own, so that they hold up nobody else's.
 
 On a replica set the lanes only share out the work; on a sharded cluster a lane would be a shard's.
 """
@@ -10,11 +11,67 @@ from collections.abc import Callable, Mapping, Sequence
 from zlib import crc32
 
 from relay.store.batcher import Batcher
+from relay.store.commits import Commits
 from relay.store.endings import Ack, Ending, Release, Removal, Sole
 from relay.store.ledger import Fate
+from relay.store.submissions import Submission
 from relay.wire.ids import split_document_id
 
 _BYTES_EACH = 200
+
+
+class SendLanes:
+    """Where messages are handed in."""
+
+    def __init__(
+        self,
+        small: Batcher[Submission],
+        large: Batcher[Submission],
+        commits: Sequence[Commits],
+    ) -> None:
+        self._small = small
+        self._large = large
+        self._commits = commits
+
+    def submit(self, submission: Submission) -> None:
+        """Queues one message. Raises BatcherClosed."""
+        if submission.large:
+            self._large.submit(submission, submission.size, len(submission.pieces))
+        else:
+            self._small.submit(submission, submission.size)
+
+    @property
+    def full(self) -> bool:
+        """Whether sources should be held back now."""
+        return self._small.full
+
+    @property
+    def large_full(self) -> bool:
+        """Whether sources of messages to many devices should be held back now."""
+        return self._large.full
+
+    async def room(self) -> None:
+        """Waits until there is room."""
+        await self._small.room()
+
+    async def large_room(self) -> None:
+        """Waits until there is room for messages to many devices."""
+        await self._large.room()
+
+    async def barrier(self) -> None:
+        """Waits until every attempt that is under way now is over. The next one of a retry resolves what has changed since."""
+        await asyncio.gather(*(commits.barrier() for commits in self._commits))
+
+    async def settle_given_up(self) -> None:
+        """Books and delivers what was stored after all, though its sender was told `unavailable`. Call now and then."""
+        for commits in self._commits:
+            await commits.settle_given_up()
+
+    async def close(self, timeout: float) -> None:
+        """Commits what is queued for at most ``timeout`` seconds, and ends the retries that are under way."""
+        await asyncio.gather(self._small.close(timeout), self._large.close(timeout))
+        for commits in self._commits:
+            await commits.close()
 
 
 class EndingLanes:
@@ -41,7 +98,7 @@ class EndingLanes:
     def discard(self, doc_id: str, fate: Fate, *, deadline: float) -> None:
         """Ends one message for everybody who still awaits it, without waiting for it. Raises BatcherClosed."""
         self._lane(split_document_id(doc_id)[0]).submit(
-            Removal([doc_id], fate, deadline=deadline), _BYTES_EACH
+            Removal([doc_id], fate, deadline=deadline, whole=True), _BYTES_EACH
         )
 
     def drop(self, doc_id: str, keys: Sequence[str], *, deadline: float) -> None:

@@ -14,13 +14,33 @@ from bson.raw_bson import RawBSONDocument
 
 from models.messages import MessageFields
 from relay.metrics import Metrics
+from relay.store.heads import Heads
 from relay.store.mongo import MESSAGE_CODEC, Mongo, time_limit
 from relay.wire.envelope import Envelope
+from relay.wire.ids import PARTS_KEY
 
 _PAGE: Final = 128
 _READERS: Final = 16
 _MAX_UNREADABLE: Final = 10_000
 _LEAD_MS: Final = 5000
+_IDS: Final = 1000
+_STATE: Final = dict.fromkeys(
+    (
+        "conversationId",
+        "sender",
+        "seq",
+        "createdAt",
+        "awaiting",
+        "deliveredTo",
+        "expiresAt",
+        "parts",
+        "writing",
+        "part",
+        "claimedAt",
+        "abandoned",
+    ),
+    1,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -42,8 +62,9 @@ def encode(envelope: Envelope) -> RawBSONDocument:
 
     Encoded when it is submitted, so that what cannot be encoded fails alone. Raises bson.errors.BSONError.
     """
+    in_parts = envelope.parts > 1
     document: MessageFields = {
-        "_id": envelope.doc_id,
+        "_id": envelope.stored_id,
         "conversationId": envelope.conversation,
         "id": envelope.id,
         "sender": {"user": envelope.user, "device": envelope.device},
@@ -51,8 +72,17 @@ def encode(envelope: Envelope) -> RawBSONDocument:
         "createdAt": DatetimeMS(envelope.at),
         "kind": envelope.kind,
         "body": envelope.body,
-        "awaiting": envelope.awaiting,
+        # The head goes last, after every part.
+        "awaiting": [*envelope.awaiting, PARTS_KEY]
+        if in_parts and not envelope.number
+        else envelope.awaiting,
     }
+    if in_parts:
+        assert envelope.writing is not None
+        document["parts"] = envelope.parts
+        document["writing"] = envelope.writing
+        if envelope.number:
+            document["part"] = envelope.number
     if envelope.structured:
         document["structured"] = True
     if envelope.reply_to is not None:
@@ -60,7 +90,10 @@ def encode(envelope: Envelope) -> RawBSONDocument:
     if envelope.media:
         document["media"] = envelope.media
     if envelope.sealed:
-        document["sealed"] = [{"device": key, "data": data} for key, data in envelope.sealed.items()]
+        sealed = envelope.sealed
+        if in_parts:
+            sealed = {key: sealed[key] for key in envelope.awaiting if key in sealed}
+        document["sealed"] = [{"device": key, "data": data} for key, data in sealed.items()]
     if envelope.expires is not None:
         document["expiresAt"] = DatetimeMS(envelope.expires)
     raw = bson_encode(document, codec_options=MESSAGE_CODEC)
@@ -96,6 +129,12 @@ def decode(document: Mapping[str, Any]) -> Envelope:
         raise TypeError("body")
     if document.get("deliveredTo"):
         envelope.shared = True
+    writing = document.get("writing")
+    if writing is not None:
+        envelope.shared = True
+        envelope.stored_id = document["_id"]
+        envelope.writing, envelope.parts = writing, int(document["parts"])
+        envelope.number = int(document.get("part", 0))
     body = envelope.body
     envelope.size = 500 + (len(body.encode()) if body else 0) + (len(str(sealed)) if sealed else 0)
     return envelope
@@ -119,6 +158,7 @@ class Messages:
         self._timeout = timeout
         self._readers = asyncio.Semaphore(_READERS)
         self.ttl_ms = ttl_seconds * 1000
+        self.heads = Heads(mongo.messages, timeout=timeout)
         # Ids of documents that are no messages. Left out of later queries, or a window full of them would hide all else.
         self._unreadable: dict[str, None] = {}
 
@@ -151,14 +191,17 @@ class Messages:
             query["seq"] = {"$gte": after[0]}
             query["$and"] = [{"$or": [{"seq": {"$gt": after[0]}}, {"_id": {"$gt": after[1]}}]}]
         self._metrics.drains.inc()
+        headless: set[str] = set()
         async with self._readers:
             while True:
                 known = len(self._unreadable)
-                left_out = [*exclude, *self._unreadable]
+                left_out = [*exclude, *self._unreadable, *headless]
                 if left_out:
                     query["_id"] = {"$nin": left_out}
                 page = await self._page(query, limit, max_bytes)
-                if len(self._unreadable) == known:
+                found = await self.heads.missing(page.envelopes)
+                headless |= found
+                if len(self._unreadable) == known and not found:
                     return page
 
     async def _page(self, query: Mapping[str, Any], limit: int, max_bytes: int) -> Page:
@@ -191,17 +234,27 @@ class Messages:
         return highest
 
     async def read(self, doc_ids: Sequence[str], *, committed: bool = False) -> dict[str, Mapping[str, Any]]:
-        """The state of these messages without their content: who sent them, who awaits them, who has them. With
-        ``committed``, as a majority has it on disk."""
-        if not doc_ids:
-            return {}
+        """The state of these messages and parts without their content: who sent them, who awaits them, who has them. With
+        ``committed``, as a majority has it on disk. A claim is no message yet."""
+        found = await self.read_all(doc_ids, committed=committed)
+        return {doc_id: document for doc_id, document in found.items() if "claimedAt" not in document}
+
+    async def read_all(
+        self, doc_ids: Sequence[str], *, committed: bool = False, awaiting: Sequence[str] | None = None
+    ) -> dict[str, Mapping[str, Any]]:
+        """As ``read``, claims included; with ``awaiting`` only what waits for one of these mailboxes."""
         collection = self._committed if committed else self._collection
-        conversations = list({doc_id.partition(" ")[0] for doc_id in doc_ids})
-        fields = {"conversationId": 1, "sender": 1, "seq": 1, "createdAt": 1, "awaiting": 1, "deliveredTo": 1}
-        fields["expiresAt"] = 1
+        found: dict[str, Mapping[str, Any]] = {}
         with time_limit(self._timeout):
-            query = {"_id": {"$in": list(doc_ids)}, "conversationId": {"$in": conversations}}
-            return {document["_id"]: document async for document in collection.find(query, fields)}
+            for start in range(0, len(doc_ids), _IDS):
+                some = list(doc_ids[start : start + _IDS])
+                conversations = list({doc_id.partition(" ")[0] for doc_id in some})
+                query: dict[str, Any] = {"_id": {"$in": some}, "conversationId": {"$in": conversations}}
+                if awaiting is not None:
+                    query["awaiting"] = {"$in": list(awaiting)}
+                async for document in collection.find(query, _STATE):
+                    found[document["_id"]] = document
+        return found
 
     def is_due(self, document: Mapping[str, Any], now: int) -> bool:
         """Whether a stored message is past its time."""
@@ -267,10 +320,11 @@ class Messages:
 
     async def count_waiting(self) -> int:
         """How many deliveries (message and device) wait in the store: opens the ledger at a start."""
-        pipeline = [{"$group": {"_id": None, "n": {"$sum": {"$size": {"$ifNull": ["$awaiting", []]}}}}}]
+        mailboxes = {"$setDifference": [{"$ifNull": ["$awaiting", []]}, [PARTS_KEY]]}
+        pipeline = [{"$group": {"_id": None, "n": {"$sum": {"$size": mailboxes}}}}]
         with time_limit(None):
             async for document in self._collection.aggregate(pipeline):
-                return int(document["n"])
+                return int(document["n"]) - await self.heads.count_claimed()
         return 0
 
     def _read(self, document: Mapping[str, Any]) -> Envelope | None:

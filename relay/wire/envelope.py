@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 from relay.wire import ids
 from relay.wire.codec import dumps
 
@@ -14,6 +16,9 @@ class Envelope:
     read from it; windows and queues count it. ``shared``: somebody else awaits it too, or
     has it already. Never changed once
     submitted, except that ``awaiting`` may be replaced before it is committed.
+
+    ``doc_id`` names the message. ``stored_id`` is the ``_id`` of the document in which these recipients await it: another one
+    where the message is stored in ``parts`` documents, written under the name ``writing``.
     """
 
     __slots__ = (
@@ -28,13 +33,17 @@ class Envelope:
         "id",
         "kind",
         "media",
+        "number",
+        "parts",
         "reply_to",
         "sealed",
         "seq",
         "shared",
         "size",
+        "stored_id",
         "structured",
         "user",
+        "writing",
     )
 
     def __init__(
@@ -55,7 +64,10 @@ class Envelope:
         sealed: dict[str, str] | None = None,
         expires: int | None = None,
     ) -> None:
-        self.doc_id = ids.document_id(conversation, message)
+        self.doc_id = self.stored_id = ids.document_id(conversation, message)
+        self.parts = 1
+        self.number = 0
+        self.writing: str | None = None
         self.conversation = conversation
         self.id = message
         self.user = user
@@ -83,6 +95,23 @@ class Envelope:
             return frame
         own = self.sealed.get(key)
         return frame if own is None else f'{frame[:-1]},"sealed":"{own}"}}'
+
+    def split(self, most: int, writing: str) -> list[Envelope]:
+        """The parts in which it is stored, the head first, each with at most ``most`` recipients. They share one encoded
+        frame."""
+        if self._frame is None:
+            self._frame = self._encode()
+        awaiting = self.awaiting
+        count = max(1, -(-len(awaiting) // most))
+        parts = []
+        for number in range(count):
+            part = copy(self)
+            part.awaiting = awaiting[number * most : (number + 1) * most]
+            part.stored_id = ids.part_id(self.doc_id, writing, number)
+            part.writing, part.number, part.parts = writing, number, count
+            part.shared = len(awaiting) > 1
+            parts.append(part)
+        return parts
 
     def _encode(self) -> str:
         if self.body is None:

@@ -2,12 +2,14 @@
 
 A *device key* is ``user/device``; it names one mailbox. Two placeholders share its form: ``user/*`` stands for a member
 without any active device, ``user/!`` for one who has blocked the sender. A *document id* is ``"<conversation> <message id>"``: unique over all shards, because ``_id``
-alone is unique on its own shard only.
+alone is unique on its own shard only. A message of a large group is stored in several documents: its *head* has the document
+id, its *parts* have ``"<document id> <writing>.<number>"``, where the writing names one attempt to store it.
 """
 
 from __future__ import annotations
 
 import re
+import secrets
 import uuid
 from typing import Final
 
@@ -25,6 +27,9 @@ DEVICE_ID: Final = re.compile(DEVICE_PATTERN)
 
 RELAY_USER: Final = "$relay"
 """The sender of system messages. No user can be called so: ``$`` is not in the alphabet of user ids."""
+
+PARTS_KEY: Final = f"{RELAY_USER}/parts"
+"""What the head of a message in parts awaits besides its recipients: the end of the last part."""
 
 
 def device_key(user: str, device: str) -> str:
@@ -58,9 +63,34 @@ def document_id(conversation: str, message: str) -> str:
 
 
 def split_document_id(doc_id: str) -> tuple[str, str]:
-    """The conversation and message id of a document id."""
-    conversation, _, message = doc_id.partition(" ")
+    """The conversation and message id of a document id, or of a part's."""
+    conversation, message, *_ = doc_id.split(" ", 2)
     return conversation, message
+
+
+def part_id(doc_id: str, writing: str, number: int) -> str:
+    """The ``_id`` of one part of a message; the head is number 0 and has the document id itself."""
+    return f"{doc_id} {writing}.{number}" if number else doc_id
+
+
+def part_ids(doc_id: str, writing: str, parts: int) -> list[str]:
+    """The ``_id`` of every part but the head of a message stored in so many documents."""
+    return [f"{doc_id} {writing}.{number}" for number in range(1, parts)]
+
+
+def is_part(stored_id: str) -> bool:
+    """Whether a stored document is a part of a message, and not its head."""
+    return stored_id.count(" ") > 1
+
+
+def head_id(stored_id: str) -> str:
+    """The document id of the message that a stored document is, or is a part of."""
+    return stored_id[: stored_id.rindex(" ")] if is_part(stored_id) else stored_id
+
+
+def new_writing() -> str:
+    """A name for one attempt to store a message in parts."""
+    return secrets.token_hex(6)
 
 
 def new_id() -> str:

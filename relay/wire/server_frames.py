@@ -91,20 +91,23 @@ class Acked(ServerFrame, tag="acked", frozen=True):
 
 
 class Waiting(Part, frozen=True):
-    """An own message that ``awaiting`` people have not got yet; ``delivered`` names those who have."""
+    """An own message that ``awaiting`` people have not got yet; ``delivered`` names those who have. When they are too many for
+    the frame it is empty, and ``deliveredCount`` says how many."""
 
     id: MessageId
     awaiting: Count
     delivered: list[UserId]
+    delivered_count: Maybe[Count] = UNSET
 
 
 class Gone(Part, frozen=True):
-    """An own message that waits for nobody any more, and why."""
+    """An own message that waits for nobody any more, and why; ``delivered`` as in `Waiting`."""
 
     id: MessageId
     gone: Literal[True]
     fate: Fate
     delivered: list[UserId]
+    delivered_count: Maybe[Count] = UNSET
 
 
 class StatusReply(ServerFrame, tag="status", frozen=True):

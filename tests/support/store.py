@@ -16,21 +16,24 @@ from relay.store.accounts import Accounts
 from relay.store.acks import Acks
 from relay.store.audience import EMPTY, Audience, Audiences
 from relay.store.batcher import Batcher
-from relay.store.commits import Commits, Stored, Submission
+from relay.store.commits import Commits
 from relay.store.conversations import Conversations
 from relay.store.endings import Ending, Settlement, Sole
 from relay.store.fates import Fates
 from relay.store.lanes import EndingLanes
+from relay.store.large import LargeCommits
 from relay.store.ledger import OUTCOMES, Ledger
 from relay.store.messages import Messages
 from relay.store.mongo import Mongo
 from relay.store.rosters import Rosters
+from relay.store.submissions import Stored, Submission
 from relay.wire.clock import Clock
 from relay.wire.envelope import Envelope
 from relay.wire.errors import RelayError
 from relay.wire.ids import device_key, new_id
 
 TTL_SECONDS = 30 * 86_400
+INLINE = 64
 
 
 class Store:
@@ -61,7 +64,12 @@ class Store:
             now=self.clock.now,
             settled=self.settlements.append,
         )
-        self.commits = Commits(
+        self.commits = self._commits_of(Commits)
+        self.large = self._commits_of(LargeCommits)
+        self.endings = EndingLanes([self._lane(f"ack-{number}") for number in range(2)])
+
+    def _commits_of(self, kind: type[Commits]) -> Commits:
+        return kind(
             self.mongo,
             self.messages,
             self.fates,
@@ -73,7 +81,6 @@ class Store:
             strayed=lambda doc_id, keys: self.endings.drop(doc_id, keys, deadline=monotonic() + 10),
             committed=self.committed.extend,
         )
-        self.endings = EndingLanes([self._lane(f"ack-{number}") for number in range(2)])
 
     def _lane(self, name: str) -> Batcher[Ending]:
         return Batcher[Ending](
@@ -127,7 +134,7 @@ class Store:
         )
 
     def submission(
-        self, envelope: Envelope, *, again: bool = False, seconds: float = 10
+        self, envelope: Envelope, *, again: bool = False, seconds: float = 10, inline: int | None = INLINE
     ) -> tuple[Submission, asyncio.Future[Stored | RelayError]]:
         """One message on its way, and its outcome."""
         outcome: asyncio.Future[Stored | RelayError] = asyncio.get_running_loop().create_future()
@@ -138,6 +145,7 @@ class Store:
             again=again,
             deadline=monotonic() + seconds,
             done=outcome.set_result,
+            inline=inline,
         )
         return found, outcome
 
@@ -146,7 +154,9 @@ class Store:
     ) -> list[Stored | RelayError]:
         """Commits these as one group and waits for every outcome."""
         pairs = [self.submission(envelope, again=again, seconds=seconds) for envelope in envelopes]
-        await self.commits.commit([submission for submission, _ in pairs])
+        submissions = [submission for submission, _ in pairs]
+        await self.commits.commit([one for one in submissions if not one.large])
+        await self.large.commit([one for one in submissions if one.large])
         return list(await asyncio.gather(*(outcome for _, outcome in pairs)))
 
     async def put(self, awaiting: Sequence[str], **fields: Any) -> Envelope:
@@ -189,6 +199,7 @@ async def open_store(uri: str) -> AsyncIterator[Store]:
         await store.mongo.prepare(TTL_SECONDS, 72 * 3600)
         yield store
         await store.commits.close()
+        await store.large.close()
         await store.endings.close(2)
         assert store.faults == []
     finally:

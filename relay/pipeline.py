@@ -1,0 +1,135 @@
+"""The message path, put together: group commits of messages and of what ends them, and what follows from each."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from time import monotonic
+from typing import Final
+
+from config.settings import Settings
+from relay.metrics import Metrics
+from relay.routing.router import Router
+from relay.store.acks import Acks
+from relay.store.audience import Audiences
+from relay.store.batcher import Batcher, BatcherClosed
+from relay.store.commits import Commits
+from relay.store.endings import Ending
+from relay.store.fates import Fates
+from relay.store.lanes import EndingLanes, SendLanes
+from relay.store.large import LargeCommits
+from relay.store.ledger import Ledger
+from relay.store.messages import Messages
+from relay.store.mongo import Mongo
+from relay.store.submissions import Submission
+from relay.wire.envelope import Envelope
+
+# One lane on a replica set; measured, two share the same groups out into twice as many calls.
+_ACK_LANES: Final = 1
+# A group of acknowledgements holds so many times as many as one of messages. Two groups may wait; then sockets are not
+# read, so that messages do not come faster than they can be ended.
+_ACK_GROUP: Final = 4
+_ACK_SPACING: Final = 0.015
+# Parts of messages to many devices that wait to be committed: so many groups, then their senders are not read.
+_LARGE_GROUPS: Final = 2
+
+Commit = Callable[[list[Submission]], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class MessagePath:
+    """Where messages and their endings are handed in."""
+
+    acks: Acks
+    sends: SendLanes
+    endings: EndingLanes
+
+
+def message_path(
+    settings: Settings,
+    mongo: Mongo,
+    messages: Messages,
+    fates: Fates,
+    audiences: Audiences,
+    ledger: Ledger,
+    metrics: Metrics,
+    router: Router,
+    *,
+    now: Callable[[], int],
+    dead: Callable[[BaseException], None],
+) -> MessagePath:
+    """Makes and starts it. ``dead`` is told when a committer died; ``now`` is the wall clock (ms)."""
+    timeout = settings.commit_timeout_seconds
+    acks = Acks(mongo, messages, fates, ledger, metrics, timeout=timeout, now=now, settled=router.settled)
+    endings = EndingLanes(
+        [
+            Batcher[Ending](
+                f"ack-{number}",
+                acks.commit,
+                acks.abandon,
+                metrics=metrics,
+                max_items=_ACK_GROUP * settings.commit_messages,
+                max_bytes=settings.commit_bytes,
+                queue_items=min(settings.queue_messages, 2 * _ACK_GROUP * settings.commit_messages),
+                queue_bytes=settings.queue_bytes,
+                workers=1,
+                dead=dead,
+                spacing=_ACK_SPACING,
+            )
+            for number in range(_ACK_LANES)
+        ]
+    )
+
+    def committed(envelopes: Sequence[Envelope]) -> None:
+        router.committed(envelopes)
+        for envelope in envelopes:
+            if not envelope.awaiting:
+                with contextlib.suppress(BatcherClosed):
+                    endings.discard(envelope.doc_id, "delivered", deadline=monotonic() + timeout)
+
+    def strayed(stored_id: str, keys: list[str]) -> None:
+        with contextlib.suppress(BatcherClosed):
+            endings.drop(stored_id, keys, deadline=monotonic() + timeout)
+
+    def commits_of(kind: type[Commits]) -> Commits:
+        return kind(
+            mongo,
+            messages,
+            fates,
+            audiences,
+            ledger,
+            metrics,
+            timeout=timeout,
+            committed=committed,
+            found=router.found,
+            strayed=strayed,
+        )
+
+    def lane(name: str, commits: Commits, commit: Commit, queue_items: int) -> Batcher[Submission]:
+        return Batcher[Submission](
+            name,
+            commit,
+            commits.abandon,
+            metrics=metrics,
+            max_items=settings.commit_messages,
+            max_bytes=settings.commit_bytes,
+            queue_items=queue_items,
+            queue_bytes=settings.queue_bytes,
+            workers=settings.commits_in_flight,
+            dead=dead,
+        )
+
+    small, large = commits_of(Commits), commits_of(LargeCommits)
+
+    async def commit_large(batch: list[Submission]) -> None:
+        # No more are stored than can be handed out.
+        await router.fanout.room()
+        await large.commit(batch)
+
+    sends = SendLanes(
+        lane("send", small, small.commit, settings.queue_messages),
+        lane("send-large", large, commit_large, _LARGE_GROUPS * settings.commit_messages),
+        [small, large],
+    )
+    return MessagePath(acks, sends, endings)

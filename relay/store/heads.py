@@ -1,0 +1,163 @@
+"""Heads of messages that are stored in parts: a part is nobody's message before its head is there.
+
+The head is claimed first, then the parts are written, then the claim becomes the head: that makes the message ``stored``.
+Whatever a crash leaves before that is neither delivered nor taken for the message; ``clear`` removes it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+import structlog
+from bson.datetime_ms import DatetimeMS
+
+from relay.store.mongo import time_limit
+from relay.wire.envelope import Envelope
+from relay.wire.ids import PARTS_KEY, new_writing, part_ids
+
+_MAX_KNOWN: Final = 20_000
+_IDS: Final = 1000
+_PAGE: Final = 200
+
+log = structlog.get_logger(__name__)
+
+
+class Heads:
+    """Which heads there are, and the claims among them."""
+
+    def __init__(self, collection: Any, *, timeout: float) -> None:
+        self._collection = collection
+        self._timeout = timeout
+        # A head that was there once makes its parts messages for good, so what is known stays true.
+        self._known: OrderedDict[tuple[str, str], None] = OrderedDict()
+
+    def committed(self, doc_id: str, writing: str) -> None:
+        """This message is stored under this writing."""
+        self._known[doc_id, writing] = None
+        if len(self._known) > _MAX_KNOWN:
+            self._known.popitem(last=False)
+
+    async def missing(self, envelopes: Iterable[Envelope]) -> set[str]:
+        """The stored ids of those that are parts without a head: not, or not yet, messages."""
+        asked: dict[tuple[str, str], list[str]] = {}
+        for envelope in envelopes:
+            writing = envelope.writing
+            if envelope.number and writing is not None and (envelope.doc_id, writing) not in self._known:
+                asked.setdefault((envelope.doc_id, writing), []).append(envelope.stored_id)
+        if not asked:
+            return set()
+        doc_ids = list({doc_id for doc_id, _ in asked})
+        query = {
+            "_id": {"$in": doc_ids},
+            "conversationId": {"$in": list({doc_id.partition(" ")[0] for doc_id in doc_ids})},
+            "claimedAt": None,
+        }
+        with time_limit(self._timeout):
+            async for head in self._collection.find(query, {"writing": 1}):
+                place = (head["_id"], head.get("writing", ""))
+                if asked.pop(place, None) is not None:
+                    self.committed(*place)
+        return {stored_id for stored_ids in asked.values() for stored_id in stored_ids}
+
+    async def with_parts(self, heads: Mapping[str, tuple[str, int]]) -> set[str]:
+        """Those of these messages, given with their writing and number of documents, of which parts still wait."""
+        wanted = [
+            name for doc_id, (writing, parts) in heads.items() for name in part_ids(doc_id, writing, parts)
+        ]
+        found: set[str] = set()
+        with time_limit(self._timeout):
+            for start in range(0, len(wanted), _IDS):
+                some = wanted[start : start + _IDS]
+                query = {"_id": {"$in": some}, "conversationId": {"$in": _conversations(some)}}
+                async for document in self._collection.find(query, {"_id": 1}):
+                    found.add(document["_id"].rpartition(" ")[0])
+        return found
+
+    async def waiting_for_parts(self, limit: int, after: int) -> tuple[dict[str, tuple[str, int]], int]:
+        """Heads that nothing keeps but their parts, with a ``seq`` above ``after``: candidates for an end that a crash has left
+        undone. The second value is where to go on, 0 at the end."""
+        query = {"awaiting": [PARTS_KEY], "seq": {"$gt": after}}
+        fields = {"writing": 1, "parts": 1, "seq": 1}
+        found: dict[str, tuple[str, int]] = {}
+        last = count = 0
+        with time_limit(self._timeout):
+            async for row in self._collection.find(query, fields).sort([("seq", 1), ("_id", 1)]).limit(limit):
+                count += 1
+                last = int(row["seq"])
+                if isinstance(row.get("writing"), str) and isinstance(row.get("parts"), int):
+                    found[row["_id"]] = (row["writing"], row["parts"])
+        return found, last if count == limit else 0
+
+    async def clear_claims(self, before: int) -> int:
+        """Removes what was claimed before that time (ms) and never became a message; returns how many claims."""
+        query = {"claimedAt": {"$lt": DatetimeMS(before)}}
+        with time_limit(self._timeout):
+            claims = await self._collection.find(query).limit(_PAGE).to_list(_PAGE)
+        for claim in claims:
+            try:
+                await self.clear(claim)
+            except (KeyError, TypeError, ValueError) as error:
+                log.error("a claim is none", problem=type(error).__name__)
+        return len(claims)
+
+    async def clear(self, claim: Mapping[str, Any]) -> None:
+        """Takes over a claim, so that its writer cannot make it a message any more, and removes its parts and itself."""
+        writing = new_writing()
+        if await self.take_over(claim, {"writing": writing, "parts": 1}):
+            await self.remove_parts(abandoned(claim))
+            with time_limit(self._timeout):
+                await self._collection.delete_one(
+                    {**_place(claim), "writing": writing, "claimedAt": {"$exists": True}}
+                )
+
+    async def take_over(self, claim: Mapping[str, Any], fields: Mapping[str, Any]) -> bool:
+        """Makes a claim another writing's, with these fields; whether it was still there and nobody else's."""
+        with time_limit(self._timeout):
+            result = await self._collection.update_one(
+                {**_place(claim), "writing": claim["writing"], "claimedAt": {"$exists": True}},
+                {
+                    "$set": dict(fields),
+                    "$push": {"abandoned": {"writing": claim["writing"], "parts": claim["parts"]}},
+                },
+            )
+        return bool(result.matched_count)
+
+    async def remove_parts(self, stored_ids: Sequence[str]) -> None:
+        """Removes parts that never became a message."""
+        with time_limit(self._timeout):
+            for start in range(0, len(stored_ids), _IDS):
+                some = list(stored_ids[start : start + _IDS])
+                await self._collection.delete_many(
+                    {"_id": {"$in": some}, "conversationId": {"$in": _conversations(some)}}
+                )
+
+    async def count_claimed(self) -> int:
+        """How many deliveries are in parts of claims: they are no messages, and may never be."""
+        count = 0
+        with time_limit(None):
+            async for claim in self._collection.find({"claimedAt": {"$exists": True}}):
+                stored_ids = abandoned(claim)
+                for start in range(0, len(stored_ids), _IDS):
+                    some = stored_ids[start : start + _IDS]
+                    query = {"_id": {"$in": some}, "conversationId": claim["conversationId"]}
+                    async for part in self._collection.find(query, {"awaiting": 1}):
+                        count += len(part["awaiting"])
+        return count
+
+
+def abandoned(claim: Mapping[str, Any]) -> list[str]:
+    """The ``_id`` of every part that may have been written under a claim."""
+    writings = [*claim.get("abandoned", ()), claim]
+    return [
+        name for one in writings for name in part_ids(claim["_id"], str(one["writing"]), int(one["parts"]))
+    ]
+
+
+def _place(claim: Mapping[str, Any]) -> dict[str, Any]:
+    return {"_id": claim["_id"], "conversationId": claim["conversationId"]}
+
+
+def _conversations(stored_ids: Sequence[str]) -> list[str]:
+    return list({stored_id.partition(" ")[0] for stored_id in stored_ids})

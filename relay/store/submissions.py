@@ -1,0 +1,120 @@
+"""Messages on their way into the store, and what becomes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from bson.raw_bson import RawBSONDocument
+
+from relay.store.audience import Audience
+from relay.store.messages import encode
+from relay.wire.envelope import Envelope
+from relay.wire.errors import RelayError
+from relay.wire.ids import new_writing
+
+
+class Stored(NamedTuple):
+    """A durable message. ``fresh`` is False when an earlier attempt had stored it."""
+
+    seq: int
+    at: int
+    fresh: bool
+
+
+class GivenUp(NamedTuple):
+    """A message whose outcome was still unknown at its deadline; ``since`` is monotonic."""
+
+    seq: int
+    awaiting: Sequence[str]
+    since: float
+
+
+Done = Callable[[Stored | RelayError], None]
+
+
+class Submission:
+    """One message on its way into the store; ``done`` is called exactly once. ``also`` are mailboxes that get it besides the
+    audience's: a system message tells those who were removed, too. ``check`` raises RelayError when it must not go to
+    recipients that were resolved again.
+
+    With more than ``inline`` recipients it is *large*: stored in ``pieces``, the head first. Else the only piece is the
+    envelope. ``raws`` are their stored forms, ``size`` the bytes of all; ``writings`` are the recipients of every attempt.
+    """
+
+    __slots__ = (
+        "again",
+        "also",
+        "audience",
+        "check",
+        "deadline",
+        "done",
+        "envelope",
+        "inline",
+        "large",
+        "pieces",
+        "raws",
+        "sender_key",
+        "settled",
+        "size",
+        "writing",
+        "writings",
+    )
+
+    def __init__(
+        self,
+        envelope: Envelope,
+        audience: Audience,
+        sender_key: str,
+        *,
+        again: bool,
+        deadline: float,
+        done: Done,
+        also: Sequence[str] = (),
+        check: Callable[[Audience], None] | None = None,
+        inline: int | None = None,
+    ) -> None:
+        self.also = also
+        self.check = check
+        self.envelope = envelope
+        self.inline = inline
+        self.large = inline is not None and len(envelope.awaiting) > inline
+        self.audience = audience
+        self.sender_key = sender_key
+        self.again = again
+        self.deadline = deadline
+        self.done = done
+        self.settled = False
+        self.writings: dict[str, list[str]] = {}
+        self.encode()
+
+    def encode(self) -> None:
+        """Makes the stored form, for the recipients that the envelope has now. A new writing: what an attempt before has
+        written for others is not taken for this. Raises bson.errors.BSONError."""
+        envelope = self.envelope
+        self.pieces = [envelope]
+        self.writing = ""
+        if self.large and self.inline is not None:
+            self.writing = new_writing()
+            self.pieces = envelope.split(self.inline, self.writing)
+            self.writings[self.writing] = envelope.awaiting
+        self.raws: list[RawBSONDocument] = [encode(piece) for piece in self.pieces]
+        self.size = sum(piece.size for piece in self.pieces)
+        envelope.size = self.pieces[0].size
+
+    def settle(self, outcome: Stored | RelayError) -> None:
+        """Tells the sender, once."""
+        if not self.settled:
+            self.settled = True
+            self.done(outcome)
+
+
+def stranger(submission: Submission) -> RelayError:
+    """What a sender hears who may not, or not any more, write there."""
+    refusal = submission.audience.refusals.get(submission.envelope.user)
+    return RelayError(*refusal) if refusal is not None else RelayError("not_member", "no such conversation")
+
+
+def conflict() -> RelayError:
+    """What a sender hears whose message has the id of another's."""
+    return RelayError("id_conflict", "this id is taken by another message")
