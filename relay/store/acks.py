@@ -87,10 +87,10 @@ class Acks:
                 continue
             break
         self._settled(group.settlement)
-        for ending in batch:
-            ending.done(True)
         if self._headless:
             await self._end_heads()
+        for ending in batch:
+            ending.done(True)
 
     def abandon(self, batch: list[Ending]) -> None:
         """Tells that these did not become durable here; the messages still wait, as far as anybody knows."""

@@ -320,7 +320,7 @@ class Messages:
 
     async def count_waiting(self) -> int:
         """How many deliveries (message and device) wait in the store: opens the ledger at a start."""
-        mailboxes = {"$setDifference": [{"$ifNull": ["$awaiting", []]}, [PARTS_KEY]]}
+        mailboxes = {"$setDifference": [{"$ifNull": ["$awaiting", []]}, {"$literal": [PARTS_KEY]}]}
         pipeline = [{"$group": {"_id": None, "n": {"$sum": {"$size": mailboxes}}}}]
         with time_limit(None):
             async for document in self._collection.aggregate(pipeline):
