@@ -192,6 +192,12 @@ class Settings(BaseSettings):
     max_recipients: int = Field(
         10_000, ge=1, le=100_000, description="Most recipient devices of one message."
     )
+    hot_bytes: int = Field(
+        33_554_432,
+        ge=0,
+        le=1 << 40,
+        description="Memory for messages that many devices drain, encoded once for all of them; 0: none are kept.",
+    )
     window: int = Field(256, ge=1, le=10_000, description="Unacknowledged messages on one connection.")
     window_bytes: int = Field(1_048_576, ge=1024, description="Unacknowledged bytes on one connection.")
     outbox_bytes: int = Field(

@@ -166,6 +166,7 @@ def withdraw(ctx: Context, op: Send) -> None:
     that get the original know that it is withdrawn."""
     if op.reply_to is None:
         return
+    ctx.messages.hot.forget(document_id(op.conv, op.reply_to))
     try:
         ctx.endings.discard(
             document_id(op.conv, op.reply_to), "withdrawn", deadline=monotonic() + ctx.limits.send_deadline

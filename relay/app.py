@@ -145,7 +145,9 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
     hub = Hub()
     router = Router(hub, metrics)
     timeout = settings.commit_timeout_seconds
-    messages = Messages(mongo, metrics, ttl_seconds=ttl_seconds, timeout=timeout)
+    messages = Messages(
+        mongo, metrics, ttl_seconds=ttl_seconds, timeout=timeout, hot_bytes=settings.hot_bytes
+    )
     fates = Fates(mongo, timeout=timeout)
     accounts = Accounts(inactive=timedelta(days=settings.device_inactive_days), pseudonyms=pseudonyms)
     conversations = Conversations()

@@ -15,12 +15,15 @@ from bson.raw_bson import RawBSONDocument
 from models.messages import MessageFields
 from relay.metrics import Metrics
 from relay.store.heads import Heads
+from relay.store.hot import HotMessages
 from relay.store.mongo import MESSAGE_CODEC, Mongo, time_limit
 from relay.wire.envelope import Envelope
 from relay.wire.ids import PARTS_KEY
 
 _PAGE: Final = 128
 _READERS: Final = 16
+_CHUNK: Final = 64
+_ORDER: Final = [("seq", 1), ("_id", 1)]
 _MAX_UNREADABLE: Final = 10_000
 _LEAD_MS: Final = 5000
 _IDS: Final = 1000
@@ -151,7 +154,10 @@ class Page:
 class Messages:
     """Reads what waits. Messages past their time count as gone even while MongoDB still has them."""
 
-    def __init__(self, mongo: Mongo, metrics: Metrics, *, ttl_seconds: int, timeout: float) -> None:
+    def __init__(
+        self, mongo: Mongo, metrics: Metrics, *, ttl_seconds: int, timeout: float, hot_bytes: int = 0
+    ) -> None:
+        self.hot = HotMessages(hot_bytes)
         self._collection = mongo.messages
         self._committed = mongo.committed_messages
         self._metrics = metrics
@@ -205,20 +211,76 @@ class Messages:
                     return page
 
     async def _page(self, query: Mapping[str, Any], limit: int, max_bytes: int) -> Page:
+        if self.hot.warm:
+            return await self._page_by_ids(query, limit, max_bytes)
         found: list[Envelope] = []
-        size = 0
+        size = hits = total = 0
         with time_limit(self._timeout):
-            cursor = self._collection.find(query, sort=[("seq", 1), ("_id", 1)], batch_size=min(limit, _PAGE))
+            cursor = self._collection.find(query, sort=_ORDER, batch_size=min(limit, _PAGE))
             async for document in cursor.limit(limit):
-                envelope = self._read(document)
-                if envelope is None:
-                    continue
+                total += 1
+                envelope = self._hot_or_none(document)
+                if envelope is not None:
+                    hits += 1
+                else:
+                    envelope = self._read(document)
+                    if envelope is None:
+                        continue
+                    self.hot.put(envelope)
                 if found and size + envelope.size > max_bytes:
                     await cursor.close()
+                    self.hot.asked(hits, total)
                     return Page(found, exhausted=False)
                 found.append(envelope)
                 size += envelope.size
+        self.hot.asked(hits, total)
         return Page(found, exhausted=len(found) < limit)
+
+    async def _page_by_ids(self, query: Mapping[str, Any], limit: int, max_bytes: int) -> Page:
+        """Reads the content of those messages only that are not hot."""
+        found: list[Envelope] = []
+        size = hits = 0
+        with time_limit(self._timeout):
+            cursor = self._collection.find(query, {"seq": 1}, sort=_ORDER, batch_size=limit)
+            places = await cursor.limit(limit).to_list(limit)
+            read: dict[str, Envelope] = {}
+            for start in range(0, len(places), _CHUNK):
+                chunk = places[start : start + _CHUNK]
+                known = {row["_id"]: self._hot_or_none(row) for row in chunk}
+                missing = [stored_id for stored_id, envelope in known.items() if envelope is None]
+                hits += len(chunk) - len(missing)
+                read = await self._read_missing(missing) if missing else {}
+                for row in chunk:
+                    # None: ended meanwhile, or no message.
+                    envelope = known[row["_id"]] or read.get(row["_id"])
+                    if envelope is None:
+                        continue
+                    if found and size + envelope.size > max_bytes:
+                        self.hot.asked(hits, start + len(chunk))
+                        return Page(found, exhausted=False)
+                    found.append(envelope)
+                    size += envelope.size
+        self.hot.asked(hits, len(places))
+        return Page(found, exhausted=len(places) < limit)
+
+    async def _read_missing(self, stored_ids: Sequence[str]) -> dict[str, Envelope]:
+        query = {
+            "_id": {"$in": list(stored_ids)},
+            "conversationId": {"$in": list({stored_id.partition(" ")[0] for stored_id in stored_ids})},
+        }
+        found: dict[str, Envelope] = {}
+        async for document in self._collection.find(query):
+            envelope = self._read(document)
+            if envelope is not None:
+                self.hot.put(envelope)
+                found[document["_id"]] = envelope
+        return found
+
+    def _hot_or_none(self, document: Mapping[str, Any]) -> Envelope | None:
+        stored_id, seq = document["_id"], document.get("seq")
+        if not isinstance(seq, int) or not _is_id(stored_id):
+            return None
+        return self.hot.find(stored_id, seq)
 
     async def last_waiting(self, keys: Sequence[str]) -> int | None:
         """The highest ``seq`` that waits for these device keys."""

@@ -29,7 +29,7 @@ async def group(node: Node) -> tuple[str, WireDevice, list[WireDevice]]:
 
 async def empty(node: Node) -> None:
     async def nothing() -> bool:
-        return await node.db.messages.count_documents({}) == 0
+        return not await node.db.messages.count_documents({})
 
     await until(nothing, 5, "the store is empty")
     ledger = node.relay.context.ledger
@@ -124,7 +124,7 @@ async def test_a_withdrawn_message_ends_in_all_its_parts(node: Node) -> None:
     await ann.expect("stored", id=withdrawal)
 
     async def original_is_gone() -> bool:
-        return await node.db.messages.count_documents({"id": stored["id"]}) == 0
+        return not await node.db.messages.count_documents({"id": stored["id"]})
 
     await until(original_is_gone, 5, "no part of the original waits")
     late = await node.connect("p9")
@@ -164,7 +164,7 @@ async def test_a_short_lived_message_expires_in_all_its_parts(nodes: NodeFactory
 
 async def empty_of(node: Node, message: str) -> None:
     async def nothing() -> bool:
-        return await node.db.messages.count_documents({"id": message}) == 0
+        return not await node.db.messages.count_documents({"id": message})
 
     await until(nothing, 5, "the message is gone")
 

@@ -44,7 +44,9 @@ class Store:
         self.mongo = Mongo(uri, database)
         self.ledger = Ledger()
         self.clock = Clock()
-        self.messages = Messages(self.mongo, self.metrics, ttl_seconds=TTL_SECONDS, timeout=2)
+        self.messages = Messages(
+            self.mongo, self.metrics, ttl_seconds=TTL_SECONDS, timeout=2, hot_bytes=1 << 20
+        )
         self.fates = Fates(self.mongo, timeout=2)
         self.accounts = Accounts(
             inactive=timedelta(days=30), pseudonyms=Pseudonyms(b"a key for tests only, of 32 bytes.")

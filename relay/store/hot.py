@@ -1,0 +1,112 @@
+"""Messages that many devices drain: decoded and encoded once for all of them, and while they are hot not read again.
+
+What waits for a device is always asked of the store; only the content comes from here, by document id and ``seq``. So a
+message that was withdrawn, or has expired, is not delivered though it may still be here.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from copy import copy
+from time import monotonic
+from typing import Final
+
+from relay.wire.envelope import Envelope
+from relay.wire.ids import head_id
+
+_OVERHEAD: Final = 1000
+_SECONDS: Final = 300.0
+# How much one page weighs in what is remembered of the last ones.
+_WEIGHT: Final = 0.2
+_WARM: Final = 0.5
+
+
+class _Message:
+    """One message: its pieces by stored id, which share one encoded frame."""
+
+    __slots__ = ("pieces", "seq", "size", "until")
+
+    def __init__(self, envelope: Envelope, now: float) -> None:
+        self.seq = envelope.seq
+        self.size = _OVERHEAD + 2 * envelope.size
+        self.until = now + _SECONDS
+        self.pieces = {envelope.stored_id: envelope}
+
+
+class HotMessages:
+    """At most ``max_bytes`` of messages (0: none), those used least recently leave first, each after five minutes. Sealed ones
+    are not kept: each device has a content of its own."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._messages: OrderedDict[str, _Message] = OrderedDict()
+        self._hits = 0.0
+        self.size = 0
+
+    def __len__(self) -> int:
+        return len(self._messages)
+
+    @property
+    def warm(self) -> bool:
+        """Whether what is asked for lately was mostly here: then asking the store for ids alone saves reading."""
+        return self._hits > _WARM
+
+    def asked(self, hits: int, total: int) -> None:
+        """Of so many messages of a page so many were here."""
+        if total:
+            self._hits += _WEIGHT * (hits / total - self._hits)
+
+    def put(self, envelope: Envelope) -> None:
+        """Keeps a message that others await, too."""
+        if not self._max_bytes or not envelope.shared or envelope.sealed is not None:
+            return
+        known = self._messages.get(envelope.doc_id)
+        if known is not None:
+            if known.seq == envelope.seq:
+                known.pieces.setdefault(envelope.stored_id, envelope)
+                return
+            self.forget(envelope.doc_id)
+        message = _Message(envelope, monotonic())
+        self._messages[envelope.doc_id] = message
+        self.size += message.size
+        while self.size > self._max_bytes:
+            self.size -= self._messages.popitem(last=False)[1].size
+
+    def find(self, stored_id: str, seq: int) -> Envelope | None:
+        """The message of this document with this ``seq``, when it is here. What it says of recipients is not to be used."""
+        doc_id = head_id(stored_id)
+        message = self._messages.get(doc_id)
+        if message is None or message.seq != seq:
+            return None
+        if message.until < monotonic():
+            self.forget(doc_id)
+            return None
+        self._messages.move_to_end(doc_id)
+        piece = message.pieces.get(stored_id)
+        if piece is None:
+            piece = message.pieces[stored_id] = _piece(next(iter(message.pieces.values())), stored_id)
+        return piece
+
+    def forget(self, doc_id: str) -> None:
+        """Lets a message go: it is withdrawn."""
+        message = self._messages.pop(doc_id, None)
+        if message is not None:
+            self.size -= message.size
+
+    def put_all(self, envelopes: Iterable[Envelope]) -> None:
+        """Keeps several."""
+        for envelope in envelopes:
+            self.put(envelope)
+
+
+def _piece(other: Envelope, stored_id: str) -> Envelope:
+    """The same message in another of its documents."""
+    # Encoded before it is copied, so that all share it.
+    other.frame_for("")
+    piece = copy(other)
+    piece.stored_id = stored_id
+    place = stored_id[len(piece.doc_id) + 1 :]
+    piece.writing, number = place.split(".") if place else (other.writing, "0")
+    piece.number = int(number)
+    return piece
