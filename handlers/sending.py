@@ -12,7 +12,7 @@ from bson.errors import BSONError
 from handlers.context import Context
 from relay.store.audience import Audience
 from relay.store.batcher import BatcherClosed
-from relay.store.messages import owner
+from relay.store.documents import owner
 from relay.store.submissions import Done, Stored, Submission
 from relay.wire.codec import dumps
 from relay.wire.envelope import Envelope

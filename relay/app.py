@@ -54,6 +54,8 @@ from relay.store.contacts import Contacts
 from relay.store.conversations import Conversations
 from relay.store.embedded import EmbeddedError, EmbeddedMongo
 from relay.store.fates import Fates
+from relay.store.hot import HotMessages
+from relay.store.hot_redis import HotRedis
 from relay.store.keys import Keys
 from relay.store.ledger import Ledger
 from relay.store.messages import Messages
@@ -145,9 +147,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
     hub = Hub()
     router = Router(hub, metrics)
     timeout = settings.commit_timeout_seconds
-    messages = Messages(
-        mongo, metrics, ttl_seconds=ttl_seconds, timeout=timeout, hot_bytes=settings.hot_bytes
-    )
+    messages = Messages(mongo, metrics, ttl_seconds=ttl_seconds, timeout=timeout, hot=_hot(settings, stack))
     fates = Fates(mongo, timeout=timeout)
     accounts = Accounts(inactive=timedelta(days=settings.device_inactive_days), pseudonyms=pseudonyms)
     conversations = Conversations()
@@ -299,6 +299,15 @@ async def _drain(
     left, context.hub.left = context.hub.left, set()
     with contextlib.suppress(Exception):
         await asyncio.wait_for(accounts.seen(left), 1)
+
+
+def _hot(settings: Settings, stack: contextlib.AsyncExitStack) -> HotMessages:
+    if settings.redis_url is None or not settings.hot_bytes:
+        return HotMessages(settings.hot_bytes)
+    elsewhere = HotRedis(settings.redis_url.get_secret_value())
+    elsewhere.start()
+    stack.push_async_callback(elsewhere.close)
+    return HotMessages(settings.hot_bytes, elsewhere)
 
 
 async def _leave(peers: Peers) -> None:

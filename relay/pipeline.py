@@ -82,7 +82,7 @@ def message_path(
     )
 
     def committed(envelopes: Sequence[Envelope]) -> None:
-        messages.hot.put_all(envelope for envelope in envelopes if envelope.parts > 1)
+        messages.hot.committed(envelopes)
         router.committed(envelopes)
         for envelope in envelopes:
             if not envelope.awaiting:

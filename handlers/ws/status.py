@@ -7,7 +7,7 @@ from typing import Any
 
 from handlers.context import Context, Peer
 from handlers.parts import add_parts
-from relay.store.messages import owner
+from relay.store.documents import owner
 from relay.wire import replies
 from relay.wire.codec import check_ids
 from relay.wire.frames import Status

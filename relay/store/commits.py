@@ -20,9 +20,10 @@ import structlog
 
 from relay.metrics import Metrics
 from relay.store.audience import Audiences
+from relay.store.documents import owner
 from relay.store.fates import Fates
 from relay.store.ledger import Ledger
-from relay.store.messages import Messages, owner
+from relay.store.messages import Messages
 from relay.store.mongo import BulkWriteError, Mongo, PyMongoError, brief, time_limit
 from relay.store.submissions import GivenUp, Stored, Submission, conflict, stranger
 from relay.wire.envelope import Envelope

@@ -12,6 +12,7 @@ from copy import copy
 from time import monotonic
 from typing import Final
 
+from relay.store.hot_redis import HotRedis
 from relay.wire.envelope import Envelope
 from relay.wire.ids import head_id
 
@@ -38,10 +39,13 @@ class HotMessages:
     """At most ``max_bytes`` of messages (0: none), those used least recently leave first, each after five minutes. Sealed ones
     are not kept: each device has a content of its own."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, elsewhere: HotRedis | None = None) -> None:
+        """``elsewhere``: where nodes share them."""
         self._max_bytes = max_bytes
+        self._elsewhere = elsewhere
         self._messages: OrderedDict[str, _Message] = OrderedDict()
-        self._hits = 0.0
+        # With others to ask, it begins with asking them.
+        self._hits = 0.0 if elsewhere is None else 1.0
         self.size = 0
 
     def __len__(self) -> int:
@@ -66,7 +70,7 @@ class HotMessages:
             if known.seq == envelope.seq:
                 known.pieces.setdefault(envelope.stored_id, envelope)
                 return
-            self.forget(envelope.doc_id)
+            self._drop(envelope.doc_id)
         message = _Message(envelope, monotonic())
         self._messages[envelope.doc_id] = message
         self.size += message.size
@@ -80,7 +84,7 @@ class HotMessages:
         if message is None or message.seq != seq:
             return None
         if message.until < monotonic():
-            self.forget(doc_id)
+            self._drop(doc_id)
             return None
         self._messages.move_to_end(doc_id)
         piece = message.pieces.get(stored_id)
@@ -90,13 +94,29 @@ class HotMessages:
 
     def forget(self, doc_id: str) -> None:
         """Lets a message go: it is withdrawn."""
+        self._drop(doc_id)
+        if self._elsewhere is not None:
+            self._elsewhere.forget(doc_id)
+
+    def _drop(self, doc_id: str) -> None:
         message = self._messages.pop(doc_id, None)
         if message is not None:
             self.size -= message.size
 
-    def put_all(self, envelopes: Iterable[Envelope]) -> None:
-        """Keeps several."""
+    def committed(self, envelopes: Iterable[Envelope]) -> None:
+        """Keeps what was just stored in parts, for the other nodes, too."""
         for envelope in envelopes:
+            if envelope.parts > 1:
+                self.put(envelope)
+                if self._elsewhere is not None and not envelope.number and envelope.sealed is None:
+                    self._elsewhere.put(envelope)
+
+    async def fetch(self, places: Iterable[tuple[str, int]]) -> None:
+        """Looks elsewhere for the messages of these stored ids and ``seq`` that are not here. What is found is here then."""
+        if self._elsewhere is None or not self._max_bytes:
+            return
+        wanted = {head_id(stored_id): seq for stored_id, seq in places}
+        for envelope in (await self._elsewhere.find(list(wanted.items()))).values():
             self.put(envelope)
 
 

@@ -17,8 +17,8 @@ from bson.datetime_ms import DatetimeMS
 from pymongo import ReplaceOne
 
 from relay.store.commits import DEFINITE, DUPLICATE, Commits
+from relay.store.documents import owner
 from relay.store.heads import abandoned
-from relay.store.messages import owner
 from relay.store.mongo import BulkWriteError, time_limit
 from relay.store.submissions import Stored, Submission, conflict
 from relay.wire.errors import RelayError

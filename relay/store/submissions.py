@@ -8,7 +8,7 @@ from typing import NamedTuple
 from bson.raw_bson import RawBSONDocument
 
 from relay.store.audience import Audience
-from relay.store.messages import encode
+from relay.store.documents import encode
 from relay.wire.envelope import Envelope
 from relay.wire.errors import RelayError
 from relay.wire.ids import new_writing

@@ -86,6 +86,35 @@ class Envelope:
         self.shared = len(awaiting) > 1
         self._frame: str | None = None
 
+    @classmethod
+    def of_frame(
+        cls,
+        conversation: str,
+        message: str,
+        *,
+        user: str,
+        device: str,
+        seq: int,
+        at: int,
+        kind: str,
+        frame: str,
+    ) -> Envelope:
+        """A message of several devices whose encoded frame is known; it is delivered, and not stored again."""
+        found = cls(
+            conversation,
+            message,
+            user=user,
+            device=device,
+            seq=seq,
+            at=at,
+            kind=kind,
+            body=None,
+            awaiting=[],
+        )
+        found.shared = True
+        found._frame = frame
+        return found
+
     def frame_for(self, key: str) -> str:
         """The ``msg`` frame for one device, encoded once and shared by all, but for its own sealed entry."""
         frame = self._frame

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from relay.store.documents import decode, encode
 from relay.store.embedded import EmbeddedMongo
 from relay.store.endings import Ack, Ending, Removal, Sole
 from relay.store.ledger import Fate
-from relay.store.messages import decode, encode
 from relay.store.submissions import Stored
 from relay.wire.envelope import Envelope
 from relay.wire.errors import RelayError

@@ -20,6 +20,7 @@ from relay.store.commits import Commits
 from relay.store.conversations import Conversations
 from relay.store.endings import Ending, Settlement, Sole
 from relay.store.fates import Fates
+from relay.store.hot import HotMessages
 from relay.store.lanes import EndingLanes
 from relay.store.large import LargeCommits
 from relay.store.ledger import OUTCOMES, Ledger
@@ -45,7 +46,7 @@ class Store:
         self.ledger = Ledger()
         self.clock = Clock()
         self.messages = Messages(
-            self.mongo, self.metrics, ttl_seconds=TTL_SECONDS, timeout=2, hot_bytes=1 << 20
+            self.mongo, self.metrics, ttl_seconds=TTL_SECONDS, timeout=2, hot=HotMessages(1 << 20)
         )
         self.fates = Fates(self.mongo, timeout=2)
         self.accounts = Accounts(

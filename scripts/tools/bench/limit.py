@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import msgspec
 
-from relay.store.messages import encode
+from relay.store.documents import encode
 from relay.store.mongo import Mongo
 from relay.wire.clock import Clock
 from relay.wire.envelope import Envelope

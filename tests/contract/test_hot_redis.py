@@ -1,0 +1,144 @@
+"""Hot messages shared through a real Valkey, which is a help and never the truth."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from relay.store.embedded import EmbeddedMongo
+from relay.store.hot import HotMessages
+from relay.store.hot_redis import HotRedis
+from relay.wire.envelope import Envelope
+from tests.support.store import Store, open_store
+from tests.support.valkey import Valkey, open_valkey
+
+KEYS = [f"p{number}/phone" for number in range(8)]
+
+
+@pytest.fixture
+async def valkey(tmp_path: Path) -> AsyncIterator[Valkey]:
+    async with open_valkey(tmp_path) as server:
+        yield server
+
+
+@pytest.fixture
+async def redis(valkey: Valkey) -> AsyncIterator[Any]:
+    found = Redis.from_url(valkey.url)
+    yield found
+    await found.aclose()
+
+
+@pytest.fixture(scope="module")
+async def opened(mongod: EmbeddedMongo) -> AsyncIterator[Store]:
+    async with open_store(mongod.uri) as store:
+        yield store
+
+
+@pytest.fixture
+async def store(opened: Store, valkey: Valkey) -> AsyncIterator[Store]:
+    """A store that has just started: nothing is in its memory."""
+    await opened.clear()
+    elsewhere = HotRedis(valkey.url)
+    elsewhere.start()
+    opened.messages.hot = HotMessages(1 << 20, elsewhere)
+    yield opened
+    await elsewhere.close()
+
+
+async def committed(store: Store, redis: Any, **fields: Any) -> Envelope:
+    """A message to many devices that another node has just stored."""
+    envelope = store.envelope(KEYS, **fields)
+    one, outcome = store.submission(envelope, inline=3)
+    await store.large.commit([one])
+    await outcome
+    store.messages.hot.committed(one.pieces)
+    async with asyncio.timeout(3):
+        while not await redis.exists(key_of(envelope)):
+            await asyncio.sleep(0.01)
+    forget_here(store)
+    return envelope
+
+
+def key_of(envelope: Envelope) -> str:
+    return f"relay:hot:{{{envelope.conversation}}}:{envelope.id}"
+
+
+def forget_here(store: Store) -> None:
+    store.messages.hot._messages.clear()
+    store.messages.hot.size = 0
+
+
+async def bodies(store: Store, key: str) -> list[str | None]:
+    found = await store.messages.waiting((key,), store.clock.now(), limit=100, max_bytes=1 << 20)
+    return [one.frame_for(key) for one in found.envelopes]
+
+
+async def test_what_another_node_committed_is_not_read_from_mongodb(store: Store, redis: Any) -> None:
+    envelope = await committed(
+        store, redis, body="from Redis", reply_to="00000000-0000-4000-8000-000000000001"
+    )
+    await store.mongo.messages.update_many({}, {"$set": {"body": "from MongoDB"}})
+    assert await bodies(store, KEYS[0]) == [envelope.frame_for(KEYS[0])]
+    (found,) = (
+        await store.messages.waiting((KEYS[7],), store.clock.now(), limit=1, max_bytes=1000)
+    ).envelopes
+    assert (found.seq, found.at, found.user, found.number) == (envelope.seq, envelope.at, "ann", 2)
+    for key in KEYS:
+        await store.ack(key, envelope.doc_id)
+    assert await store.waiting_deliveries() == 0
+
+
+async def test_what_is_kept_leaves_by_itself_and_a_withdrawn_one_at_once(store: Store, redis: Any) -> None:
+    envelope = await committed(store, redis)
+    assert 0 < await redis.ttl(key_of(envelope)) <= 300
+    store.messages.hot.forget(envelope.doc_id)
+    async with asyncio.timeout(3):
+        while await redis.exists(key_of(envelope)):
+            await asyncio.sleep(0.01)
+
+
+async def test_an_older_incarnation_and_nonsense_are_not_taken(store: Store, redis: Any) -> None:
+    envelope = await committed(store, redis, body="true")
+    await redis.set(key_of(envelope), b"nonsense")
+    assert [one and '"true"' in one for one in await bodies(store, KEYS[0])] == [True]
+    forget_here(store)
+    store.messages.hot._elsewhere._ask_at = 0  # type: ignore[union-attr]
+    other = store.envelope(KEYS, id=envelope.id, body="false")
+    store.messages.hot._elsewhere.put(other)  # type: ignore[union-attr]
+    async with asyncio.timeout(3):
+        while b"false" not in (await redis.get(key_of(envelope)) or b""):
+            await asyncio.sleep(0.01)
+    assert [one and '"true"' in one for one in await bodies(store, KEYS[1])] == [True]
+
+
+@pytest.mark.parametrize("fault", ["pause", "kill"])
+async def test_without_redis_everything_comes_from_mongodb_in_time(
+    store: Store, redis: Any, valkey: Valkey, fault: str
+) -> None:
+    envelope = await committed(store, redis)
+    if fault == "pause":
+        valkey.pause()
+    else:
+        await valkey.kill()
+    began = monotonic()
+    for key in KEYS:
+        assert await bodies(store, key) == [envelope.frame_for(key)]
+        forget_here(store)
+    assert monotonic() - began < 2, "it is asked once a second, for 200 ms"
+    store.messages.hot.committed([envelope])
+    if fault == "pause":
+        valkey.resume()
+
+
+async def test_what_waits_for_redis_is_bounded(valkey: Valkey, store: Store) -> None:
+    elsewhere = HotRedis(valkey.url)  # not started: nothing is written
+    for _ in range(3000):
+        elsewhere.put(store.envelope(KEYS))
+    assert len(elsewhere._waiting) == 1000
+    await elsewhere.close()
