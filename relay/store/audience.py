@@ -20,6 +20,8 @@ from relay.wire.errors import Code
 
 LEASE_SECONDS: Final = 5.0
 _MAX_CACHED: Final = 50_000
+# Recipients in the lists that one audience keeps, over all senders.
+_MAX_LISTED: Final = 50_000
 _MOMENT: Final = re.compile(r"[0-9a-z]{1,11}")
 
 _NOBODY: Final[frozenset[tuple[str, str]]] = frozenset()
@@ -91,6 +93,8 @@ class Audience:
         """Everybody's mailboxes but the sending device's own. The list is shared: do not change it."""
         found = self._awaiting.get(sender_key)
         if found is None:
+            if len(self._awaiting) * len(self.keys) > _MAX_LISTED:
+                self._awaiting.clear()
             found = self._awaiting[sender_key] = self._without_blockers(sender_key, self.others(sender_key))
         return found
 
