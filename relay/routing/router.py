@@ -30,11 +30,11 @@ class Router:
             if envelope.parts > 1:
                 self.fanout.put(envelope)
             else:
-                self._deliver(envelope)
+                self._deliver(envelope, envelope.awaiting)
 
-    def _deliver(self, envelope: Envelope) -> None:
+    def _deliver(self, envelope: Envelope, keys: Sequence[str]) -> None:
         serving = self._hub.serving
-        for key in envelope.awaiting:
+        for key in keys:
             for connection in serving(key):
                 connection.delivery.push(envelope)
 
