@@ -59,9 +59,10 @@ class Fanout:
                 part = self._queue.popleft()
                 awaiting = part.awaiting
                 for start in range(0, len(awaiting), _SLICE):
-                    self._deliver(part, awaiting[start : start + _SLICE])
+                    some = awaiting[start : start + _SLICE]
+                    self._deliver(part, some)
+                    self.waiting -= len(some)
+                    if self.waiting <= _MOST_WAITING // 2:
+                        self._room.set()
                     # One turn of the loop for everybody else, and for the sockets that were just written to.
                     await asyncio.sleep(0)
-                self.waiting -= len(awaiting)
-                if self.waiting <= _MOST_WAITING // 2:
-                    self._room.set()
