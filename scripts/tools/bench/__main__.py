@@ -1,4 +1,4 @@
-"""``scripts/bench``: limit, live, idle, soak, control."""
+"""``scripts/bench``: limit, live, fanout, idle, soak, control."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ import uvloop
 from relay.store.embedded import EmbeddedError
 from relay.store.mongo import MongoUnavailable, PyMongoError
 from scripts.tools.bench import control as plane
+from scripts.tools.bench import fanout as spreading
+from scripts.tools.bench import fanout_results, memory
 from scripts.tools.bench import live as traffic
-from scripts.tools.bench import memory
 from scripts.tools.bench.limit import CYCLES_IN_FLIGHT, Limit
 from scripts.tools.bench.live import Live, Options
 from scripts.tools.bench.memory import Idle, Soak
@@ -122,6 +123,72 @@ def live(
     )
     found: Live = _run(traffic.run(options, screen))
     _finish(found, screen.live, json, ok=found.ok)
+
+
+@app.command()
+def fanout(
+    scenario: Annotated[
+        list[spreading.Scenario] | None,
+        typer.Option(help="Only this, several times for several; all without.", show_default=False),
+    ] = None,
+    devices: Annotated[
+        int, typer.Option(min=1, max=10_000, help="Recipient devices of a large group, all connected.")
+    ] = 1000,
+    messages: Annotated[
+        int, typer.Option(min=1, max=10_000, help="One at a time (latency), and waiting (reconnect).")
+    ] = 50,
+    senders: Annotated[
+        int, typer.Option(min=1, max=1000, help="Devices that send into the large group.")
+    ] = 4,
+    window: Annotated[
+        int, typer.Option(min=1, max=256, help="Messages each sender of a group has under way.")
+    ] = 2,
+    inline_groups: Annotated[int, typer.Option(min=1, max=1000, help="Small groups, one sender each.")] = 16,
+    inline_devices: Annotated[
+        int, typer.Option(min=1, max=1024, help="Recipient devices of each small group.")
+    ] = 64,
+    huge_devices: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="Recipient devices of the huge group.")
+    ] = 10_000,
+    online: Annotated[int, typer.Option(min=0, max=10_000, help="So many of them are connected.")] = 1000,
+    pairs: Annotated[int, typer.Option(min=1, max=5000, help="Pairs beside a large group.")] = 50,
+    rate: Annotated[float, typer.Option(min=1, help="Messages/s of these pairs, in an open loop.")] = 200,
+    seconds: Annotated[float, typer.Option(min=0.5, max=3600, help="Each measured window.")] = 10,
+    warmup: Annotated[float, typer.Option(min=0, max=600, help="Seconds before it.")] = 3,
+    size: Size = 200,
+    limit_seconds: Annotated[
+        float, typer.Option(min=0, max=600, help="The raw cycle, half before and half after; 0: without.")
+    ] = 10,
+    compare: Annotated[
+        str | None,
+        typer.Option(metavar="NAME=VALUE", help="Reconnect again with this RELAY_ setting, and compare."),
+    ] = None,
+    mongo_uri: MongoUri = None,
+    json: Json = None,
+) -> None:
+    """Messages to many devices: groups of 64, of a thousand and of ten thousand. Every delivery is accounted for."""
+    screen = Screen(json_on_stdout=json == "-")
+    options = spreading.Options(
+        scenarios=tuple(scenario or spreading.Scenario),
+        devices=devices,
+        messages=messages,
+        senders=senders,
+        window=window,
+        inline_groups=inline_groups,
+        inline_devices=inline_devices,
+        huge_devices=huge_devices,
+        online=online,
+        pairs=pairs,
+        rate=rate,
+        seconds=seconds,
+        warmup=warmup,
+        size=size,
+        limit_seconds=limit_seconds,
+        compare=compare,
+        mongo_uri=mongo_uri,
+    )
+    found: fanout_results.Fanout = _run(spreading.run(options, screen))
+    _finish(found, lambda shown: fanout_results.show(shown, screen), json, ok=found.ok)
 
 
 @app.command()

@@ -7,7 +7,7 @@ import contextlib
 import os
 import secrets
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -100,7 +100,7 @@ class Target:
 async def run(options: Options, screen: Screen) -> Live:
     """The raw cycle, then the relay on the same mongod. Raises BenchError and what mongod and the driver raise."""
     if options.url is not None:
-        _address(options.url)
+        address(options.url)
     async with contextlib.AsyncExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="relay-bench-")))
         uri: str | None = None
@@ -148,11 +148,14 @@ async def database(mongo_uri: str | None, directory: Path) -> AsyncIterator[tupl
 
 
 @contextlib.asynccontextmanager
-async def own_relay(uri: str, mongo_pids: dict[str, int], directory: Path) -> AsyncIterator[Target]:
-    """A relay of the bench's own on a database of its own, which is dropped at the end. Raises BenchError."""
+async def own_relay(
+    uri: str, mongo_pids: dict[str, int], directory: Path, settings: Mapping[str, str] | None = None
+) -> AsyncIterator[Target]:
+    """A relay of the bench's own, with these RELAY_ settings, on a database of its own, which is dropped at the end. Raises
+    BenchError."""
     name = f"relay_bench_{secrets.token_hex(4)}"
     try:
-        async with relay_node(uri, name, directory / "relay") as node:
+        async with relay_node(uri, name, directory / "relay", settings) as node:
             yield Target(node.url, node.secret, {**mongo_pids, "relay": node.pid}, node, uri)
     finally:
         mongo = Mongo(uri, name)
@@ -178,7 +181,7 @@ async def measure_limit(
 
 def make_order(target: Target, options: Options) -> Order:
     """What the load generator is asked to do. Raises BenchError."""
-    host, port = _address(target.url)
+    host, port = address(target.url)
     return Order(
         host=host,
         port=port,
@@ -197,7 +200,8 @@ def make_order(target: Target, options: Options) -> Order:
     )
 
 
-def _address(url: str) -> tuple[str, int]:
+def address(url: str) -> tuple[str, int]:
+    """Host and port of a relay on this machine. Raises BenchError when it is elsewhere."""
     parts = urlsplit(url)
     if parts.scheme != "http" or parts.hostname not in _LOOPBACK or parts.port is None:
         raise BenchError(f"{url}: the relay must listen on this machine, as in http://127.0.0.1:8080")

@@ -23,6 +23,7 @@ class Msg(msgspec.Struct, tag_field="t", tag="msg", gc=False):
     """A delivered message."""
 
     id: str
+    conv: str
 
 
 class Stored(msgspec.Struct, tag_field="t", tag="stored", gc=False):
@@ -36,7 +37,9 @@ class Receipt(msgspec.Struct, tag_field="t", tag="receipt", gc=False):
 
 
 class Drained(msgspec.Struct, tag_field="t", tag="drained", gc=False):
-    """Nothing waits any more."""
+    """All that waited has come: so many messages."""
+
+    count: int = 0
 
 
 class Welcome(msgspec.Struct, tag_field="t", tag="welcome", gc=False):
@@ -61,6 +64,25 @@ class Error(msgspec.Struct, tag_field="t", tag="error"):
 
 Op = Msg | Stored | Receipt | Drained | Welcome | Bye | Pong | Error
 _decode: Final = msgspec.json.Decoder(Op | list[Op]).decode
+
+
+def decoded(payload: bytes) -> list[Op]:
+    """The operations of one text frame. Raises msgspec.DecodeError."""
+    ops = _decode(payload)
+    return ops if isinstance(ops, list) else [ops]
+
+
+def text_frame(text: str) -> bytes:
+    """The bytes of one text frame."""
+    payload = text.encode()
+    size = len(payload)
+    if size < 126:
+        header = bytes((_TEXT, 0x80 | size))
+    elif size < 65536:
+        header = bytes((_TEXT, 0xFE, size >> 8, size & 255))
+    else:
+        header = bytes((_TEXT, 0xFF)) + size.to_bytes(8)
+    return header + _MASK + payload
 
 
 class Receiver(Protocol):
@@ -156,13 +178,16 @@ class Socket(asyncio.Protocol):
                 break
             kind = data[position]
             if kind == _TEXT:
-                ops = _decode(data[start:end])
-                self._receiver.received(ops if isinstance(ops, list) else [ops])
+                self.took(data[start:end])
             elif not self._control(kind, data[start:end]):
                 return
             position = end
         if position < available:
             self._buffer = data[position:]
+
+    def took(self, payload: bytes) -> None:
+        """One text frame has come."""
+        self._receiver.received(decoded(payload))
 
     def _control(self, kind: int, payload: bytes) -> bool:
         if kind == _PING:
@@ -182,15 +207,7 @@ class Socket(asyncio.Protocol):
 
     def send(self, text: str) -> None:
         """Writes one text frame."""
-        payload = text.encode()
-        size = len(payload)
-        if size < 126:
-            header = bytes((_TEXT, 0x80 | size))
-        elif size < 65536:
-            header = bytes((_TEXT, 0xFE, size >> 8, size & 255))
-        else:
-            header = bytes((_TEXT, 0xFF)) + size.to_bytes(8)
-        self.transport.write(header + _MASK + payload)
+        self.transport.write(text_frame(text))
 
     def close(self) -> None:
         """Says goodbye and closes; nothing is received any more."""
@@ -210,10 +227,18 @@ class Socket(asyncio.Protocol):
         self._receiver.lost(reason)
 
 
-async def connect(receiver: Receiver, host: str, port: int, token: str, *, seconds: float = 30) -> Socket:
-    """An upgraded socket. Raises OSError (ConnectionError among them) with the reason in one line."""
+async def connect(
+    receiver: Receiver,
+    host: str,
+    port: int,
+    token: str,
+    *,
+    seconds: float = 30,
+    make: Callable[[Receiver, str, int, str], Socket] = Socket,
+) -> Socket:
+    """An upgraded socket, as ``make`` makes them. Raises OSError (ConnectionError among them) with the reason in one line."""
     loop = asyncio.get_running_loop()
-    socket: Callable[[], Socket] = lambda: Socket(receiver, host, port, token)  # noqa: E731
+    socket: Callable[[], Socket] = lambda: make(receiver, host, port, token)  # noqa: E731
     try:
         async with asyncio.timeout(seconds):
             _, made = await loop.create_connection(socket, host, port)

@@ -10,7 +10,7 @@ import secrets
 import signal
 import sys
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -99,9 +99,11 @@ async def mongod(directory: Path, cache_gb: float) -> AsyncIterator[tuple[str, i
 
 
 @contextlib.asynccontextmanager
-async def relay_node(uri: str, database: str, directory: Path) -> AsyncIterator[RelayNode]:
+async def relay_node(
+    uri: str, database: str, directory: Path, settings: Mapping[str, str] | None = None
+) -> AsyncIterator[RelayNode]:
     """A relay on this database, listening on a free port. RELAY_* of the environment apply, but for what says where
-    things are. Raises BenchError."""
+    things are, and ``settings`` instead of them. Raises BenchError."""
     secret = secrets.token_hex(32)
     own = {
         "RELAY_HOST": "127.0.0.1",
@@ -122,7 +124,7 @@ async def relay_node(uri: str, database: str, directory: Path) -> AsyncIterator[
         "RELAY_JWT_JWKS_FILE",
     }
     given = {name: value for name, value in os.environ.items() if name not in elsewhere}
-    environment = _WITHOUT_LIMITS | given | own
+    environment = _WITHOUT_LIMITS | given | dict(settings or {}) | own
     process = await _start("relay", environment, stderr=asyncio.subprocess.PIPE)
     node = RelayNode("", process.pid, secret, database)
     listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -141,17 +143,21 @@ async def relay_node(uri: str, database: str, directory: Path) -> AsyncIterator[
 @contextlib.asynccontextmanager
 async def load_generator(order: Order) -> AsyncIterator[LoadGenerator]:
     """The load generator at work on an order."""
-    process = await _start(
-        "scripts.tools.bench.load",
-        dict(os.environ),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-    )
-    try:
+    async with helper("scripts.tools.bench.load") as process:
         assert process.stdin is not None
         process.stdin.write(msgspec.json.encode(order) + b"\n")
         await process.stdin.drain()
         yield LoadGenerator(process)
+
+
+@contextlib.asynccontextmanager
+async def helper(module: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A module as a process whose standard input and output are pipes; ended with the block."""
+    process = await _start(
+        module, dict(os.environ), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        yield process
     finally:
         await _end(process, signal.SIGTERM)
 
