@@ -21,7 +21,9 @@ from relay.client import (
     Device,
     DeviceError,
     Draft,
+    Event,
     Message,
+    Receipt,
     RequestFailed,
     SessionEnded,
     Token,
@@ -29,8 +31,10 @@ from relay.client import (
 from relay.security.tokens import KeyConfigurationError, generate_secret, mint
 from relay.wire import ids
 from scripts.tools import login, stdin
+from scripts.tools.groups import Titles, meet
 from scripts.tools.names import Names, Unknown, find_user
-from scripts.tools.screen import Screen, concerned
+from scripts.tools.receipts import Receipts
+from scripts.tools.screen import Screen, concerned, is_change
 from scripts.tools.typing_line import Line, columns, keys
 
 _NAMESPACE: Final = uuid.UUID("5b0a9d0e-4f59-4a3c-9c5e-9a51c2f1d7b4")
@@ -86,12 +90,21 @@ async def converse(options: Options) -> int:
     async def show(message: Message) -> None:
         # Ids of elsewhere say more than names that their owners may choose, and scripts rely on them.
         named = options.by_name and not options.as_json
-        screen.on_message(message, await names.of(message.conv, concerned(message)) if named else {})
+        title = await titles.learn(message.conv) if is_change(message) and not options.as_json else None
+        found = await names.of(message.conv, concerned(message)) if named else {}
+        screen.on_message(message, found, title or (None, None))
 
-    device = Device(options.url, options.database, options.token, on_message=show, on_event=screen.on_event)
-    names = Names(device.request)
+    async def note(event: Event) -> None:
+        screen.on_event(event)
+        if interactive and isinstance(event, Receipt) and event.user != options.user:
+            shown = await names.of(event.conv, [event.user]) if options.by_name else {}
+            receipts.arrived(event.ids, shown.get(event.user, event.user))
+
+    device = Device(options.url, options.database, options.token, on_message=show, on_event=note)
+    names, titles, receipts = Names(device.request), Titles(device.request), Receipts(screen.delivered)
     async with device:
-        work = asyncio.create_task(_work(device, screen, options, interactive), name="chat")
+        typing = receipts if interactive else None
+        work = asyncio.create_task(_work(device, screen, options, typing, titles), name="chat")
         ended = asyncio.create_task(device.stopped(), name="chat-device-ended")
         broken = asyncio.create_task(screen.broken.wait(), name="chat-output-broken")
         loop = asyncio.get_running_loop()
@@ -107,19 +120,24 @@ async def converse(options: Options) -> int:
                 screen.say(f"{device.queued} messages still wait to be sent; the next start sends them")
             return 130 if device.queued else 0
         finally:
+            receipts.close()
             for task in (work, ended, broken):
                 task.cancel()
             await asyncio.gather(work, ended, broken, return_exceptions=True)
 
 
-async def _work(device: Device, screen: Screen, options: Options, interactive: bool) -> int:
+async def _work(
+    device: Device, screen: Screen, options: Options, receipts: Receipts | None, titles: Titles
+) -> int:
+    """``receipts`` of what is typed, None without a terminal to type on."""
     if not options.to and options.conversation is None:
         await asyncio.Event().wait()
-    patience = None if interactive else options.timeout
+    patience = options.timeout if receipts is None else None
     conv = options.conversation or await _conversation(device, screen, options, patience)
     screen.conv = conv
-    if interactive:
-        await _type(device, screen, conv)
+    if receipts is not None:
+        await titles.learn(conv)
+        await _type(device, screen, conv, receipts)
         return 0
     code = await _pipe(device, screen, options, conv)
     if options.listen:
@@ -161,19 +179,19 @@ async def _open(device: Device, options: Options, people: list[str]) -> str:
         members = sorted({await find_user(device.request, who) for who in people})
     body: dict[str, object] = {"type": "direct", "members": members}
     if len(members) > 1:
-        # The same people again are the same group, also after the database was lost.
         reference = uuid.uuid5(_NAMESPACE, "\0".join([options.user, *members]))
         body = {"type": "group", "members": members, "name": ", ".join(people)[:100], "ref": str(reference)}
+        return await meet(device.request, {options.user, *members}, body)
     return str((await device.request("POST", "/v1/conversations", body))["id"])
 
 
-async def _type(device: Device, screen: Screen, conv: str) -> None:
+async def _type(device: Device, screen: Screen, conv: str, receipts: Receipts) -> None:
     lines = _typed(screen) if sys.stdout.isatty() and sys.stderr.isatty() else _entered()
     async with contextlib.aclosing(lines):
         async for text in lines:
             if text.strip():
                 try:
-                    await device.send(conv, text)
+                    receipts.typed(await device.send(conv, text), text)
                 except DeviceError as error:
                     screen.say(str(error))
     await device.settled()

@@ -20,6 +20,7 @@ from scripts.tools.typing_line import Line
 
 _COLOURS: Final = ("cyan", "green", "magenta", "yellow", "blue", "bright_red")
 _MOST_NAMED: Final = 10
+_MOST_ELSEWHERE: Final = 1000
 
 
 class Screen:
@@ -36,6 +37,7 @@ class Screen:
         self._json = as_json
         self._out = Console(highlight=False, soft_wrap=True) if sys.stdout.isatty() else None
         self._told = False
+        self._elsewhere: set[str] = set()
 
     def say(self, line: str) -> None:
         """A line about the program itself."""
@@ -51,8 +53,20 @@ class Screen:
         if self.line is not None:
             self.line.show()
 
-    def on_message(self, message: Message, names: Mapping[str, str]) -> None:
-        """Shows one message; ``names`` are those of the people ``concerned``."""
+    def delivered(self, line: str) -> None:
+        """Own messages have arrived somewhere; for people who type only."""
+        if self.line is not None and self._out is not None:
+            with self._above():
+                self._out.print(Text(f"      {_printable(line)}", "dim"))
+
+    def on_message(
+        self,
+        message: Message,
+        names: Mapping[str, str],
+        title: tuple[str | None, str | None] = (None, None),
+    ) -> None:
+        """Shows one message; ``names`` are those of the people ``concerned``, ``title`` what a group that was changed is
+        called now and was before."""
         self.progress += 1
         try:
             if self._json:
@@ -61,26 +75,31 @@ class Screen:
                     flush=True,
                 )
             elif message.kind != "withdrawn":
-                self._show(message, names)
+                self._show(message, names, title)
         except BrokenPipeError:
             # The reader of the pipe has left; a second failure at exit must not print a traceback.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             self.broken.set()
 
-    def _show(self, message: Message, names: Mapping[str, str]) -> None:
+    def _show(self, message: Message, names: Mapping[str, str], title: tuple[str | None, str | None]) -> None:
         # The first tab ends the sender.
         sender = _printable(names.get(message.user, message.user)).replace("\t", " ")
-        text = _printable(_text(message, names))
+        text = _printable(_text(message, names, title))
         if self._out is None:
             print(f"{sender}\t{text}", flush=True)
             return
         at = datetime.fromtimestamp(message.at / 1000).strftime("%H:%M")
         colour = _COLOURS[sum(message.user.encode()) % len(_COLOURS)]
+        elsewhere = "(elsewhere) " if self.conv not in (None, message.conv) else ""
         with self._above():
             if _is_system(message):
-                self._out.print(Text(f"{at} {text}", "dim"))
+                self._out.print(Text(f"{at} {elsewhere}{text}", "dim"))
             else:
-                self._out.print(Text.assemble((f"{at} ", "dim"), (f"{sender} ", f"bold {colour}"), text))
+                told = ((f"{at} ", "dim"), (f"{sender} ", f"bold {colour}"), (elsewhere, "dim"), text)
+                self._out.print(Text.assemble(*told))
+        if elsewhere and message.conv not in self._elsewhere and len(self._elsewhere) < _MOST_ELSEWHERE:
+            self._elsewhere.add(message.conv)
+            self.say(f"(elsewhere): in another conversation; to write there: --conversation {message.conv}")
 
     def on_event(self, event: Event) -> None:
         """Tells of trouble once an outage, and counts what the relay answered."""
@@ -129,15 +148,22 @@ def _is_system(message: Message) -> bool:
     return message.kind == "system" and message.user == RELAY_USER
 
 
-def _text(message: Message, names: Mapping[str, str]) -> str:
+def is_change(message: Message) -> bool:
+    """Whether it tells that a group's name, picture or settings were changed."""
+    return _is_system(message) and isinstance(message.body, dict) and message.body.get("event") == "changed"
+
+
+def _text(message: Message, names: Mapping[str, str], title: tuple[str | None, str | None]) -> str:
     if _is_system(message) and isinstance(message.body, dict):
-        return _what_happened(message.body, names)
+        return _what_happened(message.body, names, title)
     if message.body is None:
         return f"({message.kind})"
     return message.body if isinstance(message.body, str) else json.dumps(message.body, ensure_ascii=False)
 
 
-def _what_happened(body: Mapping[str, Any], names: Mapping[str, str]) -> str:
+def _what_happened(
+    body: Mapping[str, Any], names: Mapping[str, str], title: tuple[str | None, str | None]
+) -> str:
     event, by, users = body.get("event"), str(body.get("by", RELAY_USER)), _others(body)
     who = "the relay" if by == RELAY_USER else names.get(by, by)
     whom = ", ".join(names.get(user, user) for user in users[:_MOST_NAMED])
@@ -154,7 +180,12 @@ def _what_happened(body: Mapping[str, Any], names: Mapping[str, str]) -> str:
         return f"{who} made {whom or 'themselves'} {article} {body.get('role', 'member')}"
     if event == "dissolved":
         return f"{who} dissolved the group"
-    return f"{who} changed the group" if event == "changed" else f"{who}: {event} {whom}".rstrip()
+    if event == "changed":
+        now, before = title
+        if now is not None and before not in (None, now):
+            return f"{who} renamed the group to “{now}”"
+        return f"{who} changed the group" + ("" if now is None else f" “{now}”")
+    return f"{who}: {event} {whom}".rstrip()
 
 
 def _others(body: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from relay.client import Connected, Disconnected, Message
-from scripts.tools.screen import Screen, concerned
+from scripts.tools.screen import Screen, concerned, is_change
 from scripts.tools.typing_line import Line
 
 NAMES = {"u1": "Ann", "u2": "Bob", "u3": "Cleo"}
@@ -56,6 +56,24 @@ def test_what_happened_in_a_group_is_told_in_words(
     screen: Screen, told: Message, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert printed(screen, told, capsys).rstrip() == f"$relay\t{line}"
+
+
+@pytest.mark.parametrize(
+    ("title", "line"),
+    [
+        (("Books", "Reading"), "Ann renamed the group to “Books”"),
+        (("Books", "Books"), "Ann changed the group “Books”"),
+        (("Books", None), "Ann changed the group “Books”"),
+        ((None, "Books"), "Ann changed the group"),
+    ],
+)
+def test_a_new_name_of_a_group_is_told(
+    screen: Screen, title: tuple[str | None, str | None], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = system("changed")
+    assert is_change(told) and not is_change(system("added")) and not is_change(message("changed"))
+    screen.on_message(told, NAMES, title)
+    assert capsys.readouterr().out.rstrip() == f"$relay\t{line}"
 
 
 def test_of_many_people_only_some_are_named_and_looked_up(
