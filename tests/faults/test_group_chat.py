@@ -182,6 +182,10 @@ async def harass(person: Person, seed: str, stop: asyncio.Event) -> None:
         await person.start()
 
 
+def to_all_but(person: Person) -> list[str]:
+    return [part for name in PEOPLE if name != person.name for part in ("--to", name)]
+
+
 async def made_group(node: Node) -> str:
     async def exists() -> bool:
         return bool(await node.db.conversations.count_documents({"type": "group"}))
@@ -201,10 +205,10 @@ async def test_five_chats_of_which_two_are_killed_all_the_time_end_with_one_hist
     await relay.start()
     async with people(relay, tmp_path) as everybody:
         first, *others = everybody
-        await first.start(*(part for other in others for part in ("--to", other.name)))
+        await first.start(*to_all_but(first))
         conv = await made_group(relay)
         for person in others:
-            await person.start("--conversation", conv)
+            await person.start(*to_all_but(person))
         stop = asyncio.Event()
         victims = random.Random(SEED).sample(everybody, VICTIMS)
         async with asyncio.TaskGroup() as group:
