@@ -14,6 +14,7 @@ import aiohttp
 import msgspec
 
 from relay.store.mongo import Mongo
+from relay.wire.ids import PARTS_KEY
 from scripts.tools.bench import groups, live
 from scripts.tools.bench.crowd_messages import (
     AnyAnswer,
@@ -224,6 +225,8 @@ async def venue(
 async def _awaited(messages: Any) -> dict[int, int]:
     by_device = [
         {"$unwind": "$awaiting"},
+        # The mark of a message in parts is nobody's mailbox.
+        {"$match": {"awaiting": {"$ne": PARTS_KEY}}},
         {"$group": {"_id": "$awaiting", "messages": {"$sum": 1}}},
         {"$group": {"_id": "$messages", "devices": {"$sum": 1}}},
     ]

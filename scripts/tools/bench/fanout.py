@@ -7,9 +7,8 @@ import asyncio
 import contextlib
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
@@ -18,6 +17,7 @@ import msgspec
 
 from scripts.tools.bench import fanout_results, live
 from scripts.tools.bench import limit as raw
+from scripts.tools.bench.crowd_messages import Settled
 from scripts.tools.bench.crowds import Venue, Window, venue
 from scripts.tools.bench.fanout_results import (
     Comparison,
@@ -119,6 +119,7 @@ async def run(options: Options, screen: Screen) -> Fanout:
         compared=_compared(reconnect),
         goals=fanout_results.goals(latency, sustained, inline, huge, neighbours),
         checks=checks,
+        relay_log=work.relay_log,
     )
 
 
@@ -155,6 +156,7 @@ class _Work:
     uri: str
     pids: dict[str, int]
     directory: Path
+    relay_log: list[str] = field(default_factory=list)
 
     async def raw_cycle(self) -> list[Limit]:
         """Half of the time that was asked for."""
@@ -164,10 +166,15 @@ class _Work:
         seconds = self.options.limit_seconds / 2
         return [await live.measure_limit(how, self.uri, self.pids, seconds, self.screen)]
 
-    def _venue(
+    @contextlib.asynccontextmanager
+    async def _venue(
         self, sizes: Sequence[int], settings: Mapping[str, str] | None = None
-    ) -> AbstractAsyncContextManager[Venue]:
-        return venue(self.uri, self.pids, self.directory, sizes, self.options.size, settings)
+    ) -> AsyncIterator[Venue]:
+        async with venue(self.uri, self.pids, self.directory, sizes, self.options.size, settings) as place:
+            try:
+                yield place
+            finally:
+                self.relay_log.extend(place.node.complaints)
 
     async def latency(self) -> Latency:
         """One message at a time, everybody connected."""
@@ -232,11 +239,13 @@ class _Work:
         with self.screen.working("neighbours: one-to-one traffic alone") as show:
             async with self._venue([options.devices + 1]) as place:
                 await place.enter(0, options.devices + 1)
-                alone, first = await self._pairs(place)
+                alone, first = await self._pairs(place, asyncio.Event())
                 show(f"neighbours: beside a group of {options.devices:,} at full rate")
-                await place.talk(options.senders, options.window)
-                (beside, second), group = await asyncio.gather(self._pairs(place), self._beside(place, show))
-                settled = await place.stop()
+                connected = asyncio.Event()
+                async with asyncio.TaskGroup() as both:
+                    pairs = both.create_task(self._pairs(place, connected), name="pairs")
+                    talking = both.create_task(self._beside(place, connected, show), name="large group")
+                (beside, second), (group, settled) = pairs.result(), talking.result()
                 others = first.delivered + second.delivered
                 checks = [*_pair_checks([first, second]), *await place.account(settled, others=others)]
         before, after = alone.delivered_ms, beside.delivered_ms
@@ -252,10 +261,15 @@ class _Work:
             checks=_named("neighbours", checks),
         )
 
-    async def _beside(self, place: Venue, show: Show) -> Window:
-        return await place.window(self.options.warmup, self.options.seconds, show, "neighbours")
+    async def _beside(self, place: Venue, connected: asyncio.Event, show: Show) -> tuple[Window, Settled]:
+        options = self.options
+        await connected.wait()
+        await place.talk(options.senders, options.window)
+        window = await place.window(options.warmup, options.seconds, show, "neighbours")
+        # At once: the pairs have a few seconds only for what is still under way.
+        return window, await place.stop()
 
-    async def _pairs(self, place: Venue) -> tuple[Measured, Counted]:
+    async def _pairs(self, place: Venue, connected: asyncio.Event) -> tuple[Measured, Counted]:
         options = self.options
         how = live.Options(
             pairs=options.pairs,
@@ -266,7 +280,7 @@ class _Work:
         )
         async with load_generator(live.make_order(place.target, how)) as load:
             while not isinstance(measured := await load.news(), Measured):
-                pass
+                connected.set()
             load.dismiss()
             counted = await load.news()
         if not isinstance(counted, Counted):

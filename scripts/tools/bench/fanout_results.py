@@ -97,7 +97,8 @@ class Goal(msgspec.Struct, frozen=True):
 
 class Fanout(msgspec.Struct, frozen=True, kw_only=True):
     """The result; a scenario that was not asked for is absent. ``limits`` are the raw cycle before and after, ``steady``
-    whether they agree within a fifth. ``ok`` is that everything was accounted for; goals do not count."""
+    whether they agree within a fifth. ``ok`` is that everything was accounted for; goals do not count.
+    ``relay_log`` are warnings of the relays, of each the last few."""
 
     command: str = "fanout"
     ok: bool
@@ -113,6 +114,7 @@ class Fanout(msgspec.Struct, frozen=True, kw_only=True):
     compared: Comparison | None = None
     goals: list[Goal]
     checks: list[Check]
+    relay_log: list[str]
 
 
 _LAST_MS: Final = 150.0
@@ -190,6 +192,8 @@ def show(found: Fanout, screen: Screen) -> None:
         text = f"{'met   ' if goal.met else 'missed'}  {goal.name}: {goal.found} (goal {goal.wanted})"
         screen.out.print(Text(text, style="green" if goal.met else "yellow"))
     screen.checks([check for check in found.checks if not check.ok])
+    for line in found.relay_log[:5]:
+        screen.out.print(Text(f"relay's log: {line[:300]}", style="yellow"))
     if found.ok:
         screen.out.print(
             Text(f"ok      all {len(found.checks)} checks: nothing lost, doubled or left", style="green")
