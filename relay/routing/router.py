@@ -13,7 +13,7 @@ from relay.routing.hub import Hub
 from relay.store.endings import Settlement
 from relay.wire import replies
 from relay.wire.envelope import Envelope
-from relay.wire.ids import split_document_id
+from relay.wire.ids import head_id, split_document_id
 
 
 class Router:
@@ -47,7 +47,10 @@ class Router:
     def settled(self, settlement: Settlement) -> None:
         """Gives credit back and tells senders that their messages arrived."""
         serving = self._hub.serving
+        spreading = bool(self.fanout.waiting)
         for doc_id, key in settlement.released:
+            if spreading:
+                self.fanout.ended(head_id(doc_id), key)
             for connection in serving(key):
                 connection.delivery.release(doc_id)
         receipts: dict[tuple[str, str, str, str, int], list[str]] = {}

@@ -60,6 +60,21 @@ async def test_others_have_their_turn_after_every_slice(taken: Taken) -> None:
     assert max(map(len, taken.slices)) <= 16
 
 
+async def test_who_has_drained_it_before_their_turn_does_not_get_it_again(taken: Taken) -> None:
+    parts = [part(1, 40), part(1, 40)]
+    for one in parts:
+        taken.fanout.put(one)
+    late = parts[0].awaiting[30]
+    taken.fanout.ended(parts[0].doc_id, late)
+    taken.fanout.ended(message(2).doc_id, late)
+    await handed_out(taken, 78)
+    assert late not in {key for keys in taken.slices for key in keys}
+    while taken.fanout.waiting:
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert not taken.fanout._pending
+
+
 async def test_whoever_commits_more_waits_until_half_is_handed_out(taken: Taken) -> None:
     for number in range(500):
         taken.fanout.put(part(number, 64))
