@@ -155,6 +155,7 @@ class Settings(BaseSettings):
     rate_conversation: Rate = Field(
         "60/minute", description="Conversations made, and additions to groups, by one user."
     )
+    rate_presence: Rate = Field("60/minute", description="Watch lists for presence by one user.")
     rate_report: Rate = Field("20/hour", description="Reports by one user.")
     rate_export: Rate = Field("10/hour", description="Exports of a person's data by one user.")
     message_rate: float = Field(
@@ -162,8 +163,18 @@ class Settings(BaseSettings):
     )
     message_burst: int = Field(2000, ge=1, le=10_000_000, description="Messages of one device at once.")
 
+    typing_rate: float = Field(
+        5, ge=0, le=1_000_000, description="`typing` operations a second of one device; 0: no limit."
+    )
+    typing_burst: int = Field(
+        20, ge=1, le=10_000_000, description="`typing` operations of one device at once."
+    )
+
     max_members: int = Field(1000, ge=2, le=100_000, description="Most members of a group.")
     max_contacts: int = Field(10_000, ge=1, le=1_000_000, description="Most contacts of one user.")
+    max_watches: int = Field(
+        256, ge=1, le=10_000, description="Most people whose presence one connection watches."
+    )
     max_devices: int = Field(
         16, ge=1, le=1000, description="Most devices of one user that the relay issued a session for."
     )

@@ -34,6 +34,8 @@ _ACTS: Final[dict[Event, str]] = {
     "dissolved": "conversation.dissolve",
 }
 _ON_PEOPLE: Final = frozenset({"added", "removed", "left", "role"})
+_SEEN_BY: Final = frozenset({"created", "added", "removed", "left", "dissolved"})
+"""Who shares a conversation may see who is online."""
 Decide = Callable[[Situation], Proposal | None]
 _RELAY_DEVICE: Final = "relay"
 _RELAY_KEY: Final = f"{RELAY_USER}/{_RELAY_DEVICE}"
@@ -82,6 +84,8 @@ async def _carry_out(ctx: Context, revision: Revision) -> None:
         ]
     if not await ctx.revisions.apply(revision):
         return
+    if revision.event in _SEEN_BY:
+        ctx.live.presence.recheck(revision.users)
     # Nobody can have resolved a conversation before it was made.
     if revision.event != "created":
         await ctx.invalidation.tell(conversations=[revision.conversation])

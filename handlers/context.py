@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from relay.metrics import Metrics
-from relay.routing.delivery import Delivery
-from relay.routing.hub import Hub
+from relay.routing.hub import Connected, Hub
 from relay.routing.invalidation import Invalidation
-from relay.routing.outbox import Outbox
+from relay.routing.live import Live
 from relay.security.issuer import Issuer
 from relay.security.passwords import Passwords
 from relay.security.pseudonyms import Pseudonyms
@@ -52,6 +51,8 @@ class Limits:
     """Seconds after which a message or acknowledgement that could not be committed is given up."""
     members: int
     """Most members of a group."""
+    watches: int
+    """Most people watched by one connection."""
 
 
 @dataclass(slots=True)
@@ -93,6 +94,8 @@ class Context:
     pseudonyms: Pseudonyms
     rates: Rates
     message_rates: MessageRates
+    typing_rates: MessageRates
+    live: Live
     issuer: Issuer | None
     """Signs access tokens; None when the relay has no secret of its own: then accounts live elsewhere."""
     registration: bool
@@ -101,33 +104,13 @@ class Context:
     """Whether unknown users named as members are created."""
 
 
-class Peer(Protocol):
+class Peer(Connected, Protocol):
     """The connection an operation came from."""
 
     last_seq: int
     """The highest ``seq`` given to a message of this connection."""
     crowded: bool
     """Whether it has sent to many devices since it was last held back for that."""
-
-    @property
-    def user(self) -> str:
-        """The authenticated user."""
-
-    @property
-    def device(self) -> str:
-        """The authenticated device."""
-
-    @property
-    def key(self) -> str:
-        """The device key."""
-
-    @property
-    def outbox(self) -> Outbox:
-        """Where replies go."""
-
-    @property
-    def delivery(self) -> Delivery:
-        """What is in flight."""
 
     async def renew(self, token: str) -> int | None:
         """Takes a new token of the same user and device; returns its expiry (s). None when that device may not be here any

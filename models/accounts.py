@@ -25,7 +25,8 @@ class User(Document):
     """A person. ``id`` is the user id; a user that a token brought has no ``username`` and no ``password``.
 
     ``usernameKey``, ``nameKey`` and ``phoneKey`` are what others find the user by, folded for comparison; each is absent
-    when the user does not want to be found by it, is suspended or is being erased.
+    when the user does not want to be found by it, is suspended or is being erased. ``deliveredReceipts`` and ``readReceipts``
+    are False when others shall not be told what the user has received and read.
     """
 
     id: str  # type: ignore[assignment]
@@ -44,6 +45,8 @@ class User(Document):
     phoneKey: str | None = Field(default=None)
     whoMayMessage: Circle | None = Field(default=None)
     whoMayAdd: Circle | None = Field(default=None)
+    deliveredReceipts: bool | None = Field(default=None)
+    readReceipts: bool | None = Field(default=None)
     suspendedAt: datetime | None = Field(default=None)
     erasingAt: datetime | None = Field(default=None)
     searches: list[Search] | None = Field(default=None)
@@ -117,6 +120,7 @@ class Session(BaseModel):
 class Device(Document):
     """One installation of the app. ``id`` is ``user/device``; ``lastSeen`` is absent until its first connection.
 
+    ``liveAt`` is when it last had a WebSocket, as far as was noted: what happened before was told to it live.
     ``since`` is when this incarnation began to receive (absent: ``createdAt``), ``backAt`` when it was last back from
     inactivity. ``endedAt``: tokens issued up to then are
     refused, and so are tokens of another session. ``removedAt``: it is no recipient any more.
@@ -129,6 +133,7 @@ class Device(Document):
     updatedAt: datetime | None = Field(default=None)
     since: datetime | None = Field(default=None)
     lastSeen: datetime | None = Field(default=None)
+    liveAt: datetime | None = Field(default=None)
     backAt: datetime | None = Field(default=None)
     gap: Gap | None = Field(default=None)
     name: str | None = Field(default=None)

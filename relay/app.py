@@ -21,6 +21,7 @@ from relay.configured import (
     StartError,
     keys_of,
     limits_of,
+    live_of,
     make_data_dir,
     pseudonyms_of,
     rate_rules,
@@ -82,6 +83,7 @@ _DOUBTS_SECONDS: Final = 1.0
 _REVOCATIONS_SECONDS: Final = 2.0
 _ERASURES_SECONDS: Final = 5.0
 _REPAIR_SECONDS: Final = 2.0
+_PRESENCE_SECONDS: Final = 1.0
 _LAST_SEEN_SECONDS: Final = 10.0
 _TTL_SECONDS: Final = 60.0
 _AUDIT_HEAD_SECONDS: Final = 3600.0
@@ -145,7 +147,6 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
     ledger = Ledger(metrics.registry)
     clock = Clock()
     hub = Hub()
-    router = Router(hub, metrics)
     timeout = settings.commit_timeout_seconds
     messages = Messages(mongo, metrics, ttl_seconds=ttl_seconds, timeout=timeout, hot=_hot(settings, stack))
     fates = Fates(mongo, timeout=timeout)
@@ -153,6 +154,9 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
     conversations = Conversations()
     rosters = Rosters(inactive=timedelta(days=settings.device_inactive_days), timeout=timeout)
     audiences = Audiences(rosters.load)
+    people = People()
+    live = live_of(settings, hub, metrics, audiences, people, clock)
+    router = Router(hub, metrics, live.receipts)
     ledger.open(await messages.count_waiting())
 
     health = Health()
@@ -204,7 +208,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
             repeat_hours=settings.refresh_repeat_hours,
             max_devices=settings.max_devices,
         ),
-        people=People(),
+        people=people,
         contacts=Contacts(most=settings.max_contacts),
         keys=Keys(),
         audit=audit,
@@ -214,6 +218,8 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
         pseudonyms=pseudonyms,
         rates=rates,
         message_rates=MessageRates(settings.message_rate, settings.message_burst),
+        typing_rates=MessageRates(settings.typing_rate, settings.typing_burst),
+        live=live,
         issuer=issuer,
         registration=settings.registration,
         provision=settings.auto_provision,
@@ -222,9 +228,10 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
         [
             Job(
                 "heartbeat",
-                Heartbeat(hub, settings.heartbeat_seconds).run,
+                Heartbeat(hub, settings.heartbeat_seconds, live.presence.faded).run,
                 min(1.0, settings.heartbeat_seconds / 4),
             ),
+            Job("presence", live.presence.tick, _PRESENCE_SECONDS),
             Job("expiry", Expiry(messages, endings, clock.now).run, settings.expiry_seconds, 0.1),
             Job(
                 "sweep",
@@ -289,6 +296,7 @@ async def _drain(
     deadline = loop.time() + seconds
     await context.sends.close(seconds / 2)
     await context.endings.close(max(0.1, (deadline - loop.time()) / 2))
+    await context.live.close(max(0.1, (deadline - loop.time()) / 2))
     for connection in context.hub:
         connection.shut(errors.RESTARTING)
     with contextlib.suppress(TimeoutError):

@@ -7,9 +7,15 @@ from typing import Final
 
 from config.settings import Settings
 from handlers.context import Limits
+from relay.metrics import Metrics
+from relay.routing.hub import Hub
+from relay.routing.live import Live
 from relay.security.issuer import Issuer
 from relay.security.pseudonyms import Pseudonyms
 from relay.security.tokens import KeyConfigurationError, Verifier, first_secret, generate_secret, load_keys
+from relay.store.audience import Audiences
+from relay.store.people import People
+from relay.wire.clock import Clock
 from relay.wire.frames import MAX_OPERATIONS
 
 SECRET_FILE: Final = "jwt-secret"
@@ -83,4 +89,21 @@ def limits_of(settings: Settings, ttl_seconds: int) -> Limits:
         ttl_seconds=ttl_seconds,
         send_deadline=settings.send_deadline_seconds,
         members=settings.max_members,
+        watches=settings.max_watches,
+    )
+
+
+def live_of(
+    settings: Settings, hub: Hub, metrics: Metrics, audiences: Audiences, people: People, clock: Clock
+) -> Live:
+    """What is told live."""
+    return Live.of(
+        hub,
+        metrics,
+        audiences,
+        people.last_seen,
+        clock.now,
+        max_frame=settings.max_frame_bytes,
+        heartbeat=settings.heartbeat_seconds,
+        timeout=settings.commit_timeout_seconds,
     )

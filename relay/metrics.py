@@ -91,6 +91,18 @@ class Metrics:
         self.problems = Gauge(
             "relay_problem", "1 while this part does not answer, as /readyz says.", ["part"], registry=r
         )
+        self.live = Counter(
+            "relay_live_frames_total", "Live frames handed to sockets, by event.", ["event"], registry=r
+        )
+        self.live_dropped = Counter(
+            "relay_live_frames_dropped_total",
+            "Live frames that slow sockets went without, by event.",
+            ["event"],
+            registry=r,
+        )
+        self.watches = Gauge(
+            "relay_presence_watches", "People watched, once for each connection that does.", registry=r
+        )
         self._queue = Gauge("relay_queue_items", "Items waiting for a group commit.", ["queue"], registry=r)
         self._queue_bytes = Gauge(
             "relay_queue_bytes", "Bytes waiting for a group commit.", ["queue"], registry=r

@@ -24,6 +24,9 @@ REPLIES: Final[dict[str, tuple[str, ...]]] = {
     "send": ("stored", "error"),
     "ack": ("acked", "error"),
     "status": ("status", "error"),
+    "read": ("done", "error"),
+    "typing": ("error",),
+    "presence": ("presence", "done", "error"),
     "ping": ("pong", "error"),
     "auth": ("welcome", "authed", "error"),
 }

@@ -144,7 +144,7 @@ async def devices(ctx: Context, caller: Caller, _: web.Request) -> web.Response:
                     created_at=view.created_at,
                     last_seen=view.last_seen,
                     current=view.id == caller.device,
-                    online=ctx.hub.get(device_key(caller.user, view.id)) is not None,
+                    online=ctx.live.presence.device_online(device_key(caller.user, view.id)),
                 )
                 for view in await ctx.sessions.devices(caller.user)
             ]

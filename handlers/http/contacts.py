@@ -37,6 +37,7 @@ async def add(ctx: Context, caller: Caller, request: web.Request) -> web.Respons
     profile = await _other(ctx, caller, wanted.user)
     entry, new = await ctx.contacts.add(caller.user, wanted.user, name=wanted.name, shown=_sorted_as(profile))
     await _tell_if_restricted(ctx, caller.user)
+    ctx.live.presence.recheck([caller.user])
     return answer(_shown(entry, profile), 201 if new else 200)
 
 
@@ -92,6 +93,7 @@ async def change(ctx: Context, caller: Caller, request: web.Request) -> web.Resp
     )
     if wanted.blocked is not None:
         # Also when nothing has changed: an attempt before may have ended between the two.
+        ctx.live.presence.recheck([caller.user])
         await ctx.invalidation.tell(users=[caller.user, user])
     return answer(_shown(entry, profile))
 
@@ -100,19 +102,20 @@ async def remove(ctx: Context, caller: Caller, request: web.Request) -> web.Resp
     """Takes somebody off the list; who is blocked stays blocked."""
     await ctx.contacts.remove(caller.user, user_named(request, "user"))
     await _tell_if_restricted(ctx, caller.user)
+    ctx.live.presence.recheck([caller.user])
     return answer(DoneAnswer())
 
 
 async def online(ctx: Context, caller: Caller, request: web.Request) -> web.Response:
-    """Which contacts are connected to this node."""
+    """Which contacts are online at this node."""
     limit = page_limit(request, _DEFAULT, _MOST)
     users, following = await ctx.contacts.online_page(
         caller.user,
-        lambda user: bool(ctx.hub.of_user(user)),
+        ctx.live.presence.online,
         limit=limit,
         cursor=request.query.get("cursor"),
     )
-    seen = await ctx.people.last_seen(users) if users else {}
+    seen = await ctx.live.presence.last_seen(users)
     items = [OnlineAnswer(user=user, last_seen=seen.get(user)) for user in users]
     return answer(OnlinePage(items=items, next=following))
 

@@ -173,6 +173,9 @@ OPERATIONS: Final[dict[str, tuple[dict[str, Any], ...]]] = {
     ),
     "ack": ({"t": "ack", "conv": CONVERSATION, "ids": [MESSAGE], "ref": "2"},),
     "status": ({"t": "status", "conv": CONVERSATION, "ids": [MESSAGE]},),
+    "read": ({"t": "read", "conv": CONVERSATION, "upTo": _SEQ, "ref": "3"},),
+    "typing": ({"t": "typing", "conv": CONVERSATION, "on": True},),
+    "presence": ({"t": "presence", "users": ["bob", "cleo"]},),
     "ping": ({"t": "ping"},),
     "auth": ({"t": "auth", "token": "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJhbm4ifQ.c2lnbmF0dXJl"},),
 }
@@ -225,6 +228,13 @@ FRAMES: Final[dict[str, tuple[dict[str, Any], ...]]] = {
             "by": {"user": "bob", "device": "phone"},
             "at": AT,
         },
+    ),
+    "done": ({"t": "done", "ref": "3"},),
+    "read": ({"t": "read", "conv": CONVERSATION, "user": "bob", "upTo": _SEQ, "at": AT},),
+    "typing": ({"t": "typing", "conv": CONVERSATION, "user": "bob", "on": True},),
+    "presence": (
+        {"t": "presence", "user": "bob", "online": True, "lastSeen": AT},
+        {"t": "presence", "user": "cleo", "online": False, "lastSeen": None},
     ),
     "pong": ({"t": "pong", "time": AT},),
     "authed": ({"t": "authed", "exp": 1_795_222_460},),

@@ -13,7 +13,7 @@ from handlers.context import Context
 from handlers.http.pages import PAGE_QUERY, message_page
 from handlers.http.route import Caller, Route, answer, body, json_text, parsed
 from handlers.http.schemas.base import DoneAnswer
-from handlers.http.schemas.messages import Acknowledge, StoredAnswer, SyncPage
+from handlers.http.schemas.messages import Acknowledge, ReadMark, StoredAnswer, SyncPage
 from handlers.sending import Sender
 from relay.store.batcher import BatcherClosed
 from relay.store.submissions import Stored
@@ -49,6 +49,9 @@ async def send(ctx: Context, caller: Caller, request: web.Request) -> web.Respon
         if op.kind == sending.WITHDRAWN and caller.user in audience.members:
             await sending.check_withdrawal(ctx, sender, op)
         sending.submit(ctx, sender, op, audience, done)
+        connection = ctx.hub.get(sender.key)
+        if connection is not None:
+            ctx.live.typing.end(connection, op.conv)
         found = await outcome
     except RelayError as refusal:
         found = await sending.first_answer(ctx, sender, op, refusal)
@@ -68,6 +71,7 @@ async def acknowledge(ctx: Context, caller: Caller, request: web.Request) -> web
         raise RelayError("unavailable", "the relay is busy; acknowledge again", retry_after=1000)
     loop = asyncio.get_running_loop()
     now = ctx.clock.now()
+    quiet = bool(wanted.acks) and await ctx.people.is_quiet(caller.user)
     waiters: list[asyncio.Future[bool]] = []
     try:
         for group in wanted.acks:
@@ -82,6 +86,7 @@ async def acknowledge(ctx: Context, caller: Caller, request: web.Request) -> web
                 at=now,
                 deadline=monotonic() + ctx.limits.send_deadline,
                 done=lambda durable, waiter=waiter: None if waiter.done() else waiter.set_result(durable),  # type: ignore[misc]
+                quiet=quiet,
             )
             waiters.append(waiter)
     except BatcherClosed:
@@ -90,14 +95,26 @@ async def acknowledge(ctx: Context, caller: Caller, request: web.Request) -> web
         ) from None
     if not all(await asyncio.gather(*waiters)):
         raise RelayError("unavailable", "the acknowledgement could not be stored in time; send it again")
-    for mark in wanted.reads or ():
-        try:
-            await ctx.conversations.read(mark.conv, caller.user, mark.up_to)
-        except RelayError as error:
-            # The acknowledgements are durable; a conversation that one has left has no cursor to move.
-            if error.code != "not_found":
-                raise
+    for failure in await asyncio.gather(*(_mark(ctx, caller, mark) for mark in wanted.reads or ())):
+        # The acknowledgements are durable; a conversation that one has left has no cursor to move.
+        if failure is not None and failure.code != "not_member":
+            raise failure
     return answer(DoneAnswer())
+
+
+async def _mark(ctx: Context, caller: Caller, mark: ReadMark) -> RelayError | None:
+    outcome: asyncio.Future[RelayError | None] = asyncio.get_running_loop().create_future()
+
+    def done(failure: RelayError | None) -> None:
+        if not outcome.done():
+            outcome.set_result(failure)
+
+    key = device_key(caller.user, caller.device)
+    try:
+        ctx.live.reads.mark(mark.conv, caller.user, mark.up_to, done, device=key)
+    except RelayError as failure:
+        return failure
+    return await outcome
 
 
 ROUTES: Final = (
@@ -139,6 +156,6 @@ ROUTES: Final = (
         "messages",
         {200: DoneAnswer},
         request=Acknowledge,
-        errors=("bad_request", "too_large", "unavailable"),
+        errors=("bad_request", "too_large", "rate_limited", "unavailable"),
     ),
 )

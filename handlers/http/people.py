@@ -38,6 +38,8 @@ _DEFAULTS: Final[dict[str, str | bool]] = {
     "findableByPhone": True,
     "whoMayMessage": "anyone",
     "whoMayAdd": "anyone",
+    "deliveredReceipts": True,
+    "readReceipts": True,
 }
 
 
@@ -62,6 +64,8 @@ async def change_me(ctx: Context, caller: Caller, request: web.Request) -> web.R
     profile = await ctx.people.change(caller.user, changes)
     if "whoMayMessage" in changes or "whoMayAdd" in changes:
         await ctx.invalidation.tell(users=[caller.user])
+    if "deliveredReceipts" in changes:
+        ctx.hub.set_quiet(caller.user, not profile.delivered_receipts)
     return answer(own_answer(profile))
 
 
@@ -113,7 +117,8 @@ async def show(ctx: Context, caller: Caller, request: web.Request) -> web.Respon
     profile = await ctx.people.profile(user)
     if profile is None:
         raise RelayError("not_found", "no such user")
-    online, seen = await _presence(ctx, caller.user, user)
+    look = await ctx.live.presence.look(caller.user, user)
+    online, seen = (None, None) if look is None else (look.online, look.last_seen)
     return answer(PersonAnswer(**profile_answer(profile).model_dump(), online=online, last_seen=seen))
 
 
@@ -162,6 +167,8 @@ def own_answer(profile: OwnProfile) -> OwnProfileAnswer:
             findable_by_phone=profile.findable_by_phone,
             who_may_message=profile.who_may_message,
             who_may_add=profile.who_may_add,
+            delivered_receipts=profile.delivered_receipts,
+            read_receipts=profile.read_receipts,
         ),
     )
 
@@ -184,19 +191,6 @@ async def _push(ctx: Context, caller: Caller, push: dict[str, str] | None) -> No
     await _record(ctx, caller, "push.unset" if push is None else "push.set")
     if not await ctx.people.set_push(caller.user, caller.device, push):
         raise RelayError("not_found", "no such device")
-
-
-async def _presence(ctx: Context, caller: str, user: str) -> tuple[bool | None, int | None]:
-    """Whether ``user`` is online, and when they were last seen (ms), as ``caller`` may know it. Who is blocked sees somebody
-    who went away at that moment: were it hidden, they would notice."""
-    entry = None if caller == user else await ctx.contacts.entry(user, caller)
-    listed = entry is not None and entry.listed
-    if caller != user and not listed and not await ctx.people.share_conversation(caller, user):
-        return None, None
-    seen = (await ctx.people.last_seen([user])).get(user)
-    if entry is None or not entry.blocked:
-        return bool(ctx.hub.of_user(user)), seen
-    return False, seen if seen is None or entry.blocked_at is None else min(seen, entry.blocked_at)
 
 
 _PAGING: Final = paging(_MOST, _DEFAULT)

@@ -53,6 +53,7 @@ def ack(ctx: Context, peer: Peer, op: Ack) -> None:
             at=now,
             deadline=monotonic() + ctx.limits.send_deadline,
             done=done,
+            quiet=peer.quiet,
         )
     except BatcherClosed:
         raise RelayError(

@@ -54,6 +54,7 @@ async def _send_slowly(ctx: Context, peer: Peer, op: Send) -> None:
 def _submit(ctx: Context, peer: Peer, op: Send, audience: Audience) -> None:
     submission = sending.submit(ctx, _sender(peer), op, audience, partial(_answer, ctx, peer, op))
     peer.last_seq = submission.envelope.seq
+    ctx.live.typing.end(peer, op.conv)
     if submission.large:
         peer.crowded = True
 

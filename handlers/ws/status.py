@@ -7,11 +7,11 @@ from typing import Any
 
 from handlers.context import Context, Peer
 from handlers.parts import add_parts
-from relay.store.documents import owner
+from relay.store.documents import owner, told_of
 from relay.wire import replies
 from relay.wire.codec import check_ids
 from relay.wire.frames import Status
-from relay.wire.ids import PARTS_KEY, document_id, user_of
+from relay.wire.ids import document_id
 
 
 async def status(ctx: Context, peer: Peer, op: Status) -> None:
@@ -53,7 +53,5 @@ async def _items(ctx: Context, user: str, conversation: str, messages: list[str]
 
 
 def _people(document: Mapping[str, Any], user: str) -> tuple[int, list[str]]:
-    """How many people await a message, and who has it: a person has it from their first device on."""
-    delivered = {entry["user"] for entry in document.get("deliveredTo", ())} - {user}
-    awaiting = {user_of(key) for key in document["awaiting"] if key != PARTS_KEY} - {user} - delivered
+    awaiting, delivered = told_of(document, user)
     return len(awaiting), sorted(delivered)

@@ -28,9 +28,12 @@ from relay.client.values import (
     Live,
     Message,
     NewConversation,
+    Presence,
+    ReadCursor,
     Receipt,
     Stopped,
     Stored,
+    Typing,
 )
 
 __all__ = [
@@ -49,6 +52,8 @@ __all__ = [
     "Message",
     "NewConversation",
     "OutboxFull",
+    "Presence",
+    "ReadCursor",
     "Receipt",
     "Replaced",
     "RequestFailed",
@@ -61,5 +66,6 @@ __all__ = [
     "Token",
     "TokenRefused",
     "Tuning",
+    "Typing",
     "WrongDatabase",
 ]

@@ -18,7 +18,7 @@ from aiohttp import ClientWebSocketResponse, WSMessage, WSMsgType
 
 from relay.client.database import Committed, Incoming, Waiting
 from relay.client.packing import Limits, acknowledgements, attempt, pack
-from relay.client.parsing import operations_of, receipt_of, seconds, stored_of
+from relay.client.parsing import live_of, operations_of, receipt_of, seconds, stored_of
 from relay.client.storage import Storage
 from relay.client.values import Drained, Event, Failed, Live, Message
 
@@ -59,6 +59,10 @@ class Outbox(Protocol):
     """Rises with every message queued."""
     attempted: int
     """The highest position that may have gone out before, by this process or an earlier one."""
+
+    def answered(self, frame: Mapping[str, Any]) -> bool:
+        """Whether a ``done`` or ``error`` answers a live operation of the device."""
+        ...
 
     def pause(self, tries: int) -> float:
         """Seconds before a refused message may be tried for the ``tries``-th time again."""
@@ -149,6 +153,11 @@ class Connection:
         """There is something new in the outbox."""
         self._work.set()
 
+    async def say(self, operations: Sequence[str]) -> None:
+        """Sends live operations; lost when the connection is."""
+        if self._leaving is None:
+            await self._write(operations)
+
     # -- receiving
 
     async def _read(self) -> None:
@@ -204,6 +213,9 @@ class Connection:
                 self._answered((stored.conv, stored.id))
                 self._held.pop(stored.conv, None)
                 batch.incoming.stored.append(stored)
+        elif kind in ("done", "error") and self._outbox.answered(operation):
+            if kind == "error":
+                batch.after.append(Live(operation))
         elif kind == "error":
             self._refused(operation, batch)
         elif kind == "receipt":
@@ -218,7 +230,7 @@ class Connection:
             self._retry_after = seconds(operation.get("retryAfter"), 1.0)
             self._leaving = self._now() + self._tuning.leave
         elif kind not in ("pong", "authed"):
-            batch.after.append(Live(operation))
+            batch.after.append(live_of(operation) or Live(operation))
 
     def _refused(self, error: Mapping[str, Any], batch: _Batch) -> None:
         key = self._find(error)

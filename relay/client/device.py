@@ -47,6 +47,7 @@ from relay.client.values import (
     NewConversation,
     Stopped,
 )
+from relay.client.wishes import Wishes
 
 OnMessage = Callable[[Message], Awaitable[None] | None]
 OnEvent = Callable[[Event], Awaitable[None] | None]
@@ -87,6 +88,7 @@ class Device:
         self._on_event = on_event
         self._outbox_limit = outbox_limit
         self._tuning = tuning or Tuning()
+        self._wishes = Wishes()
         self._queued = 0
         self._is_drained = False
         self._error: DeviceError | None = None
@@ -173,6 +175,29 @@ class Device:
             await self._changed.wait_for(lambda: self._error is not None or condition())
         if self._error is not None and not condition():
             raise self._error
+
+    # -- live
+
+    async def read(self, conv: str, up_to: int) -> None:
+        """The user has read this conversation up to this ``seq``. Kept in memory until the relay has it, also over a
+        reconnect. Raises ValueError."""
+        await self._say(self._wishes.read(conv, up_to))
+
+    async def typing(self, conv: str, on: bool = True) -> None:
+        """The user types here, or has stopped: repeat it every few seconds while it lasts. Nothing without a connection."""
+        await self._say(self._wishes.typing(conv, on))
+
+    async def watch(self, users: Sequence[str]) -> None:
+        """Tells ``Presence`` of these people from now on, also after a reconnect, and of nobody else."""
+        await self._say(self._wishes.watch(users))
+
+    def answered(self, frame: Mapping[str, Any]) -> bool:
+        """Whether a ``done`` or ``error`` answers one of these."""
+        return self._wishes.answered(frame)
+
+    async def _say(self, operations: Sequence[str]) -> None:
+        if operations and self._connection is not None:
+            await self._connection.say(operations)
 
     # -- HTTP
 
@@ -296,6 +321,8 @@ class Device:
         if isinstance(gap, dict):
             since = gap.get("since")
             await self._tell(Gap(since if type(since) is int else 0, str(gap.get("why", ""))))
+        features = welcome.get("features")
+        await connection.say(self._wishes.connected(features if isinstance(features, list) else ()))
         return await connection.run()
 
     async def _committed(self, committed: Committed, events: list[Event]) -> None:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Final
 
-from relay.client.values import Receipt, Stored
+from relay.client.values import Presence, ReadCursor, Receipt, Stored, Typing
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -39,6 +39,25 @@ def receipt_of(frame: Mapping[str, Any]) -> Receipt | None:
         return Receipt(
             conv, listed, str(by.get("user", "")), str(by.get("device", "")), at if type(at) is int else 0
         )
+    return None
+
+
+def live_of(frame: Mapping[str, Any]) -> ReadCursor | Typing | Presence | None:
+    """The value of a ``read``, ``typing`` or ``presence`` frame; None for another, and for one that lacks something."""
+    kind, conv, user = frame.get("t"), frame.get("conv"), frame.get("user")
+    if type(user) is not str:
+        return None
+    if kind == "presence":
+        seen, online = frame.get("lastSeen"), frame.get("online")
+        return Presence(user, online, seen if type(seen) is int else None) if type(online) is bool else None
+    if type(conv) is not str:
+        return None
+    if kind == "typing":
+        on = frame.get("on")
+        return Typing(conv, user, on) if type(on) is bool else None
+    if kind == "read":
+        up_to, at = frame.get("upTo"), frame.get("at")
+        return ReadCursor(conv, user, up_to, at if type(at) is int else 0) if type(up_to) is int else None
     return None
 
 

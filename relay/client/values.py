@@ -128,6 +128,35 @@ class Receipt:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadCursor:
+    """A member, perhaps oneself on another device, has read a conversation up to this ``seq``. ``at`` in milliseconds."""
+
+    conv: str
+    user: str
+    up_to: int
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Typing:
+    """A member types, or has stopped; take it for ended 15 s after the last ``on``."""
+
+    conv: str
+    user: str
+    on: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Presence:
+    """Whether somebody watched is online, and when they were last seen (milliseconds; None: unknown, or none of one's
+    business)."""
+
+    user: str
+    online: bool
+    last_seen: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Drained:
     """All that waited when this connection began is on this disk and acknowledged; ``count`` messages."""
 
@@ -151,7 +180,7 @@ class Gap:
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """Any other operation of the relay (``read``, ``typing``, ``presence``, ``error``, later ones), as it came."""
+    """Any other operation of the relay (``error``, ``keys``, later ones), as it came."""
 
     frame: Mapping[str, Any]
 
@@ -164,5 +193,17 @@ class Stopped:
 
 
 Event = (
-    Connected | Disconnected | Stored | Failed | Receipt | Drained | NewConversation | Gap | Live | Stopped
+    Connected
+    | Disconnected
+    | Stored
+    | Failed
+    | Receipt
+    | ReadCursor
+    | Typing
+    | Presence
+    | Drained
+    | NewConversation
+    | Gap
+    | Live
+    | Stopped
 )

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 
-from relay.routing.hub import Hub
+from relay.routing.hub import Connected, Hub
 from relay.wire import errors
 
 
 class Heartbeat:
-    """Looks at every connection once a second or so. Pinged after one heartbeat of silence, closed after two."""
+    """Looks at every connection once a second or so. Pinged after one heartbeat of silence, closed after two; ``silent`` is
+    told of those from which nothing has come for a heartbeat, at every look."""
 
-    def __init__(self, hub: Hub, seconds: float) -> None:
+    def __init__(
+        self, hub: Hub, seconds: float, silent: Callable[[Connected], None] = lambda _: None
+    ) -> None:
+        self._tell = silent
         self._hub = hub
         self._seconds = seconds
 
@@ -28,6 +33,8 @@ class Heartbeat:
                 continue
             connection.listen(now)
             silent = now - connection.heard
+            if silent >= self._seconds:
+                self._tell(connection)
             if silent >= 2 * self._seconds:
                 connection.shut(errors.TIMED_OUT)
             elif silent >= self._seconds and not connection.pinged:

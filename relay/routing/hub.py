@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Protocol
+from time import monotonic
+from typing import Final, Protocol
 
 from relay.routing.delivery import Delivery
 from relay.routing.outbox import Outbox
 from relay.wire.errors import Close
 from relay.wire.ids import user_of
+
+# Longer than a connection takes from reading its user to being registered.
+_ENTERING_SECONDS: Final = 30.0
+_MOST_REMEMBERED: Final = 10_000
 
 
 class Connected(Protocol):
@@ -21,6 +27,8 @@ class Connected(Protocol):
     issued: int
     expires: int
     session: str | None
+    quiet: bool
+    """Others shall not be told what it receives."""
 
     @property
     def user(self) -> str:
@@ -59,6 +67,7 @@ class Hub:
         self._connections: dict[str, Connected] = {}
         self._of_user: dict[str, dict[str, Connected]] = {}
         self._empty: asyncio.Event | None = None
+        self._quiet: OrderedDict[str, tuple[bool, float]] = OrderedDict()
         self.left: set[str] = set()
         """Device keys that disconnected since somebody last took them, for `last seen`."""
 
@@ -71,9 +80,22 @@ class Hub:
     def add(self, connection: Connected) -> Connected | None:
         """Registers a connection and returns the one it replaces."""
         before = self._connections.get(connection.key)
+        quiet, until = self._quiet.get(connection.user, (False, 0.0))
+        if monotonic() < until:
+            connection.quiet = quiet
         self._connections[connection.key] = connection
         self._of_user.setdefault(connection.user, {})[connection.key] = connection
         return before
+
+    def set_quiet(self, user: str, quiet: bool) -> None:
+        """Whether others shall be told what this user receives has just changed: for connections that are here, and for those
+        that are about to be and may have read what was before."""
+        for connection in self.of_user(user):
+            connection.quiet = quiet
+        self._quiet.pop(user, None)
+        self._quiet[user] = (quiet, monotonic() + _ENTERING_SECONDS)
+        if len(self._quiet) > _MOST_REMEMBERED:
+            self._quiet.popitem(last=False)
 
     def remove(self, connection: Connected) -> None:
         """Forgets a connection, unless another one has taken its place."""

@@ -10,17 +10,18 @@ from collections.abc import Iterable, Sequence
 from relay.metrics import Metrics
 from relay.routing.fanout import Fanout
 from relay.routing.hub import Hub
+from relay.routing.receipts import Receipts
 from relay.store.endings import Settlement
-from relay.wire import replies
 from relay.wire.envelope import Envelope
-from relay.wire.ids import head_id, split_document_id
+from relay.wire.ids import head_id
 
 
 class Router:
     """The way from the store to the connections of this node."""
 
-    def __init__(self, hub: Hub, metrics: Metrics) -> None:
+    def __init__(self, hub: Hub, metrics: Metrics, receipts: Receipts) -> None:
         self._hub = hub
+        self._receipts = receipts
         self._latency = metrics.delivery
         self.fanout = Fanout(self._deliver)
 
@@ -53,23 +54,8 @@ class Router:
                 self.fanout.ended(head_id(doc_id), key)
             for connection in serving(key):
                 connection.delivery.release(doc_id)
-        receipts: dict[tuple[str, str, str, str, int], list[str]] = {}
         observe = self._latency.observe
+        add = self._receipts.add
         for item in settlement.acknowledged:
             observe(max(0, item.at - item.accepted_at) / 1000)
-            conversation, message = split_document_id(item.doc_id)
-            group = (item.user, conversation, item.by_user, item.by_device, item.at)
-            known = receipts.get(group)
-            if known is None:
-                receipts[group] = [message]
-            else:
-                known.append(message)
-        for (user, conversation, by_user, by_device, at), messages in receipts.items():
-            frame = None
-            for own in self._hub.of_user(user):
-                # Receipts are a convenience (`status` tells the same): a slow socket goes without.
-                if (by_user == user and own.device == by_device) or own.outbox.full:
-                    continue
-                if frame is None:
-                    frame = replies.receipt(conversation, messages, by_user, by_device, at)
-                own.outbox.put(frame)
+            add(item)

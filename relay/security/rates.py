@@ -42,6 +42,7 @@ _WHAT: Final = {
     "contact_change": "blocks and unblocks",
     "profile_change": "changes of the profile",
     "conversation": "new conversations",
+    "presence": "watch lists",
     "report": "reports",
     "export": "exports",
 }

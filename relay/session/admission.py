@@ -36,8 +36,8 @@ class Admission:
         except TokenError as error:
             raise RelayError("unauthorized", str(error)) from None
 
-    async def arrive(self, identity: Identity) -> Arrival:
-        """Notes that a device connects. When it is new, or back from inactivity or removal, it counts as a recipient from
+    async def arrive(self, identity: Identity, *, live: bool = False) -> Arrival:
+        """Notes that a device connects, ``live`` by a WebSocket. When it is new, or back from inactivity or removal, it counts as a recipient from
         here on: nothing resolved without it is still on its way. Raises RelayError ``unauthorized``."""
         ctx = self._ctx
         try:
@@ -47,6 +47,7 @@ class Admission:
                 provision=ctx.provision,
                 issued=identity.issued,
                 session=identity.session,
+                live=live,
             )
         except PyMongoError:
             # It may have arrived all the same: nobody knows.

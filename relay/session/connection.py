@@ -54,6 +54,7 @@ class Connection:
         "last_seq",
         "outbox",
         "pinged",
+        "quiet",
         "session",
         "user",
     )
@@ -68,6 +69,7 @@ class Connection:
         *,
         outbox_bytes: int,
         drained: Callable[[], None],
+        quiet: bool = False,
     ) -> None:
         self._ctx = ctx
         self._admission = admission
@@ -81,6 +83,7 @@ class Connection:
         self.session = identity.session
         self.last_seq = 0
         self.crowded = False
+        self.quiet = quiet
         self.heard = asyncio.get_running_loop().time()
         self.pinged = False
         self._close: Close | None = None
@@ -130,6 +133,7 @@ class Connection:
             if self._closing is not None:
                 self._closing.cancel()
             self._ctx.hub.remove(self)
+            self._ctx.live.left(self)
             code = ours.code if ours is not None else self._ws.close_code or 1006
             self._ctx.metrics.closed.labels(str(code)).inc()
 
@@ -206,7 +210,9 @@ class Connection:
                 # The socket is slow to take its goodbye; a revoked device may do nothing more meanwhile.
                 return
             self.heard = loop.time()
-            self.pinged = False
+            if self.pinged:
+                self.pinged = False
+                ctx.live.presence.heard(self)
             kind = message.type
             if (not self._spoke or self._waits is not None) and kind in _FROM_THE_CLIENT:
                 self._spoke = True

@@ -10,14 +10,17 @@ import structlog
 
 from handlers.context import Context, Peer
 from handlers.ws.ack import ack
+from handlers.ws.presence import presence
+from handlers.ws.read import read
 from handlers.ws.send import resolve, send
 from handlers.ws.session import auth, ping
 from handlers.ws.status import status
+from handlers.ws.typing import typing
 from relay.store.mongo import PyMongoError, brief
 from relay.wire import replies
 from relay.wire.codec import Refused
 from relay.wire.errors import RelayError
-from relay.wire.frames import Ack, Auth, Operation, Ping, Send, Status
+from relay.wire.frames import Ack, Auth, Operation, Ping, Presence, Read, Send, Status, Typing
 
 Handler = Callable[[Context, Peer, Any], Awaitable[None] | None]
 
@@ -25,6 +28,9 @@ HANDLERS: Final[dict[type[Operation], Handler]] = {
     Send: send,
     Ack: ack,
     Status: status,
+    Read: read,
+    Typing: typing,
+    Presence: presence,
     Ping: ping,
     Auth: auth,
 }

@@ -109,7 +109,7 @@ class Gateway:
             known = self._ctx.hub.get(device_key(identity.user, identity.device))
             if known is None and len(self._ctx.hub) >= self._settings.max_connections:
                 raise FrameError(errors.TOO_MANY)
-            arrival = await self._admission.arrive(identity)
+            arrival = await self._admission.arrive(identity, live=True)
         except RelayError:
             await self._refuse(ws, errors.UNAUTHORIZED)
             return None
@@ -151,6 +151,8 @@ class Gateway:
         self, request: web.Request, ws: web.WebSocketResponse, identity: Identity, arrival: Arrival
     ) -> Connection:
         def drained() -> None:
+            if arrival.live_until is not None:
+                self._ctx.live.catching_up.add(connection, arrival.live_until)
             if arrival.gap_since is not None:
                 connection.when_it_speaks(lambda: self._note(self._close_gap(identity)))
 
@@ -162,6 +164,7 @@ class Gateway:
             identity,
             outbox_bytes=self._settings.outbox_bytes,
             drained=drained,
+            quiet=arrival.quiet,
         )
         limits = self._ctx.limits
         fields: dict[str, Any] = {
@@ -180,6 +183,7 @@ class Gateway:
         if before is not None:
             before.shut(errors.REPLACED)
         connection.outbox.put(replies.welcome(fields))
+        self._ctx.live.presence.arrived(connection)
         return connection
 
     async def _close_gap(self, identity: Identity) -> None:

@@ -21,7 +21,7 @@ _NEW: Final = timedelta(seconds=10)
 _BULK: Final = 1000
 _MAX_STANDINGS: Final = 100_000
 _MOST_ENDED: Final = 100_000
-_PERSON: Final = {"suspendedAt": 1, "erasingAt": 1}
+_PERSON: Final = {"suspendedAt": 1, "erasingAt": 1, "deliveredReceipts": 1}
 _DEVICE: Final = {"endedAt": 1, "removedAt": 1, "session.id": 1}
 
 
@@ -29,12 +29,15 @@ _DEVICE: Final = {"endedAt": 1, "removedAt": 1, "session.id": 1}
 class Arrival:
     """A device has connected. ``changed``: it is new, or back from inactivity or removal, so recipients must be resolved
     again; ``returned``: back from removal, so its keys are not what they were.
-    ``gap_since`` (ms) and ``gap_why`` are set while it may have missed messages."""
+    ``gap_since`` (ms) and ``gap_why`` are set while it may have missed messages. ``live_until`` (ms): up to when it was told what
+    happens live, as far as is known; None for a new device. ``quiet``: others shall not be told what it receives."""
 
     changed: bool
     gap_since: int | None
     gap_why: str | None
     returned: bool = False
+    live_until: int | None = None
+    quiet: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +99,10 @@ class Accounts:
         provision: bool,
         issued: int | None = None,
         session: str | None = None,
+        live: bool = False,
     ) -> Arrival | None:
-        """Notes that a device is here now with a token issued at ``issued`` (s; None: this moment) for ``session``.
+        """Notes that a device is here now with a token issued at ``issued`` (s; None: this moment) for ``session``; ``live``: by
+        a WebSocket.
 
         When ``provision``, a token of another issuer (no ``session``) creates the device and its user, and brings back a
         device that was removed before the token was issued. None when the token is not good for this device (``Standing``),
@@ -114,7 +119,8 @@ class Accounts:
         elif is_barred(person):
             return None
         cutoff = now - self._inactive
-        here = {"$set": {"lastSeen": now}}
+        here = {"$set": {"lastSeen": now, "liveAt": now} if live else {"lastSeen": now}}
+        quiet = is_quiet(person or {})
         good: dict[str, Any] = (
             {"$or": [{"endedAt": None}, {"endedAt": {"$lt": moment}}]}
             if session is None
@@ -127,40 +133,42 @@ class Accounts:
             return_document=ReturnDocument.BEFORE,
         )
         if before is not None:
-            return _arrival(before.get("gap"), changed=is_new(before, now))
+            return _arrival(before.get("gap"), before, changed=is_new(before, now), quiet=quiet)
         before = await _devices().find_one({"_id": key})
         if before is None:
             if not may_create:
                 return None
             try:
-                await _devices().insert_one({"_id": key, "user": user, "createdAt": now, "lastSeen": now})
+                await _devices().insert_one({"_id": key, "user": user, "createdAt": now, **here["$set"]})
             except DuplicateKeyError:
-                return await self._arrive_beside(user, device, provision, issued, session)
-            return await self._unless_barred(user, key, _arrival(None, changed=True))
+                return await self._arrive_beside(user, device, provision, issued, session, live)
+            return await self._unless_barred(user, key, _arrival(None, {}, changed=True, quiet=quiet))
         if not _standing({**before, "removedAt": None}).accepts(int(moment.timestamp()), session):
             return None
         if before.get("removedAt") is not None:
             if not may_create:
                 return None
-            return await self._unless_barred(user, key, await self._return(before, now))
+            return await self._unless_barred(user, key, await self._return(before, now, quiet=quiet))
         if before.get("lastSeen") is None or before["lastSeen"] >= cutoff:
-            return await self._arrive_beside(user, device, provision, issued, session)
+            return await self._arrive_beside(user, device, provision, issued, session, live)
         # The gap first: should this die in between, the device still counts as away, and the next arrival finds both.
         gap = before.get("gap")
         if gap is None:
             gap = {"since": before["lastSeen"] + self._inactive, "why": "inactive"}
             await _devices().update_one({"_id": key, "gap": None}, {"$set": {"gap": gap}})
-        await _devices().update_one({"_id": key}, {"$set": {"lastSeen": now, "backAt": now}})
-        return _arrival(gap, changed=True)
+        await _devices().update_one({"_id": key}, {"$set": {**here["$set"], "backAt": now}})
+        return _arrival(gap, before, changed=True, quiet=quiet)
 
     async def _arrive_beside(
-        self, user: str, device: str, provision: bool, issued: int | None, session: str | None
+        self, user: str, device: str, provision: bool, issued: int | None, session: str | None, live: bool
     ) -> Arrival | None:
         """Another connection of this device arrives at the same moment, and may not have told anybody yet."""
-        arrival = await self.arrive(user, device, provision=provision, issued=issued, session=session)
+        arrival = await self.arrive(
+            user, device, provision=provision, issued=issued, session=session, live=live
+        )
         return None if arrival is None else replace(arrival, changed=True)
 
-    async def _return(self, before: Mapping[str, Any], now: datetime) -> Arrival:
+    async def _return(self, before: Mapping[str, Any], now: datetime, *, quiet: bool) -> Arrival:
         """A removed device is here again, as a new one with an old name: what it missed is gone."""
         gap = gap_of_return(before)
         await _devices().update_one(
@@ -170,7 +178,7 @@ class Accounts:
                 "$unset": {"removedAt": ""},
             },
         )
-        return _arrival(gap, changed=True, returned=True)
+        return _arrival(gap, {}, changed=True, returned=True, quiet=quiet)
 
     async def _unless_barred(self, user: str, key: str, arrival: Arrival) -> Arrival | None:
         """For a device that was made a recipient just now. A suspension names the user first and ends their devices then:
@@ -241,12 +249,12 @@ class Accounts:
         await _devices().update_one({"_id": device_key(user, device)}, {"$unset": {"gap": ""}})
 
     async def seen(self, keys: Iterable[str]) -> None:
-        """Notes that these devices are, or were just now, connected."""
+        """Notes that these devices are, or were just now, connected by a WebSocket."""
         now = datetime.now(UTC)
         wanted = list(keys)
         for start in range(0, len(wanted), _BULK):
             await _devices().update_many(
-                {"_id": {"$in": wanted[start : start + _BULK]}}, {"$max": {"lastSeen": now}}
+                {"_id": {"$in": wanted[start : start + _BULK]}}, {"$max": {"lastSeen": now, "liveAt": now}}
             )
 
     async def active_devices(self, users: Sequence[str]) -> Mapping[str, list[str]]:
@@ -275,10 +283,19 @@ def gap_of_return(before: Mapping[str, Any]) -> dict[str, Any]:
     return found or {"since": before.get("lastSeen") or before["removedAt"], "why": "reset"}
 
 
-def _arrival(gap: Mapping[str, Any] | None, *, changed: bool, returned: bool = False) -> Arrival:
+def _arrival(
+    gap: Mapping[str, Any] | None,
+    before: Mapping[str, Any],
+    *,
+    changed: bool,
+    quiet: bool,
+    returned: bool = False,
+) -> Arrival:
+    live = before.get("liveAt")
+    until = None if live is None else milliseconds(live)
     if gap is None:
-        return Arrival(changed, None, None, returned)
-    return Arrival(changed, milliseconds(gap["since"]), str(gap["why"]), returned)
+        return Arrival(changed, None, None, returned, until, quiet)
+    return Arrival(changed, milliseconds(gap["since"]), str(gap["why"]), returned, until, quiet)
 
 
 def _standing(row: Mapping[str, Any], *, barred: bool = False) -> Standing:
@@ -293,6 +310,11 @@ def _standing(row: Mapping[str, Any], *, barred: bool = False) -> Standing:
 def is_barred(person: Mapping[str, Any]) -> bool:
     """Whether a stored user may not use the relay."""
     return person.get("suspendedAt") is not None or person.get("erasingAt") is not None
+
+
+def is_quiet(person: Mapping[str, Any]) -> bool:
+    """Whether a stored user does not want others to be told what their devices have received."""
+    return person.get("deliveredReceipts") is False
 
 
 def _users() -> Any:

@@ -98,6 +98,10 @@ class Audience:
             found = self._awaiting[sender_key] = self._without_blockers(sender_key, self.others(sender_key))
         return found
 
+    def apart(self, user: str, other: str) -> bool:
+        """Whether one of these two has blocked the other."""
+        return (user, other) in self._blocks or (other, user) in self._blocks
+
     def others(self, sender_key: str) -> list[str]:
         """Everybody's mailboxes but the sending device's own, as the sender sees them: who has blocked them looks like
         anybody else."""

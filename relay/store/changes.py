@@ -19,6 +19,7 @@ from models.contacts import REMOVED_SECONDS, Contact
 from models.conversations import Membership
 from relay.store.accounts import milliseconds
 from relay.store.conversations import Conversations, ConversationView
+from relay.store.reading import ReadCursor, cursor_of, private_readers
 from relay.wire import codec
 from relay.wire.errors import RelayError
 
@@ -33,16 +34,6 @@ _VERSION: Final = 1
 
 Place = tuple[int, str]
 _START: Final[Place] = (0, "")
-
-
-@dataclass(frozen=True, slots=True)
-class ReadCursor:
-    """How far a member has read, oneself included. ``at`` in milliseconds."""
-
-    conversation: str
-    user: str
-    up_to: int
-    at: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +103,7 @@ class Changes:
         rows = await _rows(Membership, {"user": user}, since.conversations, limit=_PAGE)
         contacts = await _rows(Contact, {"owner": user}, since.contacts, limit=_PAGE)
         reads = await self._reads(user, since.reads)
+        private = await private_readers({row["user"] for row in reads} - {user})
         devices = await self._devices(user, since.devices)
         active = [row for row in rows if row.get("removedAt") is None]
         views = await self._conversations.listed(active)
@@ -131,10 +123,7 @@ class Changes:
         return ChangesPage(
             conversations=views,
             removed=[row["conversationId"] for row in rows if row["conversationId"] not in shown],
-            reads=[
-                ReadCursor(row["conversationId"], row["user"], row["readUpTo"], milliseconds(row["readAt"]))
-                for row in reads
-            ],
+            reads=[cursor_of(row) for row in reads if row["user"] not in private],
             contacts=[
                 ContactChange(row["user"], row.get("name"), row["listed"], row["blocked"]) for row in contacts
             ],

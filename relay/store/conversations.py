@@ -147,20 +147,6 @@ class Conversations:
         if not result.matched_count:
             raise _not_found()
 
-    async def read(self, conversation: str, user: str, up_to: int) -> None:
-        """Moves this member's read cursor forward, never back. Raises RelayError ``not_found``."""
-        result = await Membership.get_motor_collection().update_one(
-            {
-                "_id": f"{conversation} {user}",
-                "removedAt": None,
-                "$or": [{"readUpTo": None}, {"readUpTo": {"$lt": up_to}}],
-            },
-            {"$set": {"readUpTo": up_to, "readAt": datetime.now(UTC)}},
-        )
-        if not result.matched_count:
-            # Read further already, or no member.
-            await self._row(conversation, user)
-
     async def of_user(self, user: str, limit: int) -> list[tuple[str, str]]:
         """Ids and types of up to so many conversations that this user is in."""
         cursor = Membership.get_motor_collection().find(

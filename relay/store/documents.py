@@ -12,7 +12,7 @@ from bson.raw_bson import RawBSONDocument
 from models.messages import MessageFields
 from relay.store.mongo import MESSAGE_CODEC
 from relay.wire.envelope import Envelope
-from relay.wire.ids import PARTS_KEY
+from relay.wire.ids import PARTS_KEY, user_of
 
 
 def owner(document: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -21,6 +21,16 @@ def owner(document: Mapping[str, Any]) -> tuple[str, str] | None:
     if not isinstance(sender, Mapping) or "user" not in sender or "device" not in sender:
         return None
     return sender["user"], sender["device"]
+
+
+def told_of(document: Mapping[str, Any], user: str) -> tuple[set[str], set[str]]:
+    """The people who await a stored message, and those who have it, as its sender ``user`` may know: a person has it from
+    their first device on, and who acknowledged quietly counts as awaited as long as the message waits for anybody."""
+    entries = document.get("deliveredTo") or ()
+    delivered = {entry["user"] for entry in entries if not entry.get("quiet")} - {user}
+    quiet = {entry["user"] for entry in entries if entry.get("quiet")}
+    awaiting = {user_of(key) for key in document.get("awaiting") or () if key != PARTS_KEY} | quiet
+    return awaiting - {user} - delivered, delivered
 
 
 def encode(envelope: Envelope) -> RawBSONDocument:

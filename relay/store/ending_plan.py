@@ -121,7 +121,9 @@ class EndingGroup:
                     told = None
                     if ack.key not in counted:
                         counted[ack.key] = ack
-                        told = Acknowledged(doc_id, user, device, ack.user, ack.device, ack.at, accepted_at)
+                        told = Acknowledged(
+                            doc_id, user, device, ack.user, ack.device, ack.at, accepted_at, ack.quiet
+                        )
                     expected[key] = Expectation("acknowledged", told)
         dropped = remaining & self._releases.get(doc_id, set())
         remaining -= dropped
@@ -133,7 +135,7 @@ class EndingGroup:
             # A message that nobody got before its last mailbox was removed is released, not delivered.
             nobody = dropped and not counted and not document.get("deliveredTo")
             own = fate or ("released" if nobody else "delivered")
-            entry = entry_of(document, own, [ack.user for ack in counted.values()])
+            entry = entry_of(document, own, [ack.user for ack in counted.values() if not ack.quiet])
         elif counted or dropped:
             self.updates.append(_shrink(document, list(counted.values()), sorted(dropped)))
             self.shrunk.append(doc_id)
@@ -164,7 +166,7 @@ class EndingGroup:
 
     def _sole_entry(self, doc_id: str, sole: Sole, ack: Ack) -> FateEntry:
         self.settlement.acknowledged.append(
-            Acknowledged(doc_id, sole.user, sole.device, ack.user, ack.device, ack.at, sole.at)
+            Acknowledged(doc_id, sole.user, sole.device, ack.user, ack.device, ack.at, sole.at, ack.quiet)
         )
         return {
             "id": doc_id,
@@ -172,7 +174,7 @@ class EndingGroup:
             "seq": sole.seq,
             "at": sole.at,
             "fate": "delivered",
-            "delivered": [ack.user] if ack.user != sole.user else [],
+            "delivered": [ack.user] if ack.user != sole.user and not ack.quiet else [],
         }
 
 
@@ -191,9 +193,12 @@ def _parts(head: Mapping[str, Any]) -> list[str]:
 
 
 def entry_of(document: Mapping[str, Any], fate: Fate, also: Sequence[str]) -> FateEntry:
-    """The fate of a stored message that is about to be deleted; ``also`` have just acknowledged it."""
+    """The fate of a stored message that is about to be deleted; ``also`` have just acknowledged it. Who acknowledged quietly is
+    not named."""
     sender = document["sender"]
-    people = {entry["user"] for entry in document.get("deliveredTo", ())} | set(also)
+    people = {entry["user"] for entry in document.get("deliveredTo", ()) if not entry.get("quiet")} | set(
+        also
+    )
     people.discard(sender["user"])
     entry: FateEntry = {
         "id": document["_id"],
@@ -209,6 +214,11 @@ def entry_of(document: Mapping[str, Any], fate: Fate, also: Sequence[str]) -> Fa
     return entry
 
 
+def _delivered(ack: Ack) -> dict[str, Any]:
+    entry = {"user": ack.user, "device": ack.device, "at": DatetimeMS(ack.at)}
+    return {**entry, "quiet": True} if ack.quiet else entry
+
+
 def _shrink(document: Mapping[str, Any], acks: Sequence[Ack], dropped: Sequence[str]) -> UpdateOne:
     """Takes devices out of ``awaiting`` and notes those that acknowledged in ``deliveredTo``; what is sealed for those dropped
     goes. Idempotent: a device that is no longer awaited changes nothing, so a retry does not double an entry."""
@@ -216,7 +226,7 @@ def _shrink(document: Mapping[str, Any], acks: Sequence[Ack], dropped: Sequence[
     new = [
         {
             "keys": [ack.key, ids.any_device_key(ack.user)],
-            "entry": {"user": ack.user, "device": ack.device, "at": DatetimeMS(ack.at)},
+            "entry": _delivered(ack),
         }
         for ack in acks
     ]

@@ -21,9 +21,10 @@ class Sole(NamedTuple):
 
 
 class Ack:
-    """One device has these messages on disk, since ``at`` (ms). ``messages`` maps document ids to what is known."""
+    """One device has these messages on disk, since ``at`` (ms). ``messages`` maps document ids to what is known. ``quiet``: its
+    user does not want other people to learn of it."""
 
-    __slots__ = ("at", "deadline", "device", "done", "key", "messages", "user")
+    __slots__ = ("at", "deadline", "device", "done", "key", "messages", "quiet", "user")
 
     def __init__(
         self,
@@ -34,7 +35,9 @@ class Ack:
         at: int,
         deadline: float,
         done: Callable[[bool], None],
+        quiet: bool = False,
     ) -> None:
+        self.quiet = quiet
         self.user = user
         self.device = device
         self.key = ids.device_key(user, device)
@@ -80,7 +83,8 @@ class Release:
 
 
 class Acknowledged(NamedTuple):
-    """A device's acknowledgement of one message is durable. ``user`` and ``device`` are the message's sender."""
+    """A device's acknowledgement of one message is durable. ``user`` and ``device`` are the message's sender. ``quiet``: nobody
+    but the acknowledging user may learn of it."""
 
     doc_id: str
     user: str
@@ -89,6 +93,7 @@ class Acknowledged(NamedTuple):
     by_device: str
     at: int
     accepted_at: int
+    quiet: bool = False
 
 
 @dataclass(slots=True)

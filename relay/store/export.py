@@ -16,8 +16,9 @@ from models.conversations import Conversation, Membership
 from models.keys import PreKey, PublicKeys
 from models.messages import MESSAGES
 from relay.store.accounts import milliseconds
+from relay.store.documents import told_of
 from relay.store.mongo import MESSAGE_CODEC
-from relay.wire.ids import PARTS_KEY, any_device_key, part_ids, user_of
+from relay.wire.ids import any_device_key, part_ids
 
 _PAGE: Final = 200
 _SECRET_IN_USER: Final = frozenset({"password", "usernameKey", "nameKey", "phoneKey", "searches"})
@@ -135,11 +136,13 @@ class Exports:
         for name in [row["conversationId"] async for row in cursor]:
             query = {"conversationId": name, "sender.user": user, "part": None, "claimedAt": None}
             async for document in _messages().find(query):
-                awaited = _awaited(document, user)
+                # As ``status`` counts them: by mailboxes, a sender could tell who has blocked them, as such a person has
+                # one instead of one for each device.
+                awaited = told_of(document, user)[0]
                 if "parts" in document:
                     parts = part_ids(document["_id"], document["writing"], document["parts"])
                     async for part in _messages().find({"_id": {"$in": parts}, "conversationId": name}):
-                        awaited |= _awaited(part, user)
+                        awaited |= told_of(part, user)[0]
                 yield {**_message(document, None), "awaiting": len(awaited)}
 
 
@@ -195,14 +198,6 @@ def _message(document: Mapping[str, Any], mailbox: str | None) -> Value:
         if entry["device"] == mailbox:
             found["sealed"] = entry["data"]
     return found
-
-
-def _awaited(document: Mapping[str, Any], user: str) -> set[str]:
-    """The people who have not got a message, as ``status`` counts them: by mailboxes, a sender could tell who has blocked
-    them, as such a person has one instead of one for each device."""
-    delivered = {entry["user"] for entry in document.get("deliveredTo") or ()}
-    mailboxes = [key for key in document.get("awaiting") or () if key != PARTS_KEY]
-    return {user_of(key) for key in mailboxes} - {user} - delivered
 
 
 def _other_of(document: Mapping[str, Any], user: str) -> str | None:

@@ -90,9 +90,10 @@ class EndingLanes:
         at: int,
         deadline: float,
         done: Callable[[bool], None],
+        quiet: bool = False,
     ) -> None:
         """Queues one device's acknowledgement of messages of one conversation. Raises BatcherClosed."""
-        ack = Ack(user, device, messages, at=at, deadline=deadline, done=done)
+        ack = Ack(user, device, messages, at=at, deadline=deadline, done=done, quiet=quiet)
         self._lane(conversation).submit(ack, _BYTES_EACH * len(messages), len(messages))
 
     def discard(self, doc_id: str, fate: Fate, *, deadline: float) -> None:

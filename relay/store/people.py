@@ -60,6 +60,8 @@ _OWN: Final = {
     "findableByPhone": 1,
     "whoMayMessage": 1,
     "whoMayAdd": 1,
+    "deliveredReceipts": 1,
+    "readReceipts": 1,
 }
 
 
@@ -96,6 +98,8 @@ class OwnProfile:
     findable_by_phone: bool
     who_may_message: Circle
     who_may_add: Circle
+    delivered_receipts: bool
+    read_receipts: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +154,11 @@ class People:
             )
             async for row in cursor
         }
+
+    async def is_quiet(self, user: str) -> bool:
+        """Whether others shall not be told what this person's devices have received."""
+        query = {"_id": user, "deliveredReceipts": False}
+        return await User.get_motor_collection().find_one(query, {"_id": 1}) is not None
 
     async def last_seen(self, users: Iterable[str]) -> dict[str, int]:
         """When a device of each of these people was last noted (ms), with one query. Who never connected is absent. A device
@@ -338,6 +347,8 @@ def _own(document: Mapping[str, Any]) -> OwnProfile:
         findable_by_phone=document.get("findableByPhone") is not False,
         who_may_message=_circle(document, "whoMayMessage"),
         who_may_add=_circle(document, "whoMayAdd"),
+        delivered_receipts=document.get("deliveredReceipts") is not False,
+        read_receipts=document.get("readReceipts") is not False,
     )
 
 

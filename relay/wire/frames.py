@@ -17,12 +17,15 @@ MAX_IDS: Final = 1000
 MAX_OPERATIONS: Final = 256
 MAX_TTL_SECONDS: Final = 30 * 24 * 60 * 60
 MAX_MEDIA: Final = 32
+MAX_LIVE_MEMBERS: Final = 256
+"""In larger conversations nobody is told how far others have read, or who types."""
 
 # msgspec searches; \Z (not $, which also matches before a final newline) anchors the end.
 MessageId = Annotated[str, Meta(pattern=rf"^{ids.UUID_PATTERN}\Z")]
 ConversationId = Annotated[str, Meta(pattern=rf"^{ids.CONVERSATION_PATTERN}\Z")]
 Kind = Annotated[str, Meta(pattern=rf"^{ids.KIND_PATTERN}\Z")]
 MediaId = Annotated[str, Meta(pattern=rf"^{ids.MEDIA_PATTERN}\Z")]
+UserId = Annotated[str, Meta(pattern=rf"^{ids.USER_PATTERN}\Z")]
 DeviceKey = Annotated[str, Meta(pattern=rf"^{ids.USER_PATTERN}/{ids.DEVICE_PATTERN}\Z")]
 Base64 = Annotated[str, Meta(pattern=r"^[A-Za-z0-9+/_-]*={0,2}\Z", min_length=1)]
 Seq = Annotated[int, Meta(ge=0, lt=SEQ_LIMIT)]
@@ -67,6 +70,26 @@ class Status(Operation, tag="status", frozen=True):
     ids: list[MessageId]
 
 
+class Read(Operation, tag="read", frozen=True):
+    """The user has read this conversation up to here. A cursor never moves back."""
+
+    conv: ConversationId
+    up_to: Seq
+
+
+class Typing(Operation, tag="typing", frozen=True):
+    """The user types in this conversation, or has stopped. Never stored; ends by itself 10 s after the last ``on``."""
+
+    conv: ConversationId
+    on: bool
+
+
+class Presence(Operation, tag="presence", frozen=True):
+    """Watch whether these people are online, instead of those watched before; none: stop watching."""
+
+    users: list[UserId]
+
+
 class Ping(Operation, tag="ping", frozen=True):
     """Is anybody there; for clients that cannot send ping frames."""
 
@@ -77,5 +100,16 @@ class Auth(Operation, tag="auth", frozen=True):
     token: Annotated[str, Meta(max_length=8192)]
 
 
-AnyOperation = Send | Ack | Status | Ping | Auth
-FEATURES: Final = ("again", "after", "ttl", "sealed", "withdrawn", "status", "fates")
+AnyOperation = Send | Ack | Status | Read | Typing | Presence | Ping | Auth
+FEATURES: Final = (
+    "again",
+    "after",
+    "ttl",
+    "sealed",
+    "withdrawn",
+    "status",
+    "fates",
+    "read",
+    "typing",
+    "presence",
+)

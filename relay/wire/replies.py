@@ -31,6 +31,27 @@ def receipt(conversation: str, messages: Iterable[str], user: str, device: str, 
     )
 
 
+def done(ref: str) -> str:
+    """What was asked for is done, durably where that says something."""
+    return _with_ref({"t": "done"}, ref)
+
+
+def read(conversation: str, user: str, up_to: int, at: int) -> str:
+    """A member has read up to here, since ``at`` (ms)."""
+    return f'{{"t":"read","conv":"{conversation}","user":"{user}","upTo":{up_to},"at":{at}}}'
+
+
+def typing(conversation: str, user: str, on: bool) -> str:
+    """A member types, or has stopped."""
+    return f'{{"t":"typing","conv":"{conversation}","user":"{user}","on":{"true" if on else "false"}}}'
+
+
+def presence(user: str, online: bool, last_seen: int | None) -> str:
+    """Whether somebody is online, and when they were last seen (ms)."""
+    seen = "null" if last_seen is None else str(last_seen)
+    return f'{{"t":"presence","user":"{user}","online":{"true" if online else "false"},"lastSeen":{seen}}}'
+
+
 def status(conversation: str, items: list[dict[str, object]], ref: str | None) -> str:
     """What became of own messages."""
     return _with_ref({"t": "status", "conv": conversation, "items": items}, ref)

@@ -12,7 +12,17 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from relay.wire.errors import Code
-from relay.wire.frames import MAX_IDS, ConversationId, DeviceKey, Kind, MediaId, MessageId, Ref, Seq
+from relay.wire.frames import (
+    MAX_IDS,
+    ConversationId,
+    DeviceKey,
+    Kind,
+    MediaId,
+    MessageId,
+    Ref,
+    Seq,
+    UserId,
+)
 from relay.wire.ids import DEVICE_PATTERN, RELAY_USER, USER_PATTERN
 
 Value = TypeVar("Value")
@@ -22,7 +32,6 @@ Maybe: TypeAlias = Value | UnsetType
 Milliseconds = Annotated[int, Meta(ge=0, description="Milliseconds since the epoch")]
 Duration = Annotated[int, Meta(ge=0, description="Milliseconds")]
 Count = Annotated[int, Meta(ge=0)]
-UserId = Annotated[str, Meta(pattern=rf"^{USER_PATTERN}\Z")]
 SenderId = Annotated[
     str,
     Meta(
@@ -163,6 +172,38 @@ class Receipt(ServerFrame, tag="receipt", frozen=True):
     at: Milliseconds
 
 
+class Done(ServerFrame, tag="done", frozen=True):
+    """The ``read`` or ``presence`` that carried this ``ref`` is done: the cursor is durable, or everybody watched is told."""
+
+    ref: Ref
+
+
+class ReadCursor(ServerFrame, tag="read", frozen=True):
+    """A member, perhaps oneself on another device, has read a conversation up to here."""
+
+    conv: ConversationId
+    user: UserId
+    up_to: Seq
+    at: Milliseconds
+
+
+class TypingNow(ServerFrame, tag="typing", frozen=True):
+    """A member types, or has stopped. Live only."""
+
+    conv: ConversationId
+    user: UserId
+    on: bool
+
+
+class Seen(ServerFrame, tag="presence", frozen=True):
+    """Whether somebody who is watched is online, and when they were last seen; null when that is unknown or does not concern
+    one."""
+
+    user: UserId
+    online: bool
+    last_seen: Milliseconds | None
+
+
 class Pong(ServerFrame, tag="pong", frozen=True):
     """The answer to ``ping``: the relay's time."""
 
@@ -207,7 +248,22 @@ class Error(ServerFrame, tag="error", frozen=True):
 
 
 AnyServerFrame = (
-    Welcome | Stored | Acked | StatusReply | Msg | Drained | Receipt | Pong | Authed | Bye | KeysLow | Error
+    Welcome
+    | Stored
+    | Acked
+    | StatusReply
+    | Msg
+    | Drained
+    | Receipt
+    | Done
+    | ReadCursor
+    | TypingNow
+    | Seen
+    | Pong
+    | Authed
+    | Bye
+    | KeysLow
+    | Error
 )
 ITEMS: Final = (Waiting, Gone)
 

@@ -23,10 +23,12 @@ from relay.client import (
     Draft,
     Event,
     Message,
+    ReadCursor,
     Receipt,
     RequestFailed,
     SessionEnded,
     Token,
+    Typing,
 )
 from relay.security.tokens import KeyConfigurationError, generate_secret, mint
 from relay.wire import ids
@@ -93,14 +95,24 @@ async def converse(options: Options) -> int:
         title = await titles.learn(message.conv) if is_change(message) and not options.as_json else None
         found = await names.of(message.conv, concerned(message)) if named else {}
         screen.on_message(message, found, title or (None, None))
+        if interactive and message.conv == screen.conv and message.seq is not None:
+            await device.read(message.conv, message.seq)
 
-    async def note(event: Event) -> None:
+    async def name_of(conv: str, user: str) -> str:
+        found = await names.of(conv, [user]) if options.by_name else {}
+        return found.get(user, user)
+
+    async def tell(event: Event) -> None:
         screen.on_event(event)
-        if interactive and isinstance(event, Receipt) and event.user != options.user:
-            shown = await names.of(event.conv, [event.user]) if options.by_name else {}
-            receipts.arrived(event.ids, shown.get(event.user, event.user))
+        if not isinstance(event, Receipt | Typing | ReadCursor) or event.user == options.user:
+            return
+        if isinstance(event, Receipt):
+            if interactive:
+                receipts.arrived(event.ids, await name_of(event.conv, event.user))
+        elif screen.hints(event):
+            screen.hint(event, await name_of(event.conv, event.user))
 
-    device = Device(options.url, options.database, options.token, on_message=show, on_event=note)
+    device = Device(options.url, options.database, options.token, on_message=show, on_event=tell)
     names, titles, receipts = Names(device.request), Titles(device.request), Receipts(screen.delivered)
     async with device:
         typing = receipts if interactive else None

@@ -14,7 +14,7 @@ from typing import Any, Final
 from rich.console import Console
 from rich.text import Text
 
-from relay.client import Connected, Disconnected, Event, Failed, Message, Stored
+from relay.client import Connected, Disconnected, Event, Failed, Message, ReadCursor, Stored, Typing
 from relay.wire.ids import RELAY_USER
 from scripts.tools.typing_line import Line
 
@@ -113,6 +113,20 @@ class Screen:
             self._told = False
         elif isinstance(event, Disconnected) and event.code is None:
             self.unreachable(event.reason)
+
+    def hints(self, event: Event) -> bool:
+        """Whether this is worth a hint: somebody types in, or has read, the conversation on the terminal."""
+        return self.line is not None and isinstance(event, Typing | ReadCursor) and event.conv == self.conv
+
+    def hint(self, event: Typing | ReadCursor, name: str) -> None:
+        """Says it in front of the prompt, where the next thing wipes it away."""
+        if self.line is None:
+            return
+        if isinstance(event, Typing) and not event.on:
+            self.line.hint("")
+            return
+        what = "is typing…" if isinstance(event, Typing) else "has read it"
+        self.line.hint(f"{_printable(name).replace(chr(9), ' ')} {what}")
 
     def _answered(self, event: Stored | Failed) -> None:
         # The outbox may also hold what an earlier run left behind for another conversation.

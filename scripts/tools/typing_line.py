@@ -24,22 +24,33 @@ class Line:
 
     def __init__(self, out: TextIO, columns: Callable[[], int]) -> None:
         self.ended = False
+        self._hint = ""
         self._out = out
         self._columns = columns
         self._text = ""
         self._escaped = ""
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def show(self) -> None:
-        """Puts the prompt and what is typed at the cursor."""
-        self._out.write(_PROMPT + self._text.replace("\t", " "))
+    def show(self, hint: str = "") -> None:
+        """Puts the prompt and what is typed at the cursor, and a hint in front of them."""
+        self._hint = hint
+        self._out.write(self._prompt + self._text.replace("\t", " "))
         self._out.flush()
 
     def hide(self) -> None:
         """Takes both off the terminal; the cursor is where the prompt began."""
-        above = (len(_PROMPT) + cell_len(self._text) - 1) // max(1, self._columns())
+        above = (cell_len(self._prompt) + cell_len(self._text) - 1) // max(1, self._columns())
         self._out.write(f"\x1b[{above}A\r\x1b[J" if above else "\r\x1b[J")
         self._out.flush()
+
+    def hint(self, text: str) -> None:
+        """Says something in front of the prompt, until the next thing is said or entered; empty: nothing."""
+        self.hide()
+        self.show(text)
+
+    @property
+    def _prompt(self) -> str:
+        return f"({self._hint}) {_PROMPT}" if self._hint else _PROMPT
 
     def typed(self, data: bytes) -> list[str]:
         """Takes keys, and gives the lines that were entered with them."""
@@ -49,7 +60,7 @@ class Line:
                 self._skip(sign)
             elif sign in _ENTER:
                 entered.append(self._text)
-                self._text = ""
+                self._text = self._hint = ""
                 self._out.write("\n" + _PROMPT)
             elif sign == _END and not self._text:
                 self.ended = True
@@ -70,7 +81,7 @@ class Line:
     def _become(self, text: str) -> None:
         self.hide()
         self._text = text
-        self.show()
+        self.show(self._hint)
 
     def _skip(self, sign: str) -> None:
         # Arrows and the like: ESC [ or ESC O, parameters, a final sign; or ESC and one sign.

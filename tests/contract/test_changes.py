@@ -28,6 +28,7 @@ from tests.support.control import (
     contact,
     create,
     open_control,
+    read,
     refused,
 )
 
@@ -151,7 +152,7 @@ async def test_read_cursors_of_all_members_are_told(
         (two, "cleo", 11),
         (left, "ann", 13),
     ):
-        await conversations.read(name, user, up_to)
+        await read(name, user, up_to)
     page = await changes.since("bob", cursor)
     assert sorted((read.conversation, read.user, read.up_to) for read in page.reads) == [
         (one, "ann", 7),
@@ -212,8 +213,8 @@ async def test_pages_over_many_changes_are_complete(
         monkeypatch.setattr(module, name, bound)
     made = [(await create(revisions, "ann", ["bob"]))[0] for _ in range(11)]
     for name in made:
-        await conversations.read(name, "ann", 5)
-        await conversations.read(name, "bob", 5)
+        await read(name, "ann", 5)
+        await read(name, "bob", 5)
     for number in range(9):
         await contact("bob", f"u{number}", listed=True, updatedAt=datetime.now(UTC))
     # Ties are usual: several changes in one millisecond.

@@ -29,6 +29,7 @@ from tests.support.control import (
     create,
     document,
     open_control,
+    read,
     refused,
     row,
 )
@@ -146,6 +147,31 @@ async def test_a_device_back_from_inactivity_learns_since_when_it_missed_message
     assert arrival.gap_why == "inactive"
     assert arrival.gap_since is not None
     assert abs(arrival.gap_since - (away + INACTIVE).timestamp() * 1000) <= 1
+
+
+async def test_an_arrival_tells_when_the_device_was_last_connected_live(accounts: Accounts) -> None:
+    first = await accounts.arrive("ann", "phone", provision=True, live=True)
+    assert first is not None
+    assert (first.live_until, first.quiet) == (None, False)
+    before = datetime.now(UTC) - timedelta(hours=1)
+    await Device.get_motor_collection().update_one({"_id": "ann/phone"}, {"$set": {"liveAt": before}})
+    # Asking over HTTP is no connection on which anything was told.
+    await accounts.arrive("ann", "phone", provision=True)
+    await User.get_motor_collection().update_one({"_id": "ann"}, {"$set": {"deliveredReceipts": False}})
+    second = await accounts.arrive("ann", "phone", provision=True, live=True)
+    assert second is not None
+    assert second.live_until == int(before.timestamp() * 1000)
+    assert second.quiet
+    third = await accounts.arrive("ann", "phone", provision=True, live=True)
+    assert third is not None
+    assert third.live_until is not None
+    assert third.live_until > second.live_until
+    await Device.get_motor_collection().update_one({"_id": "ann/phone"}, {"$set": {"liveAt": before}})
+    await accounts.seen(["ann/phone"])
+    fourth = await accounts.arrive("ann", "phone", provision=True, live=True)
+    assert fourth is not None
+    assert fourth.live_until is not None
+    assert fourth.live_until >= third.live_until
 
 
 async def test_a_gap_is_told_until_the_device_has_drained(accounts: Accounts) -> None:
@@ -288,7 +314,7 @@ async def test_absent_and_not_yours_and_left_and_dissolved_look_the_same(
         assert await refused(conversations.check_member(conversation, user)) == "not_found"
         assert await refused(conversations.members(conversation, user, limit=5, cursor=None)) == "not_found"
         assert await refused(conversations.set_own(conversation, user, {"pinned": True})) == "not_found"
-        assert await refused(conversations.read(conversation, user, 5)) == "not_found"
+        assert not await read(conversation, user, 5)
         assert await refused(conversations.member(conversation, user)) == "not_found"
     assert await everything(conversations, "cleo", 5) == ([], 1)
     assert await everything(conversations, "ann", 5) == ([name], 1)
@@ -425,10 +451,10 @@ async def test_what_a_member_sets_for_themselves_is_kept_and_unset(
 
 async def test_a_read_cursor_moves_forward_only(conversations: Conversations, revisions: Revisions) -> None:
     name, _ = await create(revisions, "ann", ["bob"])
-    await asyncio.gather(*(conversations.read(name, "bob", up_to) for up_to in (5, 90, 7, 12)))
+    await asyncio.gather(*(read(name, "bob", up_to) for up_to in (5, 90, 7, 12)))
     assert (await conversations.get(name, "bob")).me.read_up_to == 90
     before = await row(name, "bob")
-    await conversations.read(name, "bob", 89)
+    await read(name, "bob", 89)
     assert await row(name, "bob") == before
     assert (await conversations.get(name, "ann")).me.read_up_to is None
 
@@ -436,7 +462,7 @@ async def test_a_read_cursor_moves_forward_only(conversations: Conversations, re
 async def test_who_comes_back_begins_anew(conversations: Conversations, revisions: Revisions) -> None:
     name, _ = await create(revisions, "ann", ["bob"])
     await conversations.set_own(name, "bob", {"pinned": True})
-    await conversations.read(name, "bob", 5)
+    await read(name, "bob", 5)
     first = (await conversations.get(name, "bob")).me
     await change(revisions, name, "ann", always(Proposal("role", ["bob"], role="admin")), ["bob"])
     await change(revisions, name, "ann", always(Proposal("removed", ["bob"])), ["bob"])

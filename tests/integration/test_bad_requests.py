@@ -70,6 +70,8 @@ GOOD: Final[Mapping[str, dict[str, Any]]] = {
             "findableByPhone": False,
             "whoMayMessage": "contacts",
             "whoMayAdd": "contacts",
+            "deliveredReceipts": False,
+            "readReceipts": False,
         },
     },
     "PUT /v1/me/push": {"provider": "fcm", "token": "a token"},

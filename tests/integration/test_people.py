@@ -73,6 +73,8 @@ async def test_a_person_whom_a_token_brought_has_a_profile_to_fill(node: Node) -
             "findableByPhone": True,
             "whoMayMessage": "anyone",
             "whoMayAdd": "anyone",
+            "deliveredReceipts": True,
+            "readReceipts": True,
         },
     }
     changed = await ask(
@@ -85,7 +87,7 @@ async def test_a_person_whom_a_token_brought_has_a_profile_to_fill(node: Node) -
             "phone": "+49 (30) 555-0100",
             "picture": "pic_1",
             "about": "at work\nuntil five",
-            "preferences": {"whoMayAdd": "contacts", "findableByPhone": False},
+            "preferences": {"whoMayAdd": "contacts", "findableByPhone": False, "readReceipts": False},
         },
     )
     assert changed == await ask(node, "GET", "/v1/me", "ann")
@@ -96,6 +98,8 @@ async def test_a_person_whom_a_token_brought_has_a_profile_to_fill(node: Node) -
         "findableByPhone": False,
         "whoMayMessage": "anyone",
         "whoMayAdd": "contacts",
+        "deliveredReceipts": True,
+        "readReceipts": False,
     }
     assert changed["createdAt"] == created
     cleared = await ask(
@@ -152,7 +156,13 @@ async def test_a_profile_takes_nothing_else(node: Node) -> None:
 async def test_changes_of_different_fields_at_once_all_last(node: Node) -> None:
     await ask(node, "GET", "/v1/me", "ann")
     wanted: dict[str, Any] = {"name": "Ann", "phone": "+49305550100", "picture": "p1", "about": "here"}
-    preferences = {"findableByPhone": False, "whoMayMessage": "contacts", "whoMayAdd": "contacts"}
+    preferences = {
+        "findableByPhone": False,
+        "whoMayMessage": "contacts",
+        "whoMayAdd": "contacts",
+        "deliveredReceipts": False,
+        "readReceipts": False,
+    }
     await asyncio.gather(
         *(ask(node, "PATCH", "/v1/me", "ann", {name: value}) for name, value in wanted.items()),
         *(

@@ -116,6 +116,7 @@ class LocalConnection:
         self.issued = 0
         self.expires = 1 << 40
         self.session: str | None = None
+        self.quiet = False
         self.pings = 0
         self.life: float | None = None
         self.closes: list[Close] = []

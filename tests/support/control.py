@@ -14,6 +14,7 @@ from models.contacts import Contact
 from models.conversations import Conversation, Membership
 from relay.store.conversations import Conversations, ConversationView
 from relay.store.mongo import CONTROL, Mongo
+from relay.store.reading import ReadCursors
 from relay.store.revisions import ConversationType, Proposal, Revision, Revisions, Situation
 from relay.wire.errors import RelayError
 from tests.support.memory import start_in_memory
@@ -95,6 +96,12 @@ def always(proposal: Proposal) -> Decide:
 async def view_of(conversation: str, user: str) -> ConversationView:
     """A conversation as one member sees it."""
     return await Conversations().get(conversation, user)
+
+
+async def read(conversation: str, user: str, up_to: int) -> bool:
+    """A member reads a conversation up to here. Whether they are one."""
+    found = await ReadCursors(timeout=5).move({(conversation, user): up_to})
+    return (conversation, user) in found.members
 
 
 async def document(conversation: str) -> dict[str, Any]:

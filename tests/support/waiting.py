@@ -26,3 +26,11 @@ async def arriving(device: WireDevice, name: str, quiet: float = 0.5) -> list[di
             found.append(await device.expect(name, quiet))
         except (TimeoutError, Closed):
             return found
+
+
+async def exactly(
+    device: WireDevice, name: str, count: int, quiet: float = 0.3, seconds: float = 5
+) -> list[dict[str, Any]]:
+    """So many operations of this name, as soon as they are there, and whatever more comes within ``quiet`` seconds."""
+    found = [await device.expect(name, seconds) for _ in range(count)]
+    return found + await arriving(device, name, quiet)

@@ -122,7 +122,8 @@ class SessionAnswer(TokensAnswer):
 
 
 class DeviceAnswer(Answer):
-    """One of one's own devices. ``current``: the one that asks; ``online``: connected to this node."""
+    """One of one's own devices. ``current``: the one that asks; ``online``: heard from by this node within
+    the heartbeat and 5 s."""
 
     id: DeviceId
     name: str | None = Field(examples=["Ann's phone"])

@@ -47,7 +47,8 @@ class ContactPage(Answer):
 
 
 class OnlineAnswer(Answer):
-    """A contact who is connected to this node; ``lastSeen`` (ms) is when a device of theirs was last noted."""
+    """A contact from whom this node has heard within the heartbeat and 5 s; ``lastSeen`` (ms) is when a device of theirs was last
+    heard or noted."""
 
     user: str
     last_seen: int | None = Field(alias="lastSeen")

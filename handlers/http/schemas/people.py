@@ -17,12 +17,14 @@ Circle = Literal["anyone", "contacts"]
 
 
 class PreferencesPatch(Request):
-    """Preferences to change; null goes back to the default (findable, ``anyone``)."""
+    """Preferences to change; null goes back to the default (findable, ``anyone``, receipts on)."""
 
     findable_by_name: bool | None = Field(default=None, alias="findableByName")
     findable_by_phone: bool | None = Field(default=None, alias="findableByPhone")
     who_may_message: Circle | None = Field(default=None, alias="whoMayMessage")
     who_may_add: Circle | None = Field(default=None, alias="whoMayAdd")
+    delivered_receipts: bool | None = Field(default=None, alias="deliveredReceipts")
+    read_receipts: bool | None = Field(default=None, alias="readReceipts")
 
 
 class ProfilePatch(Request):
@@ -36,12 +38,15 @@ class ProfilePatch(Request):
 
 
 class Preferences(Answer):
-    """Whether others find one by name and user name, and by phone; who may write, and who may add one to groups."""
+    """Whether others find one by name and user name, and by phone; who may write, and who may add one to groups; whether others
+    are told what one's devices have received, and what one has read."""
 
     findable_by_name: bool = Field(alias="findableByName", examples=[True])
     findable_by_phone: bool = Field(alias="findableByPhone", examples=[True])
     who_may_message: Circle = Field(alias="whoMayMessage")
     who_may_add: Circle = Field(alias="whoMayAdd")
+    delivered_receipts: bool = Field(alias="deliveredReceipts")
+    read_receipts: bool = Field(alias="readReceipts")
 
 
 class OwnProfileAnswer(Answer):
@@ -69,8 +74,8 @@ class ProfileAnswer(Answer):
 
 class PersonAnswer(ProfileAnswer):
     """A person. ``online`` and ``lastSeen`` (ms) are null for whom it does not concern: it is told to people whom that person
-    lists as a contact or shares a conversation with, and has not blocked. ``online`` is a connection to this node;
-    ``lastSeen`` is when a device was last noted, now and then while it stays connected."""
+    lists as a contact or shares a conversation with, and has not blocked. ``online``: a connection to
+    this node was heard from within the heartbeat and 5 s; ``lastSeen`` is when a device was last heard or noted."""
 
     online: bool | None
     last_seen: int | None = Field(alias="lastSeen")

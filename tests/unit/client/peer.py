@@ -47,6 +47,7 @@ class Peer:
         self.tokens: list[str] = []
         self.heartbeat = 25_000
         self.limits = {"frame": 262_144, "body": 65_536, "ops": 256}
+        self.features: list[str] = []
         self.refuse_tokens: set[str] = set()
         self.mute = False
         self.answer: Callable[[Operation], Operation | None] = lambda _: None
@@ -141,6 +142,7 @@ class Peer:
         user, _, device = key.partition("/")
         welcome = {
             "t": "welcome",
+            "features": self.features,
             "v": 1,
             "user": user,
             "device": device,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from relay.client import Connected, Disconnected, Message
+from relay.client import Connected, Disconnected, Message, ReadCursor, Typing
 from scripts.tools.screen import Screen, concerned, is_change
 from scripts.tools.typing_line import Line
 
@@ -119,3 +119,29 @@ def test_who_types_is_told_that_an_outage_is_over_and_a_pipe_is_not(
     for told in (typing, False):
         screen.on_event(Connected("u1", "phone"))
         assert ("connected again" in capsys.readouterr().err) == told
+
+
+def test_a_hint_is_for_who_types_in_that_conversation_and_never_on_standard_output(
+    screen: Screen, capsys: pytest.CaptureFixture[str]
+) -> None:
+    screen.conv = "c1"
+    typing = Typing("c1", "u2", True)
+    assert not screen.hints(typing)
+    screen.line = Line(sys.stderr, lambda: 80)
+    assert screen.hints(typing)
+    assert not screen.hints(Typing("c2", "u2", True))
+    for event, line in (
+        (typing, "(Bob is typing…) > "),
+        (ReadCursor("c1", "u2", 5, 5), "(Bob has read it) > "),
+        (Typing("c1", "u2", False), "> "),
+    ):
+        screen.hint(event, "Bob")
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert told.err.rpartition("\x1b[J")[2] == line
+    screen.hint(typing, "B\x1b[2Job")
+    screen.say("something else")
+    told = capsys.readouterr()
+    assert "\x1b[2J" not in told.err
+    assert told.err.endswith("> ")
+    assert "typing" not in told.err.rpartition("something else")[2]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 
 import pytest
 
+from relay.routing import hub as hub_module
 from relay.routing.hub import Hub
 from tests.support.backlog import LocalConnection, MemoryBacklog, turns
 
@@ -97,3 +99,22 @@ async def test_one_can_wait_until_everybody_has_left(connect: Connect) -> None:
     assert not waiter.done()
     hub.remove(laptop)
     await asyncio.wait_for(waiter, 1)
+
+
+async def test_who_is_about_to_connect_learns_of_a_changed_preference(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub()
+    phone = connect("bob", "phone")
+    hub.add(phone)
+    hub.set_quiet("bob", True)
+    assert phone.quiet
+    tablet, ann = connect("bob", "tablet"), connect("ann", "phone")
+    hub.add(tablet)
+    hub.add(ann)
+    assert tablet.quiet
+    assert not ann.quiet
+    monkeypatch.setattr(hub_module, "monotonic", lambda: time.monotonic() + 60)
+    watch = connect("bob", "watch")
+    hub.add(watch)
+    assert not watch.quiet, "by then it has read what is"

@@ -7,7 +7,9 @@ from collections.abc import AsyncIterator
 import pytest
 
 from relay.metrics import Metrics
+from relay.routing.announcer import Announcer
 from relay.routing.hub import Hub
+from relay.routing.receipts import Receipts
 from relay.routing.router import Router
 from relay.store.endings import Acknowledged, Settlement
 from tests.support.backlog import LocalConnection, MemoryBacklog, message, turns
@@ -21,7 +23,8 @@ class House:
     def __init__(self) -> None:
         self.hub = Hub()
         self.metrics = Metrics()
-        self.router = Router(self.hub, self.metrics)
+        receipts = Receipts(Announcer(self.hub, self.metrics, "receipt"), max_frame=262_144)
+        self.router = Router(self.hub, self.metrics, receipts)
         self.backlog = MemoryBacklog()
         self.all = {
             f"{user}/{device}": LocalConnection(self.backlog, user, device) for user, device in PEOPLE
