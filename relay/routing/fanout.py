@@ -1,9 +1,12 @@
-"""Messages to many devices are handed out in slices, so that other sockets are served in between."""
+"""Messages to many devices are handed out in slices, so that other sockets are served in between.
+
+Everything that is queued for one conversation is handed out together: a device gets it in one frame and acknowledges it in
+one. While that goes on the next gathers, so the more there is the less each message costs.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -11,28 +14,29 @@ import structlog
 
 from relay.wire.envelope import Envelope
 
-log = structlog.get_logger(__name__)
-
 _MOST_WAITING: Final = 20_000
 # A turn of the loop with so many sockets to write to takes about a millisecond.
 _SLICE: Final = 16
+_MOST_TOGETHER: Final = 32_000
+
+log = structlog.get_logger(__name__)
 
 
 class Fanout:
-    """A queue of parts of messages. ``deliver`` hands one part to those of these recipients that are connected. ``start`` and
-    ``close`` it. What is not handed out when it closes waits in the store."""
+    """A queue of parts of messages. ``deliver`` hands parts, in the order in which they were put, to one mailbox.
+    ``start`` and ``close`` it. What is not handed out when it closes waits in the store."""
 
-    def __init__(self, deliver: Callable[[Envelope, Sequence[str]], None]) -> None:
+    def __init__(self, deliver: Callable[[str, Sequence[Envelope]], None]) -> None:
         self._deliver = deliver
-        self._queue: deque[Envelope] = deque()
+        self._queued: dict[str, list[Envelope]] = {}
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
         self._task: asyncio.Task[None] | None = None
-        # By document id, while parts of it are queued: how many, and who has it already.
+        # By document id, while parts of it are queued: how many, and who needs it no more.
         self._pending: dict[str, tuple[int, set[str]]] = {}
         self.waiting = 0
-        """Recipients of the parts that are queued."""
+        """Deliveries (part and recipient) that are queued."""
 
     def start(self) -> None:
         """Begins to hand out."""
@@ -40,7 +44,7 @@ class Fanout:
 
     def put(self, part: Envelope) -> None:
         """Queues one part. Never refuses: whoever commits them waits for ``room`` first."""
-        self._queue.append(part)
+        self._queued.setdefault(part.conversation, []).append(part)
         count, done = self._pending.get(part.doc_id, (0, set()))
         self._pending[part.doc_id] = (count + 1, done)
         self.waiting += len(part.awaiting)
@@ -70,24 +74,51 @@ class Fanout:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while self._queue:
-                part = self._queue.popleft()
-                awaiting = part.awaiting
-                done = self._pending[part.doc_id][1]
-                for start in range(0, len(awaiting), _SLICE):
-                    some = awaiting[start : start + _SLICE]
-                    self.waiting -= len(some)
-                    try:
-                        self._deliver(part, [key for key in some if key not in done] if done else some)
-                    except Exception:
-                        # It waits in the store; the others must not wait for it.
-                        log.exception("a part was not handed out")
-                    if self.waiting <= _MOST_WAITING // 2:
-                        self._room.set()
-                    # One turn of the loop for everybody else, and for the sockets that were just written to.
-                    await asyncio.sleep(0)
-                count, done = self._pending[part.doc_id]
-                if count > 1:
-                    self._pending[part.doc_id] = (count - 1, done)
+            while self._queued:
+                parts = self._take()
+                await self._hand_out(parts)
+                for part in parts:
+                    self._forget(part.doc_id)
+
+    def _take(self) -> list[Envelope]:
+        """Of the conversation that waits for longest everything, or as much as is good to keep in memory together."""
+        conversation = next(iter(self._queued))
+        parts = self._queued.pop(conversation)
+        size = 0
+        for number, part in enumerate(parts):
+            size += len(part.awaiting)
+            if size > _MOST_TOGETHER and number:
+                self._queued[conversation] = parts[number:]
+                return parts[:number]
+        return parts
+
+    async def _hand_out(self, parts: Sequence[Envelope]) -> None:
+        by_key: dict[str, list[Envelope]] = {}
+        for part in parts:
+            for key in part.awaiting:
+                known = by_key.get(key)
+                if known is None:
+                    by_key[key] = [part]
                 else:
-                    del self._pending[part.doc_id]
+                    known.append(part)
+        for number, (key, its) in enumerate(by_key.items(), 1):
+            self.waiting -= len(its)
+            try:
+                self._deliver(key, [part for part in its if key not in self._pending[part.doc_id][1]])
+            except Exception:
+                # It waits in the store; the others must not wait for it.
+                log.exception("a part was not handed out")
+            if number % _SLICE == 0:
+                if self.waiting <= _MOST_WAITING // 2:
+                    self._room.set()
+                # One turn of the loop for everybody else, and for the sockets that were just written to.
+                await asyncio.sleep(0)
+        if self.waiting <= _MOST_WAITING // 2:
+            self._room.set()
+
+    def _forget(self, doc_id: str) -> None:
+        count, done = self._pending[doc_id]
+        if count > 1:
+            self._pending[doc_id] = (count - 1, done)
+        else:
+            del self._pending[doc_id]

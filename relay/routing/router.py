@@ -23,7 +23,7 @@ class Router:
         self._hub = hub
         self._receipts = receipts
         self._latency = metrics.delivery
-        self.fanout = Fanout(self._deliver)
+        self.fanout = Fanout(self._deliver_to)
 
     def committed(self, envelopes: Sequence[Envelope]) -> None:
         """Delivers fresh messages to connected devices; the others find them when they connect."""
@@ -31,12 +31,17 @@ class Router:
             if envelope.parts > 1:
                 self.fanout.put(envelope)
             else:
-                self._deliver(envelope, envelope.awaiting)
+                self._deliver(envelope)
 
-    def _deliver(self, envelope: Envelope, keys: Sequence[str]) -> None:
+    def _deliver(self, envelope: Envelope) -> None:
         serving = self._hub.serving
-        for key in keys:
+        for key in envelope.awaiting:
             for connection in serving(key):
+                connection.delivery.push(envelope)
+
+    def _deliver_to(self, key: str, envelopes: Sequence[Envelope]) -> None:
+        for connection in self._hub.serving(key):
+            for envelope in envelopes:
                 connection.delivery.push(envelope)
 
     def found(self, keys: Iterable[str]) -> None:
