@@ -133,4 +133,5 @@ def message_path(
         lane("send-large", large, commit_large, _LARGE_GROUPS * settings.commit_messages),
         [small, large],
     )
+    router.others = sends.small_under_way
     return MessagePath(acks, sends, endings)

@@ -17,6 +17,9 @@ from relay.wire.envelope import Envelope
 _MOST_WAITING: Final = 20_000
 # A turn of the loop with so many sockets to write to takes about a millisecond.
 _SLICE: Final = 16
+# Beside messages between few devices: so that these wait for hardly longer than without.
+_SMALL_SLICE: Final = 8
+_PAUSE_SECONDS: Final = 0.002
 _MOST_TOGETHER: Final = 32_000
 
 log = structlog.get_logger(__name__)
@@ -24,10 +27,17 @@ log = structlog.get_logger(__name__)
 
 class Fanout:
     """A queue of parts of messages. ``deliver`` hands parts, in the order in which they were put, to one mailbox.
-    ``start`` and ``close`` it. What is not handed out when it closes waits in the store."""
+    ``start`` and ``close`` it. What is not handed out when it closes waits in the store.
 
-    def __init__(self, deliver: Callable[[str, Sequence[Envelope]], None]) -> None:
+    While ``others`` says that messages between few devices are under way, it leaves most of the time to them; each device then
+    gets more at once, later.
+    """
+
+    def __init__(
+        self, deliver: Callable[[str, Sequence[Envelope]], None], others: Callable[[], bool]
+    ) -> None:
         self._deliver = deliver
+        self._others = others
         self._queued: dict[str, list[Envelope]] = {}
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
@@ -101,18 +111,22 @@ class Fanout:
                     by_key[key] = [part]
                 else:
                     known.append(part)
-        for number, (key, its) in enumerate(by_key.items(), 1):
+        left = _SLICE
+        for key, its in by_key.items():
             self.waiting -= len(its)
             try:
                 self._deliver(key, [part for part in its if key not in self._pending[part.doc_id][1]])
             except Exception:
                 # It waits in the store; the others must not wait for it.
                 log.exception("a part was not handed out")
-            if number % _SLICE == 0:
+            left -= 1
+            if left <= 0:
                 if self.waiting <= _MOST_WAITING // 2:
                     self._room.set()
                 # One turn of the loop for everybody else, and for the sockets that were just written to.
-                await asyncio.sleep(0)
+                busy = self._others()
+                left = _SMALL_SLICE if busy else _SLICE
+                await asyncio.sleep(_PAUSE_SECONDS if busy else 0)
         if self.waiting <= _MOST_WAITING // 2:
             self._room.set()
 

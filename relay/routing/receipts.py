@@ -7,6 +7,7 @@ moment. So one message costs no wait, and ten thousand a handful of frames.
 from __future__ import annotations
 
 import asyncio
+from itertools import islice
 from typing import Final
 
 from relay.routing.announcer import Announcer
@@ -17,6 +18,7 @@ from relay.wire.ids import device_key, split_document_id
 SPACING_SECONDS: Final = 0.1
 MOST_IDS: Final = 1000
 MOST_PENDING: Final = 5000
+_AT_ONCE: Final = 256
 _ID_BYTES: Final = 39  # a quoted UUID and its comma
 _REST_BYTES: Final = 400  # the names in a receipt
 
@@ -72,8 +74,16 @@ class Receipts:
         timer, self._timer = self._timer, None
         if timer is not None:
             timer.cancel()
-        self._next = asyncio.get_running_loop().time() + SPACING_SECONDS
-        pending, self._pending, self._count = self._pending, {}, 0
+        loop = asyncio.get_running_loop()
+        self._next = loop.time() + SPACING_SECONDS
+        pending = self._pending
+        if len(pending) > _AT_ONCE and not self._closed:
+            # Many devices have acknowledged: others have their turn in between.
+            pending = {group: pending.pop(group) for group in list(islice(pending, _AT_ONCE))}
+            self._count -= sum(len(found.messages) for found in pending.values())
+            self._timer = loop.call_soon(self.flush)
+        else:
+            self._pending, self._count = {}, 0
         for (user, conversation, by_user, by_device), found in pending.items():
             # The device that acknowledged knows.
             own = device_key(by_user, by_device)

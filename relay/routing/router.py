@@ -5,7 +5,7 @@ Runs once for each committed group, without waiting: everything it puts into one
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from relay.metrics import Metrics
 from relay.routing.fanout import Fanout
@@ -23,7 +23,8 @@ class Router:
         self._hub = hub
         self._receipts = receipts
         self._latency = metrics.delivery
-        self.fanout = Fanout(self._deliver_to)
+        self.others: Callable[[], bool] = _nobody
+        self.fanout = Fanout(self._deliver_to, lambda: self.others())
 
     def committed(self, envelopes: Sequence[Envelope]) -> None:
         """Delivers fresh messages to connected devices; the others find them when they connect."""
@@ -64,3 +65,7 @@ class Router:
         for item in settlement.acknowledged:
             observe(max(0, item.at - item.accepted_at) / 1000)
             add(item)
+
+
+def _nobody() -> bool:
+    return False

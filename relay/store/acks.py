@@ -32,6 +32,7 @@ _LAST_DELAY: Final = 1.0
 _MAX_DOUBTS: Final = 200_000
 _DOUBTS_PAGE: Final = 500
 _MAX_HEADLESS: Final = 50_000
+_AT_ONCE: Final = 256
 
 log = structlog.get_logger(__name__)
 
@@ -86,7 +87,7 @@ class Acks:
                 delay = min(delay * 2, _LAST_DELAY)
                 continue
             break
-        self._settled(group.settlement)
+        await self._tell(group.settlement)
         if self._headless:
             await self._end_heads()
         for ending in batch:
@@ -144,8 +145,25 @@ class Acks:
             parts, mailboxes = group.parts_to_search(heads)
             found = await self._messages.read_all(parts, committed=doubtful, awaiting=list(mailboxes))
             documents.update(found)
+        planned = 0
         for doc_id, document in documents.items():
             self._plan(group, doc_id, document)
+            planned += len(document.get("awaiting", ()))
+            if planned > _AT_ONCE:
+                # Large groups: a turn of the event loop for everybody else.
+                planned = 0
+                await asyncio.sleep(0)
+
+    async def _tell(self, settlement: Settlement) -> None:
+        """Hands a settlement on, a large one in pieces with a turn of the event loop after each."""
+        released, acknowledged = settlement.released, settlement.acknowledged
+        if len(released) <= _AT_ONCE and len(acknowledged) <= _AT_ONCE:
+            self._settled(settlement)
+            return
+        for start in range(0, max(len(released), len(acknowledged)), _AT_ONCE):
+            stop = start + _AT_ONCE
+            self._settled(Settlement(acknowledged[start:stop], released[start:stop]))
+            await asyncio.sleep(0)
 
     async def end_heads(self, heads: Mapping[str, tuple[str, int]]) -> None:
         """Ends the messages, given with their writing and number of documents, of which no part waits any more. Raises what

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from time import monotonic
 from zlib import crc32
 
 from relay.store.batcher import Batcher
@@ -18,6 +19,7 @@ from relay.store.submissions import Submission
 from relay.wire.ids import split_document_id
 
 _BYTES_EACH = 200
+_MOMENT = 0.05
 
 
 class SendLanes:
@@ -32,6 +34,7 @@ class SendLanes:
         self._small = small
         self._large = large
         self._commits = commits
+        self._small_at = 0.0
 
     def submit(self, submission: Submission) -> None:
         """Queues one message. Raises BatcherClosed."""
@@ -39,6 +42,11 @@ class SendLanes:
             self._large.submit(submission, submission.size, len(submission.pieces))
         else:
             self._small.submit(submission, submission.size)
+            self._small_at = monotonic()
+
+    def small_under_way(self) -> bool:
+        """Whether messages between few devices came within the last moment."""
+        return monotonic() - self._small_at < _MOMENT
 
     @property
     def full(self) -> bool:

@@ -17,7 +17,8 @@ class Taken:
 
     def __init__(self) -> None:
         self.handed: list[tuple[str, list[Envelope]]] = []
-        self.fanout = Fanout(self.take)
+        self.busy = False
+        self.fanout = Fanout(self.take, lambda: self.busy)
 
     def take(self, key: str, parts: Sequence[Envelope]) -> None:
         self.handed.append((key, list(parts)))
@@ -83,6 +84,20 @@ async def test_others_have_their_turn_after_every_slice(taken: Taken) -> None:
     assert 0 < most <= 16
 
 
+async def test_beside_messages_between_few_devices_it_pauses_after_smaller_slices(taken: Taken) -> None:
+    taken.busy = True
+    taken.fanout.put(part(1, 40))
+    while taken.count < 40:
+        before = taken.count
+        await asyncio.sleep(0)
+        assert taken.count - before <= 16
+        began = taken.count
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert taken.count - began <= 8, "a pause, not only a turn"
+        await asyncio.sleep(0.005)
+
+
 async def test_who_has_drained_it_before_their_turn_does_not_get_it_again(taken: Taken) -> None:
     parts = [part(1, 40), part(1, 40)]
     for one in parts:
@@ -115,7 +130,7 @@ async def test_one_that_fails_holds_up_nobody() -> None:
             raise RuntimeError("a fault of ours")
         taken.take(key, parts)
 
-    fanout = Fanout(fails)
+    fanout = Fanout(fails, lambda: False)
     fanout.start()
     fanout.put(part(1, 3))
     async with asyncio.timeout(3):
