@@ -12,7 +12,7 @@ from relay.store.ledger import Fate
 from relay.wire.ids import part_ids
 
 # So many messages' parts are in memory at once.
-_AT_ONCE: Final = 16
+_AT_ONCE: Final = 4
 # What is told of a message whose parts ended differently: the first that any of them says.
 _ORDER: Final[tuple[Fate, ...]] = ("withdrawn", "expired", "delivered", "trimmed", "released")
 

@@ -15,6 +15,7 @@ from pymongo import ASCENDING, IndexModel
 MESSAGES: Final = "messages"
 FATES: Final = "fates"
 CREATED_TTL_INDEX: Final = "createdAt_ttl"
+WAITING_INDEX: Final = "awaiting_seq"
 FATES_TTL_INDEX: Final = "at_ttl"
 EXPIRES_GRACE_SECONDS: Final = 60
 """The expiry job ends messages as soon as they are due, and counts them; MongoDB deletes, uncounted, what the job has not
@@ -76,7 +77,7 @@ def message_indexes(ttl_seconds: int) -> list[IndexModel]:
     """The indexes of ``messages``. The first also serves as the shard key's."""
     return [
         IndexModel([("conversationId", ASCENDING), ("createdAt", ASCENDING)], name="conversation_createdAt"),
-        IndexModel([("awaiting", ASCENDING), ("seq", ASCENDING), ("_id", ASCENDING)], name="awaiting_seq"),
+        IndexModel([("awaiting", ASCENDING), ("seq", ASCENDING), ("_id", ASCENDING)], name=WAITING_INDEX),
         IndexModel(
             [("deliveredTo.user", ASCENDING)],
             name="deliveredTo_user",

@@ -9,11 +9,12 @@ from relay.store.acks import Acks
 from relay.store.messages import Messages
 
 _PAGE: Final = 1000
+_LATE: Final = 5
 
 
 class Parts:
-    """Removes claims, with their parts, that never became messages in ``claim_seconds``, and ends messages whose last part
-    ended unseen. Every round is bounded; the next one goes on."""
+    """Removes claims, with their parts, that never became messages in ``claim_seconds``, and parts that came when their claim
+    was gone; ends messages whose last part ended unseen. Every round is bounded; the next one goes on."""
 
     def __init__(
         self, messages: Messages, acks: Acks, now: Callable[[], int], *, claim_seconds: float = 60
@@ -27,6 +28,8 @@ class Parts:
     async def run(self) -> None:
         """One round."""
         await self._messages.heads.clear_claims(self._now() - self._claim_ms)
+        # Long after: a writer may be as late as it takes to give up.
+        await self._messages.heads.remove_orphans(self._now() - _LATE * self._claim_ms)
         heads, self._after = await self._messages.heads.waiting_for_parts(_PAGE, self._after)
         if heads:
             await self._acks.end_heads(heads)

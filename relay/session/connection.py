@@ -230,10 +230,6 @@ class Connection:
                 while ctx.sends.full or ctx.endings.full:
                     await ctx.sends.room()
                     await ctx.endings.room()
-                if self.crowded:
-                    # Only who sends to many devices waits for those messages.
-                    self.crowded = False
-                    await ctx.sends.large_room()
                 if self.outbox.full:
                     await self.outbox.room()
             elif kind is WSMsgType.PING:

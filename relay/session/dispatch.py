@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
@@ -54,6 +55,11 @@ async def dispatch(ctx: Context, peer: Peer, operations: Sequence[Operation | Re
             waiting = HANDLERS[type(op)](ctx, peer, op)
             if waiting is not None:
                 await waiting
+            if peer.crowded:
+                # One to many devices is work for milliseconds: others are served before this frame's next.
+                peer.crowded = False
+                await ctx.sends.large_room()
+                await asyncio.sleep(0)
         except RelayError as error:
             _fail(ctx, peer, error, _about(op))
         except PyMongoError as error:

@@ -19,7 +19,7 @@ from typing import Any, Final
 import structlog
 
 from relay.metrics import Metrics
-from relay.store.ending_plan import EndingGroup, Expectation, entry_of
+from relay.store.ending_plan import EndingGroup, Expectation, entry_of, parts_of
 from relay.store.endings import Acknowledged, Ending, Release, Settlement
 from relay.store.fates import Fates
 from relay.store.ledger import Ledger
@@ -138,13 +138,14 @@ class Acks:
         if doubtful:
             for doc_id in group.read:
                 self._settle_doubt(doc_id, documents.get(doc_id), group.settlement.acknowledged)
+        parts = {name: str(one.get("writing")) for name, one in documents.items() if "part" in one}
+        if parts:
+            # What is no message yet has no end: it is not accepted yet, and may never be.
+            for name in await self._messages.heads.claimed(parts):
+                del documents[name]
         heads = {doc_id: one for doc_id, one in documents.items() if "parts" in one and "part" not in one}
         if heads:
-            parts = group.parts_of_whole(heads)
-            documents.update(await self._messages.read_all(parts, committed=doubtful))
-            parts, mailboxes = group.parts_to_search(heads)
-            found = await self._messages.read_all(parts, committed=doubtful, awaiting=list(mailboxes))
-            documents.update(found)
+            documents.update(await self._read_parts(group, heads, doubtful))
         planned = 0
         for doc_id, document in documents.items():
             self._plan(group, doc_id, document)
@@ -164,6 +165,28 @@ class Acks:
             stop = start + _AT_ONCE
             self._settled(Settlement(acknowledged[start:stop], released[start:stop]))
             await asyncio.sleep(0)
+
+    async def _read_parts(
+        self, group: EndingGroup, heads: Mapping[str, Mapping[str, Any]], doubtful: bool
+    ) -> dict[str, Mapping[str, Any]]:
+        """The parts that end with their heads, and those that wait for who acknowledged by the message's id."""
+        whole = group.parts_of_whole(heads)
+        documents = await self._messages.read_all(whole, committed=doubtful or bool(self._doubts))
+        strayed = group.strayed(heads)
+        doubted = {part for part in whole if part in self._doubts}
+        if strayed and self._doubts:
+            names = {doc_id: head for one in strayed for doc_id, head in one.heads.items()}
+            more = [part for head in names.values() for part in parts_of(head) if part in self._doubts]
+            documents.update(await self._messages.read_all(more, committed=True))
+            doubted.update(more)
+        for part in doubted:
+            self._settle_doubt(part, documents.get(part), group.settlement.acknowledged)
+        for part, document in (await self._messages.strayed(strayed, committed=doubtful)).items():
+            if part not in doubted:
+                documents.setdefault(part, document)
+        for part in documents:
+            group.found_strayed(part)
+        return documents
 
     async def end_heads(self, heads: Mapping[str, tuple[str, int]]) -> None:
         """Ends the messages, given with their writing and number of documents, of which no part waits any more. Raises what

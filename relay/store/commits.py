@@ -185,7 +185,7 @@ class Commits:
         await self._refresh(batch, attempt)
         asked_again = [s for s in batch if not s.settled and (s.again or attempt)]
         if asked_again:
-            await self._answer_from_fates(asked_again, inserted=bool(attempt))
+            await self._answer_from_fates(asked_again, inserted=bool(attempt), tried=bool(attempt))
         batch = [submission for submission in batch if not submission.settled]
         if batch:
             await self._insert(batch, attempt)
@@ -209,7 +209,7 @@ class Commits:
             await self._answer_from_fates(resent, inserted=True)
         await self._succeed([s for s in inserted if not s.settled])
         if duplicates:
-            await self._answer_duplicates(duplicates)
+            await self._answer_duplicates(duplicates, attempt)
 
     def _sort_out(self, batch: list[Submission], details: Any) -> tuple[list[Submission], set[int]]:
         """Splits a group by outcome; returns the duplicates and the places of the unknown ones."""
@@ -268,9 +268,11 @@ class Commits:
                         kept_back.add(piece)
         return kept_back
 
-    async def _answer_from_fates(self, batch: list[Submission], *, inserted: bool) -> None:
+    async def _answer_from_fates(
+        self, batch: list[Submission], *, inserted: bool, tried: bool = True
+    ) -> None:
         """Answers what is on record as gone. ``inserted``: this submission may have put a second incarnation into the
-        store, which is taken back."""
+        store, which is taken back. ``tried``: it may have been stored; senders can choose the ``seq`` of another."""
         gone = await self._fates.find([s.envelope.doc_id for s in batch])
         for submission in batch:
             envelope = submission.envelope
@@ -282,10 +284,11 @@ class Commits:
             if (known.user, known.device) != (envelope.user, envelope.device):
                 submission.settle(conflict())
                 continue
-            if known.seq == envelope.seq:
+            own = tried and known.seq == envelope.seq
+            if own:
                 # An attempt of this very submission was stored, delivered and deleted before its answer arrived.
                 self._ledger.add("accepted", len(envelope.awaiting))
-            submission.settle(Stored(known.seq, known.at, fresh=known.seq == envelope.seq))
+            submission.settle(Stored(known.seq, known.at, fresh=own))
 
     async def _take_back(self, submission: Submission) -> None:
         envelope = submission.envelope
@@ -294,8 +297,9 @@ class Commits:
                 {"_id": envelope.doc_id, "conversationId": envelope.conversation, "seq": envelope.seq}
             )
 
-    async def _answer_duplicates(self, batch: list[Submission]) -> None:
-        """Only a majority-committed copy may be answered with ``stored``; anything else stays unknown."""
+    async def _answer_duplicates(self, batch: list[Submission], attempt: int) -> None:
+        """Only a majority-committed copy may be answered with ``stored``; anything else stays unknown. What is there at the
+        first attempt is another submission's, whatever its ``seq``: senders can choose it."""
         found = await self._messages.read([s.envelope.doc_id for s in batch], committed=True)
         fresh: list[Submission] = []
         missing: list[Submission] = []
@@ -306,7 +310,7 @@ class Commits:
                 missing.append(submission)
             elif owner(document) != (envelope.user, envelope.device):
                 submission.settle(conflict())
-            elif document["seq"] == envelope.seq:
+            elif attempt and document["seq"] == envelope.seq:
                 envelope.awaiting = list(document["awaiting"])
                 envelope.shared = len(envelope.awaiting) > 1 or "deliveredTo" in document
                 # Whoever found it in the store before this answer may have acknowledged it already.
@@ -317,7 +321,7 @@ class Commits:
                 submission.settle(Stored(document["seq"], int(document["createdAt"]), fresh=False))
         await self._succeed(fresh)
         if missing:
-            await self._answer_from_fates(missing, inserted=False)
+            await self._answer_from_fates(missing, inserted=False, tried=bool(attempt))
             # The id may be held by what a large group's message left when its writer died: the next attempt finds it free.
             claims = await self._messages.read_all([s.envelope.doc_id for s in missing if not s.settled])
             for claim in claims.values():
@@ -369,6 +373,7 @@ class Commits:
             own = (submission.envelope.user, submission.envelope.device)
             if document is not None and owner(document) == own:
                 submission.settle(Stored(document["seq"], int(document["createdAt"]), fresh=False))
-        await self._answer_from_fates([s for s in batch if not s.settled and s.again], inserted=False)
+        resent = [s for s in batch if not s.settled and s.again]
+        await self._answer_from_fates(resent, inserted=False, tried=False)
         for submission, refusal in refused:
             submission.settle(refusal)

@@ -25,6 +25,13 @@ class Expectation(NamedTuple):
     told: Acknowledged | None
 
 
+class Strayed(NamedTuple):
+    """A device, by its mailboxes, and the heads, by document id, of messages that may wait for it in a part."""
+
+    mailboxes: tuple[str, str]
+    heads: dict[str, Mapping[str, Any]]
+
+
 def _never(_: str) -> bool:
     return False
 
@@ -83,25 +90,28 @@ class EndingGroup:
         """The parts that end together with these heads."""
         wanted: list[str] = []
         for doc_id in self._whole & documents.keys():
-            parts = _parts(documents[doc_id])
+            parts = parts_of(documents[doc_id])
             for part in parts:
                 self._removals.setdefault(part, self._removals[doc_id])
             wanted += parts
         return wanted
 
-    def parts_to_search(self, documents: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], set[str]]:
-        """The parts of which one may wait for a device that acknowledged its message by the message's id, and the mailboxes in
-        question."""
-        wanted: list[str] = []
-        mailboxes: set[str] = set()
-        for doc_id, head in documents.items():
-            strayed = [ack for ack in self._acks.get(doc_id, ()) if not _awaited(ack, head["awaiting"])]
-            parts = _parts(head) if strayed else []
-            for part in parts:
-                self._acks.setdefault(part, []).extend(strayed)
-                mailboxes.update(key for ack in strayed for key in _mailboxes(ack))
-            wanted += parts
-        return wanted, mailboxes
+    def strayed(self, heads: Mapping[str, Mapping[str, Any]]) -> Sequence[Strayed]:
+        """The devices that acknowledged messages by the messages' ids, of which a part may wait for them, and the heads of
+        those."""
+        found: dict[str, Strayed] = {}
+        for doc_id, head in heads.items():
+            if "parts" not in head or "part" in head:
+                continue
+            for ack in self._acks.get(doc_id, ()):
+                if not _awaited(ack, head["awaiting"]):
+                    found.setdefault(ack.key, Strayed(_mailboxes(ack), {})).heads[doc_id] = head
+        return list(found.values())
+
+    def found_strayed(self, part: str) -> None:
+        """This part is one of a message that was acknowledged by its own id."""
+        known = self._acks.setdefault(part, [])
+        known += [ack for ack in self._acks.get(ids.head_id(part), ()) if ack not in known]
 
     def plan(self, doc_id: str, document: Mapping[str, Any]) -> None:
         """Decides what becomes of one stored message. Raises KeyError, TypeError or ValueError, and decides nothing, when
@@ -186,7 +196,8 @@ def _awaited(ack: Ack, awaiting: Sequence[str]) -> bool:
     return any(key in awaiting for key in _mailboxes(ack))
 
 
-def _parts(head: Mapping[str, Any]) -> list[str]:
+def parts_of(head: Mapping[str, Any]) -> list[str]:
+    """The ``_id`` of every part of this head's message; none of what is no head."""
     if "parts" not in head or "part" in head:
         return []
     return ids.part_ids(head["_id"], str(head["writing"]), int(head["parts"]))

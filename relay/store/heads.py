@@ -15,11 +15,13 @@ from bson.datetime_ms import DatetimeMS
 
 from relay.store.mongo import time_limit
 from relay.wire.envelope import Envelope
-from relay.wire.ids import PARTS_KEY, new_writing, part_ids
+from relay.wire.ids import PARTS_KEY, head_id, new_writing, part_ids
 
 _MAX_KNOWN: Final = 20_000
 _IDS: Final = 1000
 _PAGE: Final = 200
+_FIRST_FEW: Final = 4
+_MAX_SUSPECTS: Final = 20_000
 
 log = structlog.get_logger(__name__)
 
@@ -32,6 +34,8 @@ class Heads:
         self._timeout = timeout
         # A head that was there once makes its parts messages for good, so what is known stays true.
         self._known: OrderedDict[tuple[str, str], None] = OrderedDict()
+        # Parts that a drain met and that had no head: a writer's that is at work, or one's that came too late.
+        self._suspects: dict[str, None] = {}
 
     def committed(self, doc_id: str, writing: str) -> None:
         """This message is stored under this writing."""
@@ -59,20 +63,52 @@ class Heads:
                 place = (head["_id"], head.get("writing", ""))
                 if asked.pop(place, None) is not None:
                     self.committed(*place)
-        return {stored_id for stored_ids in asked.values() for stored_id in stored_ids}
+        missing = {stored_id for stored_ids in asked.values() for stored_id in stored_ids}
+        if len(self._suspects) < _MAX_SUSPECTS:
+            self._suspects.update(dict.fromkeys(missing))
+        return missing
+
+    async def claimed(self, parts: Mapping[str, str]) -> set[str]:
+        """Those of these parts, given with their writing, that are under way: their head is still a claim."""
+        asked = {
+            name: writing for name, writing in parts.items() if (head_id(name), writing) not in self._known
+        }
+        heads = list({head_id(name) for name in asked})
+        under_way: set[tuple[str, str]] = set()
+        for start in range(0, len(heads), _IDS):
+            some = heads[start : start + _IDS]
+            query = {
+                "_id": {"$in": some},
+                "conversationId": {"$in": _conversations(some)},
+                "claimedAt": {"$exists": True},
+            }
+            with time_limit(self._timeout):
+                async for claim in self._collection.find(query, {"writing": 1, "abandoned": 1}):
+                    under_way.update(
+                        (claim["_id"], one["writing"]) for one in (claim, *claim.get("abandoned", ()))
+                    )
+        return {name for name, writing in asked.items() if (head_id(name), writing) in under_way}
 
     async def with_parts(self, heads: Mapping[str, tuple[str, int]]) -> set[str]:
         """Those of these messages, given with their writing and number of documents, of which parts still wait."""
-        wanted = [
-            name for doc_id, (writing, parts) in heads.items() for name in part_ids(doc_id, writing, parts)
-        ]
+        left = {doc_id: part_ids(doc_id, writing, parts) for doc_id, (writing, parts) in heads.items()}
         found: set[str] = set()
-        with time_limit(self._timeout):
+        # One part of each is enough: most messages are told by their first few.
+        most = _FIRST_FEW
+        while left:
+            wanted = [name for names in left.values() for name in names[:most]]
             for start in range(0, len(wanted), _IDS):
                 some = wanted[start : start + _IDS]
                 query = {"_id": {"$in": some}, "conversationId": {"$in": _conversations(some)}}
-                async for document in self._collection.find(query, {"_id": 1}):
-                    found.add(document["_id"].rpartition(" ")[0])
+                with time_limit(self._timeout):
+                    async for document in self._collection.find(query, {"_id": 1}):
+                        found.add(head_id(document["_id"]))
+            left = {
+                doc_id: names[most:]
+                for doc_id, names in left.items()
+                if doc_id not in found and len(names) > most
+            }
+            most *= _FIRST_FEW
         return found
 
     async def waiting_for_parts(self, limit: int, after: int) -> tuple[dict[str, tuple[str, int]], int]:
@@ -102,6 +138,39 @@ class Heads:
                 log.error("a claim is none", problem=type(error).__name__)
         return len(claims)
 
+    async def remove_orphans(self, before: int) -> int:
+        """Removes parts, accepted before that time (ms), that drains have met and that no head or claim knows: their writer was
+        held up until its claim was gone. Returns how many."""
+        some = list(self._suspects)[:_IDS]
+        for name in some:
+            del self._suspects[name]
+        if not some:
+            return 0
+        doc_ids = list({head_id(name) for name in some})
+        conversations = {"$in": _conversations(some)}
+        with time_limit(self._timeout):
+            query = {"_id": {"$in": doc_ids}, "conversationId": conversations}
+            known = {
+                (head["_id"], one["writing"])
+                async for head in self._collection.find(query, {"writing": 1, "abandoned": 1})
+                for one in (head, *head.get("abandoned", ()))
+                if "writing" in one
+            }
+            old = {
+                "_id": {"$in": some},
+                "conversationId": conversations,
+                "createdAt": {"$lt": DatetimeMS(before)},
+                # What has a time of its own is left to it.
+                "expiresAt": None,
+            }
+            orphans = [
+                part["_id"]
+                async for part in self._collection.find(old, {"writing": 1})
+                if (head_id(part["_id"]), part.get("writing")) not in known
+            ]
+        await self.remove_parts(orphans)
+        return len(orphans)
+
     async def clear(self, claim: Mapping[str, Any]) -> None:
         """Takes over a claim, so that its writer cannot make it a message any more, and removes its parts and itself."""
         writing = new_writing()
@@ -126,9 +195,9 @@ class Heads:
 
     async def remove_parts(self, stored_ids: Sequence[str]) -> None:
         """Removes parts that never became a message."""
-        with time_limit(self._timeout):
-            for start in range(0, len(stored_ids), _IDS):
-                some = list(stored_ids[start : start + _IDS])
+        for start in range(0, len(stored_ids), _IDS):
+            some = list(stored_ids[start : start + _IDS])
+            with time_limit(self._timeout):
                 await self._collection.delete_many(
                     {"_id": {"$in": some}, "conversationId": {"$in": _conversations(some)}}
                 )
@@ -149,9 +218,15 @@ class Heads:
 
 def abandoned(claim: Mapping[str, Any]) -> list[str]:
     """The ``_id`` of every part that may have been written under a claim."""
-    writings = [*claim.get("abandoned", ()), claim]
+    return [*overtaken(claim), *part_ids(claim["_id"], str(claim["writing"]), int(claim["parts"]))]
+
+
+def overtaken(claim: Mapping[str, Any]) -> list[str]:
+    """The ``_id`` of every part that may have been written under a claim before it was taken over."""
     return [
-        name for one in writings for name in part_ids(claim["_id"], str(one["writing"]), int(one["parts"]))
+        name
+        for one in claim.get("abandoned", ())
+        for name in part_ids(claim["_id"], str(one["writing"]), int(one["parts"]))
     ]
 
 

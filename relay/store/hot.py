@@ -17,6 +17,9 @@ from relay.wire.envelope import Envelope
 from relay.wire.ids import head_id
 
 _OVERHEAD: Final = 1000
+# Each further piece: the value, its name, and what it names as recipients.
+_PIECE: Final = 700
+_RECIPIENT: Final = 8
 _SECONDS: Final = 300.0
 # How much one page weighs in what is remembered of the last ones.
 _WEIGHT: Final = 0.2
@@ -68,14 +71,13 @@ class HotMessages:
         known = self._messages.get(envelope.doc_id)
         if known is not None:
             if known.seq == envelope.seq:
-                known.pieces.setdefault(envelope.stored_id, envelope)
+                self._add(known, envelope)
                 return
             self._drop(envelope.doc_id)
         message = _Message(envelope, monotonic())
         self._messages[envelope.doc_id] = message
         self.size += message.size
-        while self.size > self._max_bytes:
-            self.size -= self._messages.popitem(last=False)[1].size
+        self._trim()
 
     def find(self, stored_id: str, seq: int) -> Envelope | None:
         """The message of this document with this ``seq``, when it is here. What it says of recipients is not to be used."""
@@ -89,7 +91,8 @@ class HotMessages:
         self._messages.move_to_end(doc_id)
         piece = message.pieces.get(stored_id)
         if piece is None:
-            piece = message.pieces[stored_id] = _piece(next(iter(message.pieces.values())), stored_id)
+            piece = _piece(next(iter(message.pieces.values())), stored_id)
+            self._add(message, piece)
         return piece
 
     def forget(self, doc_id: str) -> None:
@@ -97,6 +100,19 @@ class HotMessages:
         self._drop(doc_id)
         if self._elsewhere is not None:
             self._elsewhere.forget(doc_id)
+
+    def _add(self, message: _Message, piece: Envelope) -> None:
+        if piece.stored_id in message.pieces:
+            return
+        message.pieces[piece.stored_id] = piece
+        size = _PIECE + _RECIPIENT * len(piece.awaiting)
+        message.size += size
+        self.size += size
+        self._trim()
+
+    def _trim(self) -> None:
+        while self.size > self._max_bytes:
+            self.size -= self._messages.popitem(last=False)[1].size
 
     def _drop(self, doc_id: str) -> None:
         message = self._messages.pop(doc_id, None)

@@ -18,7 +18,7 @@ from pymongo import ReplaceOne
 
 from relay.store.commits import DEFINITE, DUPLICATE, Commits
 from relay.store.documents import owner
-from relay.store.heads import abandoned
+from relay.store.heads import abandoned, overtaken
 from relay.store.mongo import BulkWriteError, time_limit
 from relay.store.submissions import Stored, Submission, conflict
 from relay.wire.errors import RelayError
@@ -29,11 +29,11 @@ class LargeCommits(Commits):
     """Commits groups of large submissions."""
 
     async def _insert(self, batch: list[Submission], attempt: int) -> None:
-        claimed = await self._claim(batch)
+        claimed = await self._claim(batch, attempt)
         asked_again = [s for s in claimed if s.again or attempt]
         if asked_again:
             # Nobody else can store it while the id is claimed, so what is not on record now has not been stored.
-            await self._answer_from_fates(asked_again, inserted=False)
+            await self._answer_from_fates(asked_again, inserted=False, tried=bool(attempt))
             for submission in asked_again:
                 if submission.settled:
                     await self._messages.heads.clear(_claim(submission))
@@ -42,24 +42,34 @@ class LargeCommits(Commits):
         if written:
             await self._make_heads(written)
 
-    async def _claim(self, batch: list[Submission]) -> list[Submission]:
+    async def _claim(self, batch: list[Submission], attempt: int = 0) -> list[Submission]:
         """Takes the ids; returns the submissions that hold theirs now."""
-        duplicates: list[Submission] = []
-        unknown: set[int] = set()
-        try:
-            with time_limit(self._timeout):
-                await self._collection.insert_many([_claim(s) for s in batch], ordered=False)
-        except BulkWriteError as error:
-            duplicates, unknown = self._sort_out(batch, error.details)
-        doubtful = {id(s) for s in duplicates}
-        held = [
-            s for n, s in enumerate(batch) if n not in unknown and id(s) not in doubtful and not s.settled
-        ]
-        if duplicates:
-            held += await self._claim_again(duplicates)
+        taken: list[Submission] = []
+        if attempt:
+            there = await self._messages.read_all([s.envelope.doc_id for s in batch])
+            taken = [s for s in batch if s.envelope.doc_id in there]
+            batch = [s for s in batch if s.envelope.doc_id not in there]
+            for submission in batch:
+                await self._begin_anew(submission)
+        held: list[Submission] = []
+        if batch:
+            duplicates: list[Submission] = []
+            unknown: set[int] = set()
+            try:
+                with time_limit(self._timeout):
+                    await self._collection.insert_many([_claim(s) for s in batch], ordered=False)
+            except BulkWriteError as error:
+                duplicates, unknown = self._sort_out(batch, error.details)
+            doubtful = {id(s) for s in duplicates}
+            held = [
+                s for n, s in enumerate(batch) if n not in unknown and id(s) not in doubtful and not s.settled
+            ]
+            taken += duplicates
+        if taken:
+            held += await self._claim_again(taken, attempt)
         return held
 
-    async def _claim_again(self, batch: list[Submission]) -> list[Submission]:
+    async def _claim_again(self, batch: list[Submission], attempt: int) -> list[Submission]:
         """The ids are taken: by the very message, by an earlier attempt to store it, or by another's."""
         found = await self._messages.read_all([s.envelope.doc_id for s in batch], committed=True)
         held: list[Submission] = []
@@ -70,13 +80,23 @@ class LargeCommits(Commits):
             if "claimedAt" not in document:
                 await self._answer_from_head(submission, document)
             elif document["writing"] == submission.writing:
+                # Taken over by an attempt before this, which may not have come to removing what there was.
+                await self._messages.heads.remove_parts(overtaken(document))
                 held.append(submission)
             else:
+                if attempt:
+                    await self._begin_anew(submission)
                 fields = {name: value for name, value in _claim(submission).items() if name not in _FIXED}
                 if await self._messages.heads.take_over(document, fields):
                     await self._messages.heads.remove_parts(abandoned(document))
                     held.append(submission)
         return held
+
+    async def _begin_anew(self, submission: Submission) -> None:
+        """Its claim was lost. Whoever took that may still be removing its parts, and may have looked for them before they were
+        written: a writing that was lost is never used again, and leaves nothing."""
+        await self._messages.heads.remove_parts(_parts(submission))
+        submission.encode()
 
     async def _write_parts(self, batch: list[Submission]) -> list[Submission]:
         """Writes every piece but the head; returns the submissions all of whose pieces are there."""
@@ -120,16 +140,19 @@ class LargeCommits(Commits):
             await self._succeed(batch)
             return
         # Some were overtaken; what is theirs now is asked, the others are tried again.
-        found = await self._messages.read([s.envelope.doc_id for s in batch], committed=True)
+        found = await self._messages.read_all([s.envelope.doc_id for s in batch], committed=True)
         for submission in batch:
             document = found.get(submission.envelope.doc_id)
-            if document is not None:
+            if document is not None and "claimedAt" not in document:
                 await self._answer_from_head(submission, document)
+            elif document is None or document["writing"] != submission.writing:
+                # Who overtook it may have looked for its parts before they were written.
+                await self._messages.heads.remove_parts(_parts(submission))
 
     async def _answer_from_head(self, submission: Submission, document: Mapping[str, Any]) -> None:
         """A head is there. Settles the submission by it."""
         envelope = submission.envelope
-        writing = document.get("writing", submission.writing)
+        writing = document.get("writing", "")
         if owner(document) != (envelope.user, envelope.device):
             submission.settle(conflict())
         elif document["seq"] != envelope.seq:
@@ -140,15 +163,29 @@ class LargeCommits(Commits):
         else:
             # An earlier attempt, to the recipients of that moment, had come through after all.
             awaiting = submission.writings.get(writing, [])
+            if not writing:
+                # They were so few that one piece was enough.
+                awaiting = list(document["awaiting"])
+                self._ledger.add("accepted", len(document.get("deliveredTo", ())))
             self._ledger.add("accepted", len(awaiting))
             submission.settle(Stored(envelope.seq, envelope.at, fresh=True))
             self._found(awaiting)
         if writing != submission.writing:
-            unused = part_ids(envelope.doc_id, submission.writing, len(submission.pieces))
-            await self._messages.heads.remove_parts(unused)
+            await self._messages.heads.remove_parts(_parts(submission))
 
     async def _take_back(self, submission: Submission) -> None:
-        await self._messages.heads.clear(_claim(submission))
+        doc_id = submission.envelope.doc_id
+        document = (await self._messages.read_all([doc_id])).get(doc_id)
+        if document is None or document.get("writing", submission.writing) not in submission.writings:
+            await self._messages.heads.remove_parts(_parts(submission))
+            return
+        if "claimedAt" in document:
+            await self._messages.heads.clear(document)
+            return
+        if "parts" in document:
+            names = part_ids(doc_id, document["writing"], document["parts"])
+            await self._messages.heads.remove_parts(names)
+        await super()._take_back(submission)
 
     async def _succeed(self, inserted: list[Submission]) -> None:
         for submission in inserted:
@@ -157,6 +194,10 @@ class LargeCommits(Commits):
 
 
 _FIXED = ("_id", "conversationId")
+
+
+def _parts(submission: Submission) -> list[str]:
+    return part_ids(submission.envelope.doc_id, submission.writing, len(submission.pieces))
 
 
 def _claim(submission: Submission) -> dict[str, Any]:

@@ -10,13 +10,15 @@ from typing import Any, Final
 import structlog
 from bson.datetime_ms import DatetimeMS
 
+from models.messages import WAITING_INDEX
 from relay.metrics import Metrics
 from relay.store.documents import decode
+from relay.store.ending_plan import Strayed
 from relay.store.heads import Heads
 from relay.store.hot import HotMessages
 from relay.store.mongo import Mongo, time_limit
 from relay.wire.envelope import Envelope
-from relay.wire.ids import PARTS_KEY
+from relay.wire.ids import PARTS_KEY, head_id
 
 _PAGE: Final = 128
 _READERS: Final = 16
@@ -221,9 +223,9 @@ class Messages:
         return {doc_id: document for doc_id, document in found.items() if "claimedAt" not in document}
 
     async def read_all(
-        self, doc_ids: Sequence[str], *, committed: bool = False, awaiting: Sequence[str] | None = None
+        self, doc_ids: Sequence[str], *, committed: bool = False
     ) -> dict[str, Mapping[str, Any]]:
-        """As ``read``, claims included; with ``awaiting`` only what waits for one of these mailboxes."""
+        """As ``read``, claims included."""
         collection = self._committed if committed else self._collection
         found: dict[str, Mapping[str, Any]] = {}
         with time_limit(self._timeout):
@@ -231,10 +233,32 @@ class Messages:
                 some = list(doc_ids[start : start + _IDS])
                 conversations = list({doc_id.partition(" ")[0] for doc_id in some})
                 query: dict[str, Any] = {"_id": {"$in": some}, "conversationId": {"$in": conversations}}
-                if awaiting is not None:
-                    query["awaiting"] = {"$in": list(awaiting)}
                 async for document in collection.find(query, _STATE):
                     found[document["_id"]] = document
+        return found
+
+    async def strayed(
+        self, strayed: Sequence[Strayed], *, committed: bool = False
+    ) -> dict[str, Mapping[str, Any]]:
+        """The state of the parts that wait for these devices. Asked by mailbox and ``seq``: however many parts a message has,
+        a device awaits one."""
+        collection = self._committed if committed else self._collection
+        found: dict[str, Mapping[str, Any]] = {}
+        with time_limit(self._timeout):
+            for mailboxes, heads in strayed:
+                query = {
+                    "awaiting": {"$in": list(mailboxes)},
+                    "seq": {"$in": [head["seq"] for head in heads.values()]},
+                    "conversationId": {"$in": list({head["conversationId"] for head in heads.values()})},
+                }
+                async for document in collection.find(query, _STATE, hint=WAITING_INDEX):
+                    head = heads.get(head_id(document["_id"]))
+                    if (
+                        head is not None
+                        and "part" in document
+                        and document.get("writing") == head.get("writing")
+                    ):
+                        found[document["_id"]] = document
         return found
 
     def is_due(self, document: Mapping[str, Any], now: int) -> bool:

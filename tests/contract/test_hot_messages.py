@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import AsyncIterator
 from time import monotonic
 
@@ -152,3 +153,26 @@ def test_a_message_leaves_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None
     assert hot.find(message(2).doc_id, 2) is None
     assert hot.find(message(1).doc_id, 1) is not None
     assert hot.size > 0
+
+
+async def test_every_piece_of_a_message_counts_toward_the_limit(store: Store) -> None:
+    hot = HotMessages(1 << 30)
+    pieces = store.envelope([f"p{number}/phone" for number in range(10_000)]).split(64, "aaaaaaaaaaaa")
+    tracemalloc.start()
+    try:
+        hot.committed(pieces)
+        for number in range(200, 300):
+            hot.find(f"{pieces[0].doc_id} aaaaaaaaaaaa.{number}", pieces[0].seq)
+        del pieces
+        assert tracemalloc.get_traced_memory()[0] < hot.size
+        assert hot.size > 250 * 400
+    finally:
+        tracemalloc.stop()
+
+
+async def test_a_message_of_more_pieces_than_fit_leaves(store: Store) -> None:
+    hot = HotMessages(20_000)
+    hot.committed(store.envelope(KEYS).split(1, "aaaaaaaaaaaa"))
+    assert len(hot) == 1
+    hot.committed(store.envelope(KEYS * 10).split(1, "aaaaaaaaaaaa"))
+    assert hot.size <= 20_000

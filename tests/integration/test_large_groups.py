@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 
+from handlers import sending
 from tests.support.device import WireDevice, new_id
+from tests.support.failpoints import MAJORITY_TIMEOUT, failing
 from tests.support.node import Node, NodeFactory
 from tests.support.waiting import until
 
@@ -180,3 +183,87 @@ async def test_the_number_of_recipients_has_a_typed_limit(nodes: NodeFactory) ->
         "POST", "/v1/messages", "ann", "phone", {"id": new_id(), "conv": conv, "kind": "text", "body": "x"}
     )
     assert (status, answer["error"]["code"]) == (413, "too_large")
+
+
+async def test_a_frame_of_many_messages_to_many_devices_lets_others_be_served_in_between(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conv, ann, _ = await group(node)
+    turns: list[int] = []
+    turn = 0
+
+    def next_turn() -> None:
+        nonlocal turn
+        turn += 1
+        loop.call_soon(next_turn)
+
+    submit = sending.submit
+
+    def noting(*args: Any) -> Any:
+        turns.append(turn)
+        return submit(*args)
+
+    monkeypatch.setattr(sending, "submit", noting)
+    loop = asyncio.get_running_loop()
+    loop.call_soon(next_turn)
+    sends = [{"t": "send", "id": new_id(), "conv": conv, "kind": "text", "body": "x"} for _ in range(5)]
+    await ann.put(*sends)
+    for one in sends:
+        await ann.expect("stored", id=one["id"])
+    assert len(set(turns)) == 5
+
+
+NO_ANSWER: dict[str, Any] = {"closeConnection": True}
+REFUSED: dict[str, Any] = {"errorCode": 189}
+IN_DOUBT: dict[str, Any] = {"writeConcernError": MAJORITY_TIMEOUT}
+STALLED: dict[str, Any] = {"blockConnection": True, "blockTimeMS": 1500}
+
+
+@pytest.mark.parametrize("how", [NO_ANSWER, REFUSED, IN_DOUBT, STALLED])
+@pytest.mark.parametrize(("command", "times"), [("insert", 1), ("insert", 3), ("update", 1)])
+async def test_whatever_step_of_storing_fails_everybody_gets_it_once_and_the_books_balance(
+    nodes: NodeFactory, command: str, times: int, how: dict[str, Any]
+) -> None:
+    node = await nodes.start(inline_recipients=4, commit_timeout_seconds=1, sweep_seconds=1)
+    conv, ann, others = await group(node)
+    async with failing(node, command, times=times, **how):
+        stored = await ann.sent(conv, "hello all")
+    for device in others:
+        got = await device.expect("msg", id=stored["id"])
+        assert got["seq"] == stored["seq"]
+        await device.ack(conv, stored["id"])
+    for device in others:
+        await device.nothing("msg", 0.02)
+    await settled(node)
+
+
+@pytest.mark.parametrize("how", [NO_ANSWER, REFUSED, IN_DOUBT, STALLED])
+@pytest.mark.parametrize(("command", "times"), [("delete", 1), ("update", 1), ("find", 1)])
+async def test_whatever_step_of_ending_fails_it_is_gone_and_the_books_balance(
+    nodes: NodeFactory, command: str, times: int, how: dict[str, Any]
+) -> None:
+    if command == "find" and how is IN_DOUBT:
+        pytest.skip("a read has no write concern")
+    node = await nodes.start(inline_recipients=4, commit_timeout_seconds=1, sweep_seconds=1)
+    conv, ann, others = await group(node)
+    stored = await ann.sent(conv, "hello all")
+    for device in others:
+        await device.expect("msg", id=stored["id"])
+    async with failing(node, command, times=times, **how):
+        for number, device in enumerate(others):
+            if number % 2:
+                body = {"acks": [{"conv": conv, "ids": [stored["id"]]}]}
+                assert (await node.request("POST", "/v1/acks", device.user, device.device, body))[0] == 200
+            else:
+                await device.ack(conv, stored["id"])
+    await settled(node)
+
+
+async def settled(node: Node) -> None:
+    """The store is empty and the books balance, once the jobs have looked at what is in doubt."""
+
+    async def done() -> bool:
+        return not node.relay.context.ledger.waiting and not await node.db.messages.count_documents({})
+
+    await until(done, 12, "nothing is in doubt")
+    await empty(node)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
 from relay.metrics import Metrics
 from relay.security.pseudonyms import Pseudonyms
@@ -33,6 +33,7 @@ from relay.wire.envelope import Envelope
 from relay.wire.errors import RelayError
 from relay.wire.ids import device_key, new_id
 
+AnyCommits = TypeVar("AnyCommits", bound=Commits)
 TTL_SECONDS = 30 * 86_400
 INLINE = 64
 
@@ -71,7 +72,7 @@ class Store:
         self.large = self._commits_of(LargeCommits)
         self.endings = EndingLanes([self._lane(f"ack-{number}") for number in range(2)])
 
-    def _commits_of(self, kind: type[Commits]) -> Commits:
+    def _commits_of(self, kind: type[AnyCommits]) -> AnyCommits:
         return kind(
             self.mongo,
             self.messages,
