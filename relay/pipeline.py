@@ -62,30 +62,33 @@ def message_path(
     """Makes and starts it. ``dead`` is told when a committer died; ``now`` is the wall clock (ms)."""
     timeout = settings.commit_timeout_seconds
     acks = Acks(mongo, messages, fates, ledger, metrics, timeout=timeout, now=now, settled=router.settled)
+
+    def ending_lane(name: str) -> Batcher[Ending]:
+        return Batcher[Ending](
+            name,
+            acks.commit,
+            acks.abandon,
+            metrics=metrics,
+            max_items=_ACK_GROUP * settings.commit_messages,
+            max_bytes=settings.commit_bytes,
+            queue_items=min(settings.queue_messages, 2 * _ACK_GROUP * settings.commit_messages),
+            queue_bytes=settings.queue_bytes,
+            workers=1,
+            dead=dead,
+            spacing=_ACK_SPACING,
+        )
+
     endings = EndingLanes(
-        [
-            Batcher[Ending](
-                f"ack-{number}",
-                acks.commit,
-                acks.abandon,
-                metrics=metrics,
-                max_items=_ACK_GROUP * settings.commit_messages,
-                max_bytes=settings.commit_bytes,
-                queue_items=min(settings.queue_messages, 2 * _ACK_GROUP * settings.commit_messages),
-                queue_bytes=settings.queue_bytes,
-                workers=1,
-                dead=dead,
-                spacing=_ACK_SPACING,
-            )
-            for number in range(_ACK_LANES)
-        ]
+        [ending_lane(f"ack-{number}") for number in range(_ACK_LANES)], ending_lane("ack-large")
     )
 
     def committed(envelopes: Sequence[Envelope]) -> None:
         messages.hot.committed(envelopes)
         router.committed(envelopes)
         for envelope in envelopes:
-            if not envelope.awaiting:
+            if envelope.parts > 1:
+                endings.note_crowd(envelope.conversation)
+            elif not envelope.awaiting:
                 with contextlib.suppress(BatcherClosed):
                     endings.discard(envelope.doc_id, "delivered", deadline=monotonic() + timeout)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from time import monotonic
 
 from handlers.context import Context, Peer
@@ -14,9 +15,10 @@ from relay.wire.frames import Ack
 from relay.wire.ids import document_id
 
 
-def ack(ctx: Context, peer: Peer, op: Ack) -> None:
+def ack(ctx: Context, peer: Peer, op: Ack) -> Awaitable[None] | None:
     """Queues the acknowledgement. Messages stay in flight until it is durable; when it cannot be made so they are
-    delivered again. Raises RelayError."""
+    delivered again. Waits only when a conversation of many devices has acknowledged more than can be ended. Raises
+    RelayError."""
     check_ids(op.ids)
     in_flight = peer.delivery.in_flight
     messages: dict[str, Sole | None] = {}
@@ -43,7 +45,7 @@ def ack(ctx: Context, peer: Peer, op: Ack) -> None:
 
     if not messages:
         done(True)
-        return
+        return None
     try:
         ctx.endings.acknowledge(
             op.conv,
@@ -59,3 +61,4 @@ def ack(ctx: Context, peer: Peer, op: Ack) -> None:
         raise RelayError(
             "unavailable", "the relay is stopping; acknowledge again", retry_after=1000
         ) from None
+    return ctx.endings.crowd_room(op.conv)

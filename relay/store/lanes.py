@@ -7,7 +7,8 @@ On a replica set the lanes only share out the work; on a sharded cluster a lane 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from time import monotonic
 from zlib import crc32
 
@@ -16,10 +17,11 @@ from relay.store.commits import Commits
 from relay.store.endings import Ack, Ending, Release, Removal, Sole
 from relay.store.ledger import Fate
 from relay.store.submissions import Submission
-from relay.wire.ids import split_document_id
+from relay.wire.ids import is_part, split_document_id
 
 _BYTES_EACH = 200
 _MOMENT = 0.05
+_MAX_CROWDS = 10_000
 
 
 class SendLanes:
@@ -83,10 +85,23 @@ class SendLanes:
 
 
 class EndingLanes:
-    """Where acknowledgements and removals are handed in. ``deadline`` is a reading of the monotonic clock."""
+    """Where acknowledgements and removals are handed in. ``deadline`` is a reading of the monotonic clock.
 
-    def __init__(self, lanes: Sequence[Batcher[Ending]]) -> None:
-        self._lanes = lanes
+    What ends in conversations of many devices goes through ``crowd``, when there is one: thousands of acknowledgements of one
+    message hold up nobody else's, and nobody's socket but their own.
+    """
+
+    def __init__(self, lanes: Sequence[Batcher[Ending]], crowd: Batcher[Ending] | None = None) -> None:
+        self._few = lanes
+        self._crowd = crowd
+        self._lanes = list(lanes) if crowd is None else [*lanes, crowd]
+        self._crowds: OrderedDict[str, None] = OrderedDict()
+
+    def note_crowd(self, conversation: str) -> None:
+        """Messages of this conversation go to many devices."""
+        self._crowds[conversation] = None
+        if len(self._crowds) > _MAX_CROWDS:
+            self._crowds.popitem(last=False)
 
     def acknowledge(
         self,
@@ -101,6 +116,8 @@ class EndingLanes:
         quiet: bool = False,
     ) -> None:
         """Queues one device's acknowledgement of messages of one conversation. Raises BatcherClosed."""
+        if conversation not in self._crowds and any(map(is_part, messages)):
+            self.note_crowd(conversation)
         ack = Ack(user, device, messages, at=at, deadline=deadline, done=done, quiet=quiet)
         self._lane(conversation).submit(ack, _BYTES_EACH * len(messages), len(messages))
 
@@ -145,12 +162,18 @@ class EndingLanes:
     @property
     def full(self) -> bool:
         """Whether sources should be held back now."""
-        return any(lane.full for lane in self._lanes)
+        return any(lane.full for lane in self._few)
 
     async def room(self) -> None:
-        """Waits until every lane has room."""
-        for lane in self._lanes:
+        """Waits until there is room for what ends between few devices."""
+        for lane in self._few:
             await lane.room()
+
+    def crowd_room(self, conversation: str) -> Awaitable[None] | None:
+        """What a device of this conversation waits for before it ends more there; None when there is room."""
+        if self._crowd is None or not self._crowd.full or conversation not in self._crowds:
+            return None
+        return self._crowd.room()
 
     async def close(self, timeout: float) -> None:
         """Commits what is queued for at most ``timeout`` seconds."""
@@ -160,7 +183,9 @@ class EndingLanes:
         return self._lanes[self._number(conversation)]
 
     def _number(self, conversation: str) -> int:
-        return crc32(conversation.encode()) % len(self._lanes)
+        if self._crowd is not None and conversation in self._crowds:
+            return len(self._few)
+        return crc32(conversation.encode()) % len(self._few)
 
 
 def _setter(waiter: asyncio.Future[bool]) -> Callable[[bool], None]:
