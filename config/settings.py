@@ -170,7 +170,20 @@ class Settings(BaseSettings):
         20, ge=1, le=10_000_000, description="`typing` operations of one device at once."
     )
 
-    max_members: int = Field(1000, ge=2, le=100_000, description="Most members of a group.")
+    mailbox_messages: int = Field(
+        20_000,
+        ge=1,
+        le=10_000_000,
+        description="Messages that wait for one device before it is left out of more, until half of them are fetched.",
+    )
+    max_conversations: int = Field(5000, ge=1, le=1_000_000, description="Most conversations of one user.")
+    max_members: int = Field(10_000, ge=2, le=100_000, description="Most members of a group.")
+    large_group: int = Field(
+        1000, ge=1, description="A group of more recipient devices takes small bodies only."
+    )
+    large_group_body_bytes: int = Field(
+        8192, ge=1, le=1_048_576, description="Largest message body in such a large group."
+    )
     max_contacts: int = Field(10_000, ge=1, le=1_000_000, description="Most contacts of one user.")
     max_watches: int = Field(
         256, ge=1, le=10_000, description="Most people whose presence one connection watches."

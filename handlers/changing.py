@@ -23,6 +23,7 @@ from relay.wire.codec import dumps
 from relay.wire.envelope import Envelope
 from relay.wire.errors import RelayError
 from relay.wire.ids import RELAY_USER
+from relay.wire.limits import Limit
 
 _ACTS: Final[dict[Event, str]] = {
     "created": "conversation.create",
@@ -118,10 +119,15 @@ def adding(users: Sequence[str], most: int) -> Decide:
         if not new:
             return None
         if situation.members + len(new) > most:
-            raise RelayError("too_large", f"a group has at most {most} members")
+            raise too_many_members(most)
         return Proposal("added", new)
 
     return decide
+
+
+def too_many_members(most: int) -> RelayError:
+    """The refusal of a group of more than ``most``."""
+    return RelayError("too_large", f"a group has at most {most} members", limit=Limit.MEMBERS)
 
 
 def removing(actor: str, user: str) -> Decide:
@@ -259,9 +265,13 @@ async def _audit(ctx: Context, revision: Revision) -> None:
 async def _announce(ctx: Context, revision: Revision) -> None:
     audience = await ctx.audiences.resolve(revision.conversation)
     also: list[str] = []
+    trimmed = list(audience.trimmed(_RELAY_KEY))
     if revision.event in ("removed", "left", "dissolved"):
         mailboxes = await ctx.rosters.mailboxes(revision.users)
         also = [key for keys in mailboxes.values() for key in keys]
+        full = await ctx.rosters.full_among(also)
+        trimmed += [key for key in also if key in full]
+        also = [key for key in also if key not in full]
     body: dict[str, Any] = {
         "event": revision.event,
         "by": revision.by,
@@ -281,6 +291,7 @@ async def _announce(ctx: Context, revision: Revision) -> None:
         body=dumps(body),
         structured=True,
         awaiting=awaiting,
+        trimmed=trimmed,
     )
     outcome: asyncio.Future[Stored | RelayError] = asyncio.get_running_loop().create_future()
 

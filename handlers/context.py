@@ -9,6 +9,7 @@ from relay.metrics import Metrics
 from relay.routing.hub import Connected, Hub
 from relay.routing.invalidation import Invalidation
 from relay.routing.live import Live
+from relay.routing.quotas import Quotas
 from relay.security.issuer import Issuer
 from relay.security.passwords import Passwords
 from relay.security.pseudonyms import Pseudonyms
@@ -53,6 +54,14 @@ class Limits:
     """Most members of a group."""
     watches: int
     """Most people watched by one connection."""
+    large_group: int
+    """More recipient devices than this make a large group."""
+    large_group_body: int
+    """Largest body of a message to a large group."""
+    mailbox: int
+    """Most messages that wait for one device."""
+    conversations: int
+    """Most conversations of one user."""
 
 
 @dataclass(slots=True)
@@ -90,6 +99,7 @@ class Context:
     audit: Audit
     releases: Releases
     invalidation: Invalidation
+    quotas: Quotas
     passwords: Passwords
     pseudonyms: Pseudonyms
     rates: Rates

@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 from bson.errors import BSONError
 
 from handlers.context import Context
-from relay.store.audience import Audience
+from relay.store.audience import Audience, refusal_error
 from relay.store.batcher import BatcherClosed
 from relay.store.documents import owner
 from relay.store.submissions import Done, Stored, Submission
@@ -19,10 +19,12 @@ from relay.wire.envelope import Envelope
 from relay.wire.errors import RelayError
 from relay.wire.frames import Send
 from relay.wire.ids import document_id, is_placeholder
+from relay.wire.limits import Limit
 
 WITHDRAWN: Final = "withdrawn"
-# What a message may be refused for though it was taken before: members, devices or permissions have changed since.
-_AFTER_CHANGES: Final = frozenset({"not_member", "device_mismatch", "blocked", "forbidden"})
+# What a message may be refused for though it was taken before: members, devices, permissions or mailboxes have changed since.
+_AFTER_CHANGES: Final = frozenset({"not_member", "device_mismatch", "blocked", "forbidden", "mailbox_full"})
+_AFTER_GROWTH: Final = frozenset({Limit.RECIPIENTS, Limit.GROUP_BODY})
 
 
 class Sender(NamedTuple):
@@ -42,20 +44,30 @@ def submit(ctx: Context, sender: Sender, op: Send, audience: Audience, done: Don
     wait = ctx.message_rates.take(sender.key, monotonic())
     if wait:
         raise RelayError(
-            "rate_limited", f"too many messages; try again in {wait:.1f} s", retry_after=ceil(wait * 1000)
+            "rate_limited",
+            f"too many messages; try again in {wait:.1f} s",
+            retry_after=ceil(wait * 1000),
+            limit=Limit.MESSAGE_RATE,
         )
     body, structured = check(ctx, op)
     if sender.user not in audience.members:
         raise RelayError("not_member", "no such conversation")
     refusal = audience.refusals.get(sender.user)
     if refusal is not None:
-        raise RelayError(*refusal)
+        if refusal[0] == "mailbox_full":
+            ctx.quotas.recount(audience.full)
+        raise refusal_error(refusal)
     awaiting = audience.awaiting(sender.key)
-    if len(awaiting) > ctx.limits.recipients:
+    trimmed = audience.trimmed(sender.key)
+    recipients = len(awaiting) + len(trimmed)
+    if recipients > ctx.limits.recipients:
         raise RelayError(
             "too_large",
-            f"this conversation has {len(awaiting)} recipient devices, the limit is {ctx.limits.recipients}",
+            f"this conversation has {recipients} recipient devices, the limit is {ctx.limits.recipients}",
+            limit=Limit.RECIPIENTS,
         )
+    if body is not None and recipients > ctx.limits.large_group:
+        _check_size(body, ctx.limits.large_group_body, Limit.GROUP_BODY)
     sealed = op.sealed is not None or op.devices_rev is not None
     if sealed:
         _check_devices(op, sender, audience)
@@ -73,6 +85,7 @@ def submit(ctx: Context, sender: Sender, op: Send, audience: Audience, done: Don
         body=body,
         structured=structured,
         awaiting=awaiting,
+        trimmed=trimmed,
         reply_to=op.reply_to,
         media=op.media,
         sealed=op.sealed,
@@ -111,15 +124,25 @@ def check(ctx: Context, op: Send) -> tuple[str | None, bool]:
         return None, False
     structured = not isinstance(body, str)
     text = body if isinstance(body, str) else dumps(body)
-    # A character is at most three bytes of UTF-8 in the BMP and four beyond: short texts need no encoding to be measured.
-    if len(text) * 4 > ctx.limits.body and len(text.encode()) > ctx.limits.body:
-        raise RelayError("too_large", f"a body has at most {ctx.limits.body} bytes")
+    _check_size(text, ctx.limits.body, Limit.BODY)
     return text, structured
+
+
+def _check_size(text: str, most: int, limit: Limit) -> None:
+    # A character is at most three bytes of UTF-8 in the BMP and four beyond: short texts need no encoding to be measured.
+    if len(text) * 4 > most and len(text.encode()) > most:
+        where = " in a group of this size" if limit is Limit.GROUP_BODY else ""
+        raise RelayError("too_large", f"a body has at most {most} bytes{where}", limit=limit)
+
+
+def may_be_known(refusal: RelayError) -> bool:
+    """Whether a message that is refused so may have been taken before."""
+    return refusal.code in _AFTER_CHANGES or refusal.limit in _AFTER_GROWTH
 
 
 async def first_answer(ctx: Context, sender: Sender, op: Send, refusal: RelayError) -> Stored:
     """The answer to a message that is refused now, but was stored when it came first. Raises the refusal otherwise."""
-    found = await known(ctx, sender, op) if refusal.code in _AFTER_CHANGES else None
+    found = await known(ctx, sender, op) if may_be_known(refusal) else None
     if found is None:
         raise refusal
     return found

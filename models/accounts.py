@@ -14,6 +14,22 @@ REMOVED_SECONDS = 400 * 86_400
 Circle = Literal["anyone", "contacts"]
 
 
+class Full(BaseModel):
+    """Since when placeholders of a user take no more messages: ``user/*`` (``any``) and ``user/!`` (``blocked``)."""
+
+    any: datetime | None = Field(default=None)
+    blocked: datetime | None = Field(default=None)
+
+
+class Gap(BaseModel):
+    """Since when a device may have missed messages, and why (``full``, ``inactive`` or ``reset``). ``latest``: when the last
+    message was left out of its full mailbox, as far as that is known."""
+
+    since: datetime
+    why: str
+    latest: datetime | None = Field(default=None)
+
+
 class Search(BaseModel):
     """One of the last searches of a user."""
 
@@ -26,7 +42,8 @@ class User(Document):
 
     ``usernameKey``, ``nameKey`` and ``phoneKey`` are what others find the user by, folded for comparison; each is absent
     when the user does not want to be found by it, is suspended or is being erased. ``deliveredReceipts`` and ``readReceipts``
-    are False when others shall not be told what the user has received and read.
+    are False when others shall not be told what the user has received and read. ``gap`` is for the device that comes
+    next: messages were left out of the full ``user/*``.
     """
 
     id: str  # type: ignore[assignment]
@@ -50,6 +67,8 @@ class User(Document):
     suspendedAt: datetime | None = Field(default=None)
     erasingAt: datetime | None = Field(default=None)
     searches: list[Search] | None = Field(default=None)
+    full: Full | None = Field(default=None)
+    gap: Gap | None = Field(default=None)
 
     class Settings:
         name = "users"
@@ -89,13 +108,6 @@ class User(Document):
         ]
 
 
-class Gap(BaseModel):
-    """Since when a device may have missed messages, and why (``full``, ``inactive`` or ``reset``)."""
-
-    since: datetime
-    why: str
-
-
 class Push(BaseModel):
     """Where a device is told that something waits."""
 
@@ -124,7 +136,8 @@ class Device(Document):
     ``since`` is when this incarnation began to receive (absent: ``createdAt``), ``backAt`` when it was last back from
     inactivity. ``endedAt``: tokens issued up to then are
     refused, and so are tokens of another session. ``removedAt``: it is no recipient any more.
-    ``relinkedAt``: its keys are another installation's since then.
+    ``relinkedAt``: its keys are another installation's since then. ``fullSince``: its mailbox is full, it is left out of
+    new messages.
     """
 
     id: str  # type: ignore[assignment]
@@ -136,6 +149,7 @@ class Device(Document):
     liveAt: datetime | None = Field(default=None)
     backAt: datetime | None = Field(default=None)
     gap: Gap | None = Field(default=None)
+    fullSince: datetime | None = Field(default=None)
     name: str | None = Field(default=None)
     platform: str | None = Field(default=None)
     push: Push | None = Field(default=None)

@@ -30,11 +30,14 @@ class SenderField(TypedDict):
 
 
 class MessageFields(TypedDict, total=False):
-    """A stored message, or one of its parts. ``awaiting`` only ever shrinks.
+    """A stored message, or one of its parts. ``awaiting`` only ever shrinks. ``trimmed`` counts the full mailboxes that it was
+    left out of; ``silent`` are people whose mailbox for what they have blocked was one of them: to the sender they look as if
+    it waited.
 
     A message to many devices is stored in ``parts`` documents under one ``writing``: its head, and parts with a ``part``
     number. Before its parts are written the head is a *claim*: it holds the id and nothing to deliver, ``claimedAt`` is there,
-    and ``abandoned`` names writings of others that were under way (docs/decisions/0010).
+    and ``abandoned`` names writings of others that were under way (docs/decisions/0010). ``trimmed`` and ``silent`` are the
+    head's.
     """
 
     _id: str
@@ -57,11 +60,13 @@ class MessageFields(TypedDict, total=False):
     part: int
     claimedAt: DatetimeMS
     abandoned: list[dict[str, Any]]
+    trimmed: int
+    silent: list[str]
 
 
 class FateEntry(TypedDict):
     """What became of one message, or one part; ``delivered`` lists the people who got it, its sender aside. ``parts`` and
-    ``writing`` name the others of a message in parts."""
+    ``writing`` name the others of a message in parts. ``silent`` are people who, to the sender, have yet to get it."""
 
     id: str
     sender: SenderField
@@ -71,6 +76,7 @@ class FateEntry(TypedDict):
     delivered: list[str]
     parts: NotRequired[int]
     writing: NotRequired[str]
+    silent: NotRequired[list[str]]
 
 
 def message_indexes(ttl_seconds: int) -> list[IndexModel]:

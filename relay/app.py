@@ -40,6 +40,7 @@ from relay.metrics import Metrics
 from relay.pipeline import message_path
 from relay.routing.hub import Hub
 from relay.routing.invalidation import Invalidation
+from relay.routing.quotas import Quotas
 from relay.routing.router import Router
 from relay.security.passwords import Passwords
 from relay.security.rates import MessageRates, Rates
@@ -59,6 +60,7 @@ from relay.store.hot import HotMessages
 from relay.store.hot_redis import HotRedis
 from relay.store.keys import Keys
 from relay.store.ledger import Ledger
+from relay.store.mailboxes import Mailboxes
 from relay.store.messages import Messages
 from relay.store.mongo import Mongo, MongoUnavailable
 from relay.store.peers import BEAT_SECONDS, Peers
@@ -84,6 +86,7 @@ _REVOCATIONS_SECONDS: Final = 2.0
 _ERASURES_SECONDS: Final = 5.0
 _REPAIR_SECONDS: Final = 2.0
 _PRESENCE_SECONDS: Final = 1.0
+_QUOTA_SECONDS: Final = 1.0
 _LAST_SEEN_SECONDS: Final = 10.0
 _TTL_SECONDS: Final = 60.0
 _AUDIT_HEAD_SECONDS: Final = 3600.0
@@ -154,6 +157,9 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
     conversations = Conversations()
     rosters = Rosters(inactive=timedelta(days=settings.device_inactive_days), timeout=timeout)
     audiences = Audiences(rosters.load)
+    quotas = Quotas(
+        hub, Mailboxes(mongo, timeout=timeout), audiences, metrics, quota=settings.mailbox_messages
+    )
     people = People()
     live = live_of(settings, hub, metrics, audiences, people, clock)
     router = Router(hub, metrics, live.receipts)
@@ -168,7 +174,17 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
             node.fail(error)
 
     path = message_path(
-        settings, mongo, messages, fates, audiences, ledger, metrics, router, now=clock.now, dead=dead
+        settings,
+        mongo,
+        messages,
+        fates,
+        audiences,
+        ledger,
+        metrics,
+        router,
+        quotas,
+        now=clock.now,
+        dead=dead,
     )
     acks, sends, endings = path.acks, path.sends, path.endings
     router.fanout.start()
@@ -214,6 +230,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
         audit=audit,
         releases=Releases(messages, endings, settle_seconds=_SETTLE_SECONDS),
         invalidation=Invalidation(audiences, sends, peers, commit_seconds=timeout),
+        quotas=quotas,
         passwords=passwords,
         pseudonyms=pseudonyms,
         rates=rates,
@@ -245,6 +262,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
                 _LAST_SEEN_SECONDS,
                 0.2,
             ),
+            Job("quotas", quotas.run, _QUOTA_SECONDS, 0.2),
             Job("time to live", TimeToLive(mongo, messages).run, _TTL_SECONDS, 0.1),
             Job("revocations", Revocations(hub, accounts).run, _REVOCATIONS_SECONDS, 0.1),
             Job("doubts", Doubts(sends, acks).run, _DOUBTS_SECONDS, 0.1),

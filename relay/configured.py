@@ -90,6 +90,10 @@ def limits_of(settings: Settings, ttl_seconds: int) -> Limits:
         send_deadline=settings.send_deadline_seconds,
         members=settings.max_members,
         watches=settings.max_watches,
+        large_group=settings.large_group,
+        large_group_body=settings.large_group_body_bytes,
+        mailbox=settings.mailbox_messages,
+        conversations=settings.max_conversations,
     )
 
 

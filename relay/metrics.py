@@ -12,6 +12,8 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from relay.wire.limits import Limit
+
 _LATENCY: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _SIZES: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
@@ -62,6 +64,8 @@ class Metrics:
         counter = Counter("relay_operations_total", "Operations taken, by name.", ["op"], registry=r)
         self.operations = {kind: counter.labels(name) for kind, name in (operations or {}).items()}
         self.errors = Counter("relay_errors_total", "Errors told to clients, by code.", ["code"], registry=r)
+        reached = Counter("relay_limits_reached_total", "Limits reached, by name.", ["limit"], registry=r)
+        self._limits = {limit: reached.labels(limit.value) for limit in Limit}
         self.batch = Histogram(
             "relay_commit_batch_size", "Items of one group commit.", ["queue"], buckets=_SIZES, registry=r
         )
@@ -107,6 +111,11 @@ class Metrics:
         self._queue_bytes = Gauge(
             "relay_queue_bytes", "Bytes waiting for a group commit.", ["queue"], registry=r
         )
+
+    def reached(self, limit: Limit | None) -> None:
+        """Counts that a limit was reached; None counts nothing."""
+        if limit is not None:
+            self._limits[limit].inc()
 
     def watch_queue(self, name: str, items: Callable[[], int], size: Callable[[], int]) -> None:
         """Reads a queue's depth at every scrape."""

@@ -10,12 +10,13 @@ from typing import Final
 
 from config.settings import Settings
 from relay.metrics import Metrics
+from relay.routing.quotas import Quotas
 from relay.routing.router import Router
 from relay.store.acks import Acks
 from relay.store.audience import Audiences
 from relay.store.batcher import Batcher, BatcherClosed
 from relay.store.commits import Commits
-from relay.store.endings import Ending
+from relay.store.endings import Ending, Settlement
 from relay.store.fates import Fates
 from relay.store.lanes import EndingLanes, SendLanes
 from relay.store.large import LargeCommits
@@ -55,13 +56,19 @@ def message_path(
     ledger: Ledger,
     metrics: Metrics,
     router: Router,
+    quotas: Quotas,
     *,
     now: Callable[[], int],
     dead: Callable[[BaseException], None],
 ) -> MessagePath:
     """Makes and starts it. ``dead`` is told when a committer died; ``now`` is the wall clock (ms)."""
     timeout = settings.commit_timeout_seconds
-    acks = Acks(mongo, messages, fates, ledger, metrics, timeout=timeout, now=now, settled=router.settled)
+
+    def settled(settlement: Settlement) -> None:
+        router.settled(settlement)
+        quotas.settled(settlement)
+
+    acks = Acks(mongo, messages, fates, ledger, metrics, timeout=timeout, now=now, settled=settled)
 
     def ending_lane(name: str) -> Batcher[Ending]:
         return Batcher[Ending](
@@ -105,6 +112,7 @@ def message_path(
             ledger,
             metrics,
             timeout=timeout,
+            accepted=quotas.committed,
             committed=committed,
             found=router.found,
             strayed=strayed,

@@ -30,6 +30,7 @@ from relay.store.conversations import ConversationView, Member
 from relay.store.revisions import Origin, Revision
 from relay.wire.errors import RelayError
 from relay.wire.ids import CONVERSATION_ID, is_placeholder
+from relay.wire.limits import Limit
 
 _DEFAULT: Final = 50
 _MOST: Final = 200
@@ -45,7 +46,7 @@ async def create(ctx: Context, caller: Caller, request: web.Request) -> web.Resp
     if wanted.type == "direct" and wanted.name is not None:
         raise RelayError("bad_request", "a direct conversation has no name")
     if len(others) + 1 > ctx.limits.members:
-        raise RelayError("too_large", f"a group has at most {ctx.limits.members} members")
+        raise changing.too_many_members(ctx.limits.members)
     await ctx.rates.check("conversation", caller.user)
     conversation, revision, created = await _made(ctx, caller, wanted, others)
     if revision is not None:
@@ -63,6 +64,7 @@ async def _made(
         return *found, False
     await know(ctx, caller, others)
     await check_welcome(ctx, caller, others, "whoMayMessage" if wanted.type == "direct" else "whoMayAdd")
+    await check_conversations(ctx, caller, [caller.user, *others])
     return await ctx.revisions.create(
         caller.user, wanted.type, others, name=wanted.name, ref=wanted.ref, origin=origin(caller)
     )
@@ -75,6 +77,22 @@ async def know(ctx: Context, caller: Caller, users: Sequence[str]) -> None:
         await ctx.accounts.add_users(users)
     if missing := await ctx.accounts.missing_users(users):
         raise RelayError("not_found", "no such user", details={"users": missing[:20]})
+
+
+async def check_conversations(ctx: Context, caller: Caller, users: Sequence[str]) -> None:
+    """Nobody is in more conversations than the limit allows. Raises RelayError ``too_large``, which tells the limit to the
+    caller about themselves only."""
+    crowded = await ctx.conversations.crowded(users, ctx.limits.conversations)
+    if caller.user in crowded:
+        text = f"you are in {ctx.limits.conversations} conversations, that is the limit; leave one first"
+        raise RelayError("too_large", text, details={"users": [caller.user]}, limit=Limit.CONVERSATIONS)
+    if crowded:
+        raise RelayError(
+            "too_large",
+            "somebody cannot be in any more conversations",
+            details={"users": sorted(crowded)[:20]},
+            limit=Limit.CONVERSATIONS,
+        )
 
 
 async def check_welcome(

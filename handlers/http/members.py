@@ -8,7 +8,15 @@ from aiohttp import web
 
 from handlers import changing
 from handlers.context import Context
-from handlers.http.conversations import check_welcome, know, named, origin, shown, shown_member
+from handlers.http.conversations import (
+    check_conversations,
+    check_welcome,
+    know,
+    named,
+    origin,
+    shown,
+    shown_member,
+)
 from handlers.http.route import Caller, Route, answer, page_limit, paging, parsed
 from handlers.http.schemas.base import DoneAnswer
 from handlers.http.schemas.conversations import (
@@ -46,11 +54,13 @@ async def add(ctx: Context, caller: Caller, request: web.Request) -> web.Respons
     if view.type != "group" or view.me.role not in ("admin", "moderator"):
         raise RelayError("forbidden", "only admins and moderators of a group may add people")
     if view.member_count >= ctx.limits.members or len(users) > ctx.limits.members:
-        raise RelayError("too_large", f"a group has at most {ctx.limits.members} members")
+        raise changing.too_many_members(ctx.limits.members)
     await ctx.rates.check("conversation", caller.user)
     await know(ctx, caller, users)
     there = await ctx.conversations.members_among(conversation, users)
-    await check_welcome(ctx, caller, [user for user in users if user not in there], "whoMayAdd")
+    new = [user for user in users if user not in there]
+    await check_welcome(ctx, caller, new, "whoMayAdd")
+    await check_conversations(ctx, caller, new)
     await changing.change(
         ctx,
         conversation,

@@ -144,6 +144,7 @@ ROUTES: Final = (
             "rate_limited",
             "id_conflict",
             "too_large",
+            "mailbox_full",
             "device_mismatch",
             "unavailable",
         ),

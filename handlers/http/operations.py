@@ -8,7 +8,7 @@ from aiohttp import web
 
 from handlers.context import Context
 from handlers.http.route import Caller, Route, answer
-from handlers.http.schemas.operations import HealthAnswer, InfoAnswer, LimitsAnswer
+from handlers.http.schemas.operations import HealthAnswer, InfoAnswer, LimitsAnswer, QuotasAnswer
 from relay import __version__
 from relay.wire.frames import FEATURES
 from relay.wire.replies import PROTOCOL_VERSION
@@ -24,6 +24,14 @@ async def info(ctx: Context, _: Caller, __: web.Request) -> web.Response:
             protocol=PROTOCOL_VERSION,
             features=list(FEATURES),
             limits=LimitsAnswer(frame=limits.frame, body=limits.body, ops=limits.operations),
+            quotas=QuotasAnswer(
+                mailbox=limits.mailbox,
+                recipients=limits.recipients,
+                members=limits.members,
+                conversations=limits.conversations,
+                large_group=limits.large_group,
+                large_group_body=limits.large_group_body,
+            ),
             window=limits.window,
             window_bytes=limits.window_bytes,
             heartbeat=limits.heartbeat_ms,

@@ -15,6 +15,7 @@ from handlers.context import Context
 from handlers.http.wording import said
 from relay.wire import codec
 from relay.wire.errors import Code, RelayError
+from relay.wire.limits import Limit
 
 Model = TypeVar("Model", bound=BaseModel)
 BODY_SECONDS: Final = 30.0
@@ -76,7 +77,7 @@ async def body(request: web.Request) -> Any:
     except UnicodeDecodeError:
         raise RelayError("bad_request", "the request body is not UTF-8") from None
     except web.HTTPRequestEntityTooLarge:
-        raise RelayError("too_large", "the request body is too large") from None
+        raise RelayError("too_large", "the request body is too large", limit=Limit.REQUEST) from None
     except web.RequestPayloadError:
         raise RelayError("bad_request", "the request body is not encoded as its headers say") from None
     return codec.loads(text)
@@ -89,12 +90,14 @@ async def parsed(request: web.Request, model: type[Model]) -> Model:
         return model.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        code: Code = "too_large" if first["type"] == "too_long" else "bad_request"
+        too_long = first["type"] == "too_long"
         place = ".".join(str(part) for part in first["loc"])[:80]
         # Names of unknown fields are as the client wrote them.
         place = "".join(sign if sign.isprintable() else "?" for sign in place)
         raise RelayError(
-            code, f"{place}: {said(first)}" if place else f"the request body {said(first)}"
+            "too_large" if too_long else "bad_request",
+            f"{place}: {said(first)}" if place else f"the request body {said(first)}",
+            limit=Limit.LIST if too_long else None,
         ) from None
 
 

@@ -8,6 +8,7 @@ from handlers.context import Context, Peer
 from relay.wire import replies
 from relay.wire.errors import RelayError
 from relay.wire.frames import Presence
+from relay.wire.limits import Limit
 
 
 async def presence(ctx: Context, peer: Peer, op: Presence) -> None:
@@ -15,7 +16,9 @@ async def presence(ctx: Context, peer: Peer, op: Presence) -> None:
     Raises RelayError."""
     if len(op.users) > ctx.limits.watches:
         raise RelayError(
-            "too_large", f"at most {ctx.limits.watches} people are watched, these are {len(op.users)}"
+            "too_large",
+            f"at most {ctx.limits.watches} people are watched, these are {len(op.users)}",
+            limit=Limit.WATCHES,
         )
     await ctx.rates.check("presence", peer.user)
     if ctx.hub.get(peer.key) is peer:

@@ -28,7 +28,12 @@ def send(ctx: Context, peer: Peer, op: Send) -> Awaitable[None] | None:
         or op.devices_rev is not None
     ):
         return _send_slowly(ctx, peer, op)
-    _submit(ctx, peer, op, audience)
+    try:
+        _submit(ctx, peer, op, audience)
+    except RelayError as refusal:
+        if not sending.may_be_known(refusal):
+            raise
+        return _first_answer(ctx, peer, op, refusal)
     return None
 
 
@@ -48,7 +53,11 @@ async def _send_slowly(ctx: Context, peer: Peer, op: Send) -> None:
             await sending.check_withdrawal(ctx, sender, op)
         _submit(ctx, peer, op, audience)
     except RelayError as refusal:
-        _answer(ctx, peer, op, await sending.first_answer(ctx, sender, op, refusal))
+        await _first_answer(ctx, peer, op, refusal)
+
+
+async def _first_answer(ctx: Context, peer: Peer, op: Send, refusal: RelayError) -> None:
+    _answer(ctx, peer, op, await sending.first_answer(ctx, _sender(peer), op, refusal))
 
 
 def _submit(ctx: Context, peer: Peer, op: Send, audience: Audience) -> None:
@@ -70,4 +79,5 @@ def _answer(ctx: Context, peer: Peer, op: Send, outcome: Stored | RelayError) ->
             sending.withdraw(ctx, op)
         return
     ctx.metrics.errors.labels(outcome.code).inc()
+    ctx.metrics.reached(outcome.limit)
     peer.outbox.put(replies.error(outcome, {"ref": op.ref, "id": op.id, "conv": op.conv}))

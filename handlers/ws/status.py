@@ -8,6 +8,7 @@ from typing import Any
 from handlers.context import Context, Peer
 from handlers.parts import add_parts
 from relay.store.documents import owner, told_of
+from relay.store.fates import Gone
 from relay.wire import replies
 from relay.wire.codec import check_ids
 from relay.wire.frames import Status
@@ -39,6 +40,8 @@ async def _items(ctx: Context, user: str, conversation: str, messages: list[str]
             told: dict[str, object] = {"awaiting": awaiting}
             if ctx.messages.is_due(document, now):
                 told = {"gone": True, "fate": "expired"}
+        elif fate is not None and _seems_to_wait(fate):
+            people, told = fate.delivered, {"awaiting": len(fate.silent)}
         elif fate is not None:
             people, told = fate.delivered, {"gone": True, "fate": fate.fate}
         else:
@@ -55,3 +58,8 @@ async def _items(ctx: Context, user: str, conversation: str, messages: list[str]
 def _people(document: Mapping[str, Any], user: str) -> tuple[int, list[str]]:
     awaiting, delivered = told_of(document, user)
     return len(awaiting), sorted(delivered)
+
+
+def _seems_to_wait(fate: Gone) -> bool:
+    """Whether it would still wait, had not somebody who blocked the sender a full mailbox."""
+    return bool(fate.silent) and fate.fate in ("delivered", "trimmed")

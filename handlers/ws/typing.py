@@ -7,9 +7,10 @@ from math import ceil
 from time import monotonic
 
 from handlers.context import Context, Peer
-from relay.store.audience import Audience
+from relay.store.audience import Audience, refusal_error
 from relay.wire.errors import RelayError
 from relay.wire.frames import Typing
+from relay.wire.limits import Limit
 
 
 def typing(ctx: Context, peer: Peer, op: Typing) -> Awaitable[None] | None:
@@ -17,7 +18,10 @@ def typing(ctx: Context, peer: Peer, op: Typing) -> Awaitable[None] | None:
     wait = ctx.typing_rates.take(peer.key, monotonic())
     if wait:
         raise RelayError(
-            "rate_limited", f"typing too often; try again in {wait:.1f} s", retry_after=ceil(wait * 1000)
+            "rate_limited",
+            f"typing too often; try again in {wait:.1f} s",
+            retry_after=ceil(wait * 1000),
+            limit=Limit.TYPING_RATE,
         )
     if not op.on:
         ctx.live.typing.end(peer, op.conv)
@@ -37,7 +41,8 @@ def _begin(ctx: Context, peer: Peer, audience: Audience) -> None:
     if peer.user not in audience.members:
         raise RelayError("not_member", "no such conversation")
     refusal = audience.refusals.get(peer.user)
-    if refusal is not None:
-        raise RelayError(*refusal)
+    # It is stored nowhere: a full mailbox has room for it.
+    if refusal is not None and refusal[0] != "mailbox_full":
+        raise refusal_error(refusal)
     if ctx.hub.get(peer.key) is peer:
         ctx.live.typing.begin(peer, audience)

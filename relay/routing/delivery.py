@@ -62,7 +62,7 @@ class InFlight:
 
 class Delivery:
     """The deliveries of one connection. ``start`` begins with the backlog; ``drained`` is told once, ``broken``
-    when a fault of ours has ended the drain."""
+    when a fault of ours has ended the drain, ``used_up`` whenever a live message finds no credit."""
 
     __slots__ = (
         "_backlog",
@@ -85,6 +85,7 @@ class Delivery:
         "_redelivered",
         "_task",
         "_told",
+        "_used_up",
         "_window",
         "_window_bytes",
         "behind",
@@ -104,6 +105,7 @@ class Delivery:
         behind: Callable[[int], None],
         drained: Callable[[], None],
         broken: Callable[[], None] = _nothing,
+        used_up: Callable[[], None] = _nothing,
     ) -> None:
         self.in_flight: dict[str, InFlight] = {}
         self.behind = True
@@ -118,6 +120,7 @@ class Delivery:
         self._count_behind = behind
         self._drained = drained
         self._broken = broken
+        self._used_up = used_up
         self._dirty = True
         self._credit: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
@@ -141,9 +144,12 @@ class Delivery:
         if self.behind:
             self._dirty = True
         elif envelope.doc_id not in self.in_flight:
-            if self._has_credit(envelope.size) and not self._outbox.full:
+            credit = self._has_credit(envelope.size)
+            if credit and not self._outbox.full:
                 self._deliver(envelope)
             else:
+                if not credit:
+                    self._used_up()
                 self.fall_behind()
 
     def fall_behind(self) -> None:

@@ -19,6 +19,7 @@ from relay.store.reading import Moved, Reader
 from relay.wire import replies
 from relay.wire.errors import RelayError
 from relay.wire.frames import MAX_LIVE_MEMBERS
+from relay.wire.limits import Limit
 
 SPACING_SECONDS: Final = 0.1
 MOST_PENDING: Final = 20_000
@@ -77,7 +78,7 @@ class Reads:
         if found is None:
             found = self._new(reader)
         elif each and len(found.waiting) >= MOST_WAITING:
-            raise RelayError("rate_limited", "too many marks of one conversation at once", retry_after=500)
+            raise _too_many("marks of one conversation")
         if up_to > found.up_to:
             found.up_to, found.by = up_to, device
         if each:
@@ -101,7 +102,7 @@ class Reads:
     def _new(self, reader: Reader) -> _Mark:
         held = self._of_user.get(reader[1], 0)
         if held >= MOST_OF_USER:
-            raise RelayError("rate_limited", "too many read marks at once", retry_after=500)
+            raise _too_many("read marks")
         if len(self._pending) >= MOST_PENDING:
             raise RelayError("unavailable", "the relay is busy; mark again", retry_after=1000)
         self._of_user[reader[1]] = held + 1
@@ -175,6 +176,10 @@ class Reads:
             mark = group[reader]
             frame = replies.read(conversation, user, mark.up_to, moved.at)
             self._out.tell(told, frame, but=mark.by)
+
+
+def _too_many(what: str) -> RelayError:
+    return RelayError("rate_limited", f"too many {what} at once", retry_after=500, limit=Limit.READ_RATE)
 
 
 def _answer(marks: Mapping[Reader, _Mark], failure: RelayError | None) -> None:

@@ -12,6 +12,7 @@ from relay.store.audience import Audience
 from relay.wire import replies
 from relay.wire.errors import RelayError
 from relay.wire.frames import MAX_LIVE_MEMBERS
+from relay.wire.limits import Limit
 
 LASTS_SECONDS: Final = 10.0
 MOST_OF_CONNECTION: Final = 16
@@ -51,7 +52,12 @@ class Typing:
             return
         places = self._of.get(connection, ())
         if len(places) >= MOST_OF_CONNECTION or len(self._until) >= MOST:
-            raise RelayError("rate_limited", "typing in too many conversations at once", retry_after=1000)
+            raise RelayError(
+                "rate_limited",
+                "typing in too many conversations at once",
+                retry_after=1000,
+                limit=Limit.TYPING_RATE,
+            )
         self._of.setdefault(connection, set()).add(audience.conversation)
         self._until[entry] = loop.time() + self._lasts
         self._await_first()

@@ -24,6 +24,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from relay.wire.errors import RelayError
+from relay.wire.limits import Limit
 
 OFF: Final = "off"
 _WHAT: Final = {
@@ -111,6 +112,7 @@ class Rates:
                 "rate_limited",
                 f"too many {what}; try again in {ceil(wait)} s",
                 retry_after=max(1, ceil(wait * 1000)),
+                limit=Limit.REQUEST_RATE,
             )
 
     async def close(self) -> None:

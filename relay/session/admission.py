@@ -59,6 +59,8 @@ class Admission:
         if arrival.returned:
             ctx.accounts.forget(key)
             await ctx.keys.forget(key)
+        if arrival.full:
+            ctx.quotas.recount([key])
         if arrival.changed:
             await ctx.invalidation.tell(users=[identity.user])
         return arrival

@@ -7,10 +7,11 @@ import contextlib
 import socket
 import struct
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import structlog
-from aiohttp import WSMsgType, web
+from aiohttp import WebSocketError, WSMsgType, web
 
 from handlers.context import Context
 from relay.routing.delivery import Delivery
@@ -22,6 +23,7 @@ from relay.wire import errors
 from relay.wire.codec import decode
 from relay.wire.errors import Close, FrameError, RelayError
 from relay.wire.ids import device_key
+from relay.wire.limits import Limit
 
 _CLOSE_SECONDS: Final = 3.0
 _FROM_THE_CLIENT: Final = (WSMsgType.TEXT, WSMsgType.PING, WSMsgType.PONG, WSMsgType.CLOSE)
@@ -103,6 +105,7 @@ class Connection:
             window_bytes=limits.window_bytes,
             now=ctx.clock.now,
             behind=ctx.metrics.behind.inc,
+            used_up=partial(ctx.metrics.reached, Limit.WINDOW),
             drained=drained,
             broken=self._broken,
         )
@@ -238,6 +241,8 @@ class Connection:
                 self.shut(errors.BINARY)
                 return
             elif kind is not WSMsgType.PONG:
+                if isinstance(message.data, WebSocketError) and message.data.code == errors.TOO_BIG.code:
+                    ctx.metrics.reached(Limit.FRAME)
                 return
 
     async def _write(self) -> None:

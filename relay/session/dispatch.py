@@ -77,6 +77,7 @@ async def dispatch(ctx: Context, peer: Peer, operations: Sequence[Operation | Re
 
 def _fail(ctx: Context, peer: Peer, error: RelayError, about: dict[str, Any]) -> None:
     ctx.metrics.errors.labels(error.code).inc()
+    ctx.metrics.reached(error.limit)
     peer.outbox.put(replies.error(error, about))
 
 

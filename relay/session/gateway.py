@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Final
 
 import structlog
@@ -22,6 +23,7 @@ from relay.wire.codec import Refused, decode
 from relay.wire.errors import Close, FrameError, RelayError
 from relay.wire.frames import FEATURES, Auth
 from relay.wire.ids import device_key
+from relay.wire.limits import Limit
 
 SUBPROTOCOL: Final = "relay.v1"
 _CLOSE_SECONDS: Final = 2.0
@@ -150,11 +152,17 @@ class Gateway:
     def _welcome(
         self, request: web.Request, ws: web.WebSocketResponse, identity: Identity, arrival: Arrival
     ) -> Connection:
+        shown = datetime.now(UTC)
+        key = device_key(identity.user, identity.device)
+
         def drained() -> None:
+            full = arrival.full or self._ctx.quotas.is_full(key)
+            if full:
+                self._note(self._ctx.quotas.drained(key))
             if arrival.live_until is not None:
                 self._ctx.live.catching_up.add(connection, arrival.live_until)
             if arrival.gap_since is not None:
-                connection.when_it_speaks(lambda: self._note(self._close_gap(identity)))
+                connection.when_it_speaks(lambda: self._note(self._close_gap(identity, shown, full=full)))
 
         connection = Connection(
             self._ctx,
@@ -186,9 +194,11 @@ class Gateway:
         self._ctx.live.presence.arrived(connection)
         return connection
 
-    async def _close_gap(self, identity: Identity) -> None:
+    async def _close_gap(self, identity: Identity, shown: datetime, *, full: bool) -> None:
+        if full:
+            await self._ctx.quotas.drained(device_key(identity.user, identity.device))
         try:
-            await self._ctx.accounts.close_gap(identity.user, identity.device)
+            await self._ctx.accounts.close_gap(identity.user, identity.device, shown)
         except PyMongoError as error:
             log.warning("a gap stays open until the next drain", error=brief(error))
 
@@ -199,4 +209,6 @@ class Gateway:
 
     async def _refuse(self, ws: web.WebSocketResponse, close: Close) -> None:
         self._ctx.metrics.closed.labels(str(close.code)).inc()
+        if close is errors.TOO_MANY:
+            self._ctx.metrics.reached(Limit.CONNECTIONS)
         await ws.close(code=close.code, message=close.reason.encode())

@@ -65,7 +65,11 @@ def _serve(
             identity = await admission.admit(token)
             caller = replace(caller, user=identity.user, device=identity.device, session=identity.session)
         only(request, *route.query)
-        return await route.handler(ctx, caller, request)
+        try:
+            return await route.handler(ctx, caller, request)
+        except RelayError as error:
+            ctx.metrics.reached(error.limit)
+            raise
 
     return serve
 

@@ -21,7 +21,7 @@ _NEW: Final = timedelta(seconds=10)
 _BULK: Final = 1000
 _MAX_STANDINGS: Final = 100_000
 _MOST_ENDED: Final = 100_000
-_PERSON: Final = {"suspendedAt": 1, "erasingAt": 1, "deliveredReceipts": 1}
+_PERSON: Final = {"suspendedAt": 1, "erasingAt": 1, "deliveredReceipts": 1, "gap": 1}
 _DEVICE: Final = {"endedAt": 1, "removedAt": 1, "session.id": 1}
 
 
@@ -30,7 +30,8 @@ class Arrival:
     """A device has connected. ``changed``: it is new, or back from inactivity or removal, so recipients must be resolved
     again; ``returned``: back from removal, so its keys are not what they were.
     ``gap_since`` (ms) and ``gap_why`` are set while it may have missed messages. ``live_until`` (ms): up to when it was told what
-    happens live, as far as is known; None for a new device. ``quiet``: others shall not be told what it receives."""
+    happens live, as far as is known; None for a new device. ``quiet``: others shall not be told what it receives. ``full``: it
+    is left out of new messages."""
 
     changed: bool
     gap_since: int | None
@@ -38,6 +39,7 @@ class Arrival:
     returned: bool = False
     live_until: int | None = None
     quiet: bool = False
+    full: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +135,9 @@ class Accounts:
             return_document=ReturnDocument.BEFORE,
         )
         if before is not None:
-            return _arrival(before.get("gap"), before, changed=is_new(before, now), quiet=quiet)
+            arrival = _arrival(before.get("gap"), before, changed=is_new(before, now), quiet=quiet)
+            arrival = replace(arrival, full=before.get("fullSince") is not None)
+            return await self._with_gap_of(person, key, arrival)
         before = await _devices().find_one({"_id": key})
         if before is None:
             if not may_create:
@@ -142,7 +146,8 @@ class Accounts:
                 await _devices().insert_one({"_id": key, "user": user, "createdAt": now, **here["$set"]})
             except DuplicateKeyError:
                 return await self._arrive_beside(user, device, provision, issued, session, live)
-            return await self._unless_barred(user, key, _arrival(None, {}, changed=True, quiet=quiet))
+            arrival = await self._with_gap_of(person, key, _arrival(None, {}, changed=True, quiet=quiet))
+            return await self._unless_barred(user, key, arrival)
         if not _standing({**before, "removedAt": None}).accepts(int(moment.timestamp()), session):
             return None
         if before.get("removedAt") is not None:
@@ -158,6 +163,17 @@ class Accounts:
             await _devices().update_one({"_id": key, "gap": None}, {"$set": {"gap": gap}})
         await _devices().update_one({"_id": key}, {"$set": {**here["$set"], "backAt": now}})
         return _arrival(gap, before, changed=True, quiet=quiet)
+
+    async def _with_gap_of(self, person: Mapping[str, Any] | None, key: str, arrival: Arrival) -> Arrival:
+        """Messages for whichever device comes next were left out of a full mailbox: this one takes that gap over."""
+        gap = None if person is None else person.get("gap")
+        if person is None or gap is None or arrival.gap_since is not None:
+            return arrival
+        await _devices().update_one({"_id": key, "gap": None}, {"$set": {"gap": gap}})
+        await _users().update_one(
+            {"_id": person["_id"], "gap.latest": gap.get("latest")}, {"$unset": {"gap": ""}}
+        )
+        return replace(arrival, gap_since=milliseconds(gap["since"]), gap_why=str(gap["why"]))
 
     async def _arrive_beside(
         self, user: str, device: str, provision: bool, issued: int | None, session: str | None, live: bool
@@ -175,7 +191,7 @@ class Accounts:
             {"_id": before["_id"], "removedAt": before["removedAt"]},
             {
                 "$set": {"since": now, "lastSeen": now, "updatedAt": now, "gap": gap},
-                "$unset": {"removedAt": ""},
+                "$unset": {"removedAt": "", "fullSince": ""},
             },
         )
         return _arrival(gap, {}, changed=True, returned=True, quiet=quiet)
@@ -244,9 +260,13 @@ class Accounts:
             async for row in cursor:
                 yield row["_id"]
 
-    async def close_gap(self, user: str, device: str) -> None:
-        """The device has drained: it knows that it missed something."""
-        await _devices().update_one({"_id": device_key(user, device)}, {"$unset": {"gap": ""}})
+    async def close_gap(self, user: str, device: str, shown: datetime | None = None) -> None:
+        """The device has drained: it knows that it missed something. Not while it is full, and not when more was left out
+        since it was ``shown`` the gap."""
+        query: dict[str, Any] = {"_id": device_key(user, device), "fullSince": None}
+        if shown is not None:
+            query["$or"] = [{"gap.latest": None}, {"gap.latest": {"$lt": shown}}]
+        await _devices().update_one(query, {"$unset": {"gap": ""}})
 
     async def seen(self, keys: Iterable[str]) -> None:
         """Notes that these devices are, or were just now, connected by a WebSocket."""

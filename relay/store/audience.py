@@ -16,16 +16,27 @@ from time import monotonic
 from typing import Final
 
 from relay.wire import ids
-from relay.wire.errors import Code
+from relay.wire.errors import Code, RelayError
+from relay.wire.limits import Limit
 
 LEASE_SECONDS: Final = 5.0
+FULL_RETRY_MS: Final = 30_000
 _MAX_CACHED: Final = 50_000
 # Recipients in the lists that one audience keeps, over all senders.
 _MAX_LISTED: Final = 50_000
 _MOMENT: Final = re.compile(r"[0-9a-z]{1,11}")
 
 _NOBODY: Final[frozenset[tuple[str, str]]] = frozenset()
+_NONE: Final[frozenset[str]] = frozenset()
+_UNTRIMMED: Final[list[str]] = []
 Refusal = tuple[Code, str]
+
+
+def refusal_error(refusal: Refusal) -> RelayError:
+    """What a member who may not send is told."""
+    if refusal[0] == "mailbox_full":
+        return RelayError(*refusal, retry_after=FULL_RETRY_MS, limit=Limit.MAILBOX)
+    return RelayError(*refusal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +45,14 @@ class Roster:
 
     ``members`` maps users to their active device keys; ``relinked`` device keys to when (ms) their keys became another
     installation's; ``blocks`` are pairs of a member and another whom they blocked; ``refusals`` says who of the members may
-    not send, and why.
+    not send, and why; ``full`` are the mailboxes, placeholders too, that take no more messages now.
     """
 
     members: Mapping[str, list[str]]
     relinked: Mapping[str, int] = field(default_factory=dict)
     blocks: frozenset[tuple[str, str]] = _NOBODY
     refusals: Mapping[str, Refusal] = field(default_factory=dict)
+    full: frozenset[str] = _NONE
 
 
 EMPTY: Final = Roster({})
@@ -58,7 +70,9 @@ class Audience:
         "_blocks",
         "_relinked",
         "_rev",
+        "_trimmed",
         "conversation",
+        "full",
         "keys",
         "members",
         "refusals",
@@ -72,6 +86,7 @@ class Audience:
         self.conversation = conversation
         self.members = frozenset(members)
         self.refusals = roster.refusals
+        self.full = list(roster.full)
         self._blocks = roster.blocks
         self._relinked = roster.relinked
         self.keys: tuple[str, ...] = tuple(
@@ -82,6 +97,7 @@ class Audience:
         self.resolved = monotonic() if asked is None else asked
         self.stale = False
         self._awaiting: dict[str, list[str]] = {}
+        self._trimmed: dict[str, list[str]] = {}
         self._rev: str | None = None
 
     @property
@@ -90,13 +106,26 @@ class Audience:
         return not self.stale and monotonic() - self.resolved < LEASE_SECONDS
 
     def awaiting(self, sender_key: str) -> list[str]:
-        """Everybody's mailboxes but the sending device's own. The list is shared: do not change it."""
+        """Everybody's mailboxes that have room, but the sending device's own. The list is shared: do not change it."""
         found = self._awaiting.get(sender_key)
         if found is None:
             if len(self._awaiting) * len(self.keys) > _MAX_LISTED:
                 self._awaiting.clear()
-            found = self._awaiting[sender_key] = self._without_blockers(sender_key, self.others(sender_key))
+                self._trimmed.clear()
+            found = self._without_blockers(sender_key, self.others(sender_key))
+            if self.full:
+                full = set(self.full)
+                self._trimmed[sender_key] = [key for key in found if key in full]
+                found = [key for key in found if key not in full]
+            self._awaiting[sender_key] = found
         return found
+
+    def trimmed(self, sender_key: str) -> list[str]:
+        """The mailboxes that would get this sender's messages, were they not full. The list is shared: do not change it."""
+        if not self.full:
+            return _UNTRIMMED
+        self.awaiting(sender_key)
+        return self._trimmed[sender_key]
 
     def apart(self, user: str, other: str) -> bool:
         """Whether one of these two has blocked the other."""

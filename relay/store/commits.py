@@ -43,7 +43,8 @@ log = structlog.get_logger(__name__)
 
 
 class Commits:
-    """Commits groups of submissions. ``committed`` gets the fresh messages of a group, ready to deliver; ``found`` the device
+    """Commits groups of submissions. ``accepted`` gets the fresh messages of a group, each once and with all its recipients;
+    ``committed`` the pieces in which they are stored, ready to deliver; ``found`` the device
     keys for whom something turned up in the store that was not delivered so; ``strayed`` a message that was committed while
     these of its recipients were being removed."""
 
@@ -57,6 +58,7 @@ class Commits:
         metrics: Metrics,
         *,
         timeout: float,
+        accepted: Callable[[Sequence[Envelope]], None],
         committed: Callable[[Sequence[Envelope]], None],
         found: Callable[[Iterable[str]], None],
         strayed: Callable[[str, list[str]], None],
@@ -68,6 +70,7 @@ class Commits:
         self._ledger = ledger
         self._retries = metrics.retries.labels("send")
         self._timeout = timeout
+        self._accepted = accepted
         self._committed = committed
         self._found = found
         self._strayed = strayed
@@ -107,7 +110,7 @@ class Commits:
             if document is not None:
                 self._settle_given_up(doc_id, document)
             elif fate is not None and given_up is not None and fate.seq == given_up.seq:
-                self._ledger.add("accepted", len(given_up.awaiting))
+                self._book(len(given_up.awaiting), given_up.trimmed)
             self._given_up.pop(doc_id, None)
 
     def _settle_given_up(self, doc_id: str, document: Mapping[str, Any]) -> None:
@@ -115,11 +118,12 @@ class Commits:
         if given_up is None or document.get("seq") != given_up.seq:
             return
         del self._given_up[doc_id]
+        trimmed = document.get("trimmed", 0)
         if "parts" in document:
-            self._ledger.add("accepted", len(given_up.awaiting))
+            self._book(len(given_up.awaiting), trimmed)
             self._found(given_up.awaiting)
             return
-        self._ledger.add("accepted", len(document["awaiting"]) + len(document.get("deliveredTo", ())))
+        self._book(len(document["awaiting"]) + len(document.get("deliveredTo", ())), trimmed)
         self._found(document["awaiting"])
 
     async def close(self) -> None:
@@ -173,7 +177,9 @@ class Commits:
         for submission in late:
             envelope = submission.envelope
             if len(self._given_up) < _MAX_GIVEN_UP:
-                self._given_up[envelope.doc_id] = GivenUp(envelope.seq, envelope.awaiting, now)
+                self._given_up[envelope.doc_id] = GivenUp(
+                    envelope.seq, envelope.awaiting, len(envelope.trimmed), now
+                )
             submission.settle(
                 RelayError(
                     "unavailable", "the message could not be stored in time; send it again", retry_after=1000
@@ -236,10 +242,19 @@ class Commits:
         for submission in inserted:
             envelope = submission.envelope
             submission.settle(Stored(envelope.seq, envelope.at, fresh=True))
-        self._ledger.add("accepted", sum(len(s.envelope.awaiting) for s in inserted))
+        self._accept([s.envelope for s in inserted])
         outdated = [s for s in inserted if not s.audience.fresh]
         kept_back = await self._check_again(outdated) if outdated else set()
         self._committed([piece for s in inserted for piece in s.pieces if piece not in kept_back])
+
+    def _accept(self, envelopes: Sequence[Envelope]) -> None:
+        self._book(sum(len(e.awaiting) for e in envelopes), sum(len(e.trimmed) for e in envelopes))
+        self._accepted(envelopes)
+
+    def _book(self, waiting: int, trimmed: int) -> None:
+        """Deliveries: those that wait, and those that full mailboxes were left out of."""
+        self._ledger.add("accepted", waiting + trimmed)
+        self._ledger.add("trimmed", trimmed)
 
     async def _check_again(self, outdated: list[Submission]) -> set[Envelope]:
         """Members or devices may have changed while these were being written: nothing is pushed to who is no member any
@@ -287,7 +302,10 @@ class Commits:
             own = tried and known.seq == envelope.seq
             if own:
                 # An attempt of this very submission was stored, delivered and deleted before its answer arrived.
-                self._ledger.add("accepted", len(envelope.awaiting))
+                recipients = submission.writings.get(known.writing)
+                if recipients is not None:
+                    envelope.awaiting, envelope.trimmed = recipients
+                self._accept([envelope])
             submission.settle(Stored(known.seq, known.at, fresh=own))
 
     async def _take_back(self, submission: Submission) -> None:
@@ -312,7 +330,9 @@ class Commits:
                 submission.settle(conflict())
             elif attempt and document["seq"] == envelope.seq:
                 envelope.awaiting = list(document["awaiting"])
-                envelope.shared = len(envelope.awaiting) > 1 or "deliveredTo" in document
+                envelope.shared = (
+                    len(envelope.awaiting) > 1 or "deliveredTo" in document or "trimmed" in document
+                )
                 # Whoever found it in the store before this answer may have acknowledged it already.
                 self._ledger.add("accepted", len(document.get("deliveredTo", ())))
                 fresh.append(submission)
@@ -355,9 +375,13 @@ class Commits:
                     continue
             awaiting = [*audience.awaiting(submission.sender_key)]
             awaiting += [key for key in submission.also if key not in awaiting]
-            if awaiting != submission.envelope.awaiting:
-                submission.envelope.awaiting = awaiting
-                submission.envelope.shared = len(awaiting) > 1
+            envelope = submission.envelope
+            trimmed = [*audience.trimmed(submission.sender_key)]
+            # A system message's for those who are no members any more were full when it was made.
+            trimmed += [key for key in envelope.trimmed if user_of(key) not in audience.members]
+            if (awaiting, trimmed) != (envelope.awaiting, envelope.trimmed):
+                envelope.awaiting, envelope.trimmed = awaiting, trimmed
+                envelope.shared = len(awaiting) > 1 or bool(trimmed)
                 submission.encode()
         refused += [(submission, stranger(submission)) for submission in strangers]
         if refused:

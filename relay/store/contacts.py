@@ -19,6 +19,7 @@ from relay.store.reports import Reports
 from relay.store.searching import END_OF_KEYS, fold
 from relay.wire.cursor import text_cursor_at, text_place_of
 from relay.wire.errors import RelayError
+from relay.wire.limits import Limit
 
 _ATTEMPTS: Final = 20
 _SCAN: Final = 1000
@@ -225,7 +226,9 @@ class Contacts:
             {"owner": owner, field: True}, limit=self._most
         )
         if held >= self._most:
-            raise RelayError("too_large", f"a person has at most {self._most} {field} contacts")
+            raise RelayError(
+                "too_large", f"a person has at most {self._most} {field} contacts", limit=Limit.CONTACTS
+            )
 
     async def _change(self, owner: str, user: str, decide: _Decision) -> Mapping[str, Any]:
         """``decide`` gets the stored entry and returns what is to be other, or None."""

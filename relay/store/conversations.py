@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,6 +18,7 @@ from relay.wire.errors import RelayError
 _SHOWN_IN_LISTS: Final = 16
 _SHOWN: Final = 100
 _SCANNED: Final = 200
+_COUNTED_AT_ONCE: Final = 16
 _MOST_SCANNED: Final = 1000
 
 
@@ -157,6 +159,18 @@ class Conversations:
         for start in range(0, len(names), _SCANNED):
             documents.update(await self._documents(names[start : start + _SCANNED]))
         return [(name, documents[name]["type"]) for name in names if name in documents]
+
+    async def crowded(self, users: Sequence[str], most: int) -> list[str]:
+        """Those of these users who are in ``most`` conversations or more."""
+        rows = Membership.get_motor_collection()
+        found: list[str] = []
+        for start in range(0, len(users), _COUNTED_AT_ONCE):
+            some = users[start : start + _COUNTED_AT_ONCE]
+            counts = await asyncio.gather(
+                *(rows.count_documents({"user": user, "removedAt": None}, limit=most) for user in some)
+            )
+            found += [user for user, count in zip(some, counts, strict=True) if count >= most]
+        return found
 
     async def successor(self, conversation: str, user: str) -> str | None:
         """Who shall be admin when this one goes: the member for longest among moderators, else among members."""

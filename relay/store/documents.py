@@ -12,7 +12,7 @@ from bson.raw_bson import RawBSONDocument
 from models.messages import MessageFields
 from relay.store.mongo import MESSAGE_CODEC
 from relay.wire.envelope import Envelope
-from relay.wire.ids import PARTS_KEY, user_of
+from relay.wire.ids import PARTS_KEY, blocked_key, user_of
 
 
 def owner(document: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -25,11 +25,13 @@ def owner(document: Mapping[str, Any]) -> tuple[str, str] | None:
 
 def told_of(document: Mapping[str, Any], user: str) -> tuple[set[str], set[str]]:
     """The people who await a stored message, and those who have it, as its sender ``user`` may know: a person has it from
-    their first device on, and who acknowledged quietly counts as awaited as long as the message waits for anybody."""
+    their first device on, and who acknowledged quietly, or had no room for what they have blocked, counts as awaited as long as
+    the message waits for anybody."""
     entries = document.get("deliveredTo") or ()
     delivered = {entry["user"] for entry in entries if not entry.get("quiet")} - {user}
     quiet = {entry["user"] for entry in entries if entry.get("quiet")}
-    awaiting = {user_of(key) for key in document.get("awaiting") or () if key != PARTS_KEY} | quiet
+    awaiting = {user_of(key) for key in document.get("awaiting") or () if key != PARTS_KEY}
+    awaiting |= quiet.union(document.get("silent") or ())
     return awaiting - {user} - delivered, delivered
 
 
@@ -72,6 +74,11 @@ def encode(envelope: Envelope) -> RawBSONDocument:
         document["sealed"] = [{"device": key, "data": data} for key, data in sealed.items()]
     if envelope.expires is not None:
         document["expiresAt"] = DatetimeMS(envelope.expires)
+    if envelope.trimmed:
+        document["trimmed"] = len(envelope.trimmed)
+        silent = [user_of(key) for key in envelope.trimmed if key == blocked_key(user_of(key))]
+        if silent:
+            document["silent"] = silent
     raw = bson_encode(document, codec_options=MESSAGE_CODEC)
     envelope.size = len(raw)
     return RawBSONDocument(raw, _RAW_CODEC)
@@ -103,7 +110,7 @@ def decode(document: Mapping[str, Any]) -> Envelope:
     )
     if not isinstance(envelope.body, str | None):
         raise TypeError("body")
-    if document.get("deliveredTo"):
+    if document.get("deliveredTo") or document.get("trimmed"):
         envelope.shared = True
     writing = document.get("writing")
     if writing is not None:

@@ -145,7 +145,12 @@ class EndingGroup:
             # A message that nobody got before its last mailbox was removed is released, not delivered.
             nobody = dropped and not counted and not document.get("deliveredTo")
             own = fate or ("released" if nobody else "delivered")
-            entry = entry_of(document, own, [ack.user for ack in counted.values() if not ack.quiet])
+            entry = entry_of(
+                document,
+                own,
+                [ack.user for ack in counted.values() if not ack.quiet],
+                [ack.user for ack in counted.values() if ack.quiet],
+            )
         elif counted or dropped:
             self.updates.append(_shrink(document, list(counted.values()), sorted(dropped)))
             self.shrunk.append(doc_id)
@@ -203,14 +208,19 @@ def parts_of(head: Mapping[str, Any]) -> list[str]:
     return ids.part_ids(head["_id"], str(head["writing"]), int(head["parts"]))
 
 
-def entry_of(document: Mapping[str, Any], fate: Fate, also: Sequence[str]) -> FateEntry:
-    """The fate of a stored message that is about to be deleted; ``also`` have just acknowledged it. Who acknowledged quietly is
-    not named."""
+def entry_of(
+    document: Mapping[str, Any], fate: Fate, also: Sequence[str], quietly: Sequence[str] = ()
+) -> FateEntry:
+    """The fate of a stored message that is about to be deleted; ``also`` and ``quietly`` have just acknowledged it. Who
+    acknowledged quietly is not named among those who have it: while somebody seems to await it, they do, too."""
     sender = document["sender"]
-    people = {entry["user"] for entry in document.get("deliveredTo", ()) if not entry.get("quiet")} | set(
-        also
-    )
+    entries = document.get("deliveredTo", ())
+    people = {entry["user"] for entry in entries if not entry.get("quiet")} | set(also)
+    quiet = {entry["user"] for entry in entries if entry.get("quiet")} | set(quietly)
     people.discard(sender["user"])
+    quiet -= {sender["user"]} | people
+    if fate == "delivered" and not people and not quiet and document.get("trimmed"):
+        fate = "trimmed"
     entry: FateEntry = {
         "id": document["_id"],
         "sender": {"user": sender["user"], "device": sender["device"]},
@@ -222,6 +232,8 @@ def entry_of(document: Mapping[str, Any], fate: Fate, also: Sequence[str]) -> Fa
     if "parts" in document:
         entry["parts"] = document["parts"]
         entry["writing"] = document["writing"]
+    if document.get("silent"):
+        entry["silent"] = sorted(quiet.union(document["silent"]))
     return entry
 
 

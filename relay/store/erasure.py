@@ -79,7 +79,9 @@ class Erasures:
         """Makes every device no recipient, without session and name; the keys of all of them."""
         collection = Device.get_motor_collection()
         now = datetime.now(UTC)
-        strip = {"$unset": {"session": "", "push": "", "name": "", "platform": "", "gap": ""}}
+        strip = {
+            "$unset": {"session": "", "push": "", "name": "", "platform": "", "gap": "", "fullSince": ""}
+        }
         ended = {"$set": {"removedAt": now, "endedAt": now, "updatedAt": now}}
         await collection.update_many({"user": intent.user, "removedAt": None}, ended | strip)
         await collection.update_many({"user": intent.user}, strip)

@@ -7,7 +7,7 @@ several entries of one message the oldest is true: a later one was written by a 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from bson.datetime_ms import DatetimeMS
@@ -36,6 +36,8 @@ class Gone:
     delivered: list[str]
     parts: int = 1
     writing: str = ""
+    silent: list[str] = field(default_factory=list)
+    """People who, to the sender, have yet to get it: they blocked them, and it was not kept for them."""
 
 
 def _parts(entries: Sequence[FateEntry]) -> list[list[FateEntry]]:
@@ -100,6 +102,7 @@ class Fates:
                         entry["delivered"],
                         entry.get("parts", 1),
                         entry.get("writing", ""),
+                        entry.get("silent", []),
                     ),
                 )
         return found

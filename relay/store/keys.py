@@ -20,6 +20,7 @@ from models.keys import PreKey, PublicKeys
 from relay.store.mongo import BulkWriteError, DuplicateKeyError
 from relay.wire.errors import RelayError
 from relay.wire.ids import user_of
+from relay.wire.limits import Limit
 
 MAX_STOCK: Final = 1000
 LOW_STOCK: Final = 20
@@ -322,7 +323,11 @@ async def _check_room(device: str, generation: str, upload: Upload) -> None:
         known = [row["_id"] async for row in collection.find({"_id": {"$in": names}}, {"_id": 1})]
         waiting = await collection.count_documents(_waiting(device, generation, kind), limit=MAX_STOCK + 1)
         if len(known) < len(names) and waiting + len(names) - len(known) > MAX_STOCK:
-            raise RelayError("too_large", f"at most {MAX_STOCK} prekeys of a kind may wait to be claimed")
+            raise RelayError(
+                "too_large",
+                f"at most {MAX_STOCK} prekeys of a kind may wait to be claimed",
+                limit=Limit.PREKEYS,
+            )
 
 
 async def _add(device: str, generation: str, kind: Kind, keys: Sequence[KeyPair]) -> None:

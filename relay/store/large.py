@@ -162,14 +162,14 @@ class LargeCommits(Commits):
             await self._succeed([submission])
         else:
             # An earlier attempt, to the recipients of that moment, had come through after all.
-            awaiting = submission.writings.get(writing, [])
+            envelope.awaiting, envelope.trimmed = submission.writings.get(writing, ([], []))
             if not writing:
                 # They were so few that one piece was enough.
-                awaiting = list(document["awaiting"])
-                self._ledger.add("accepted", len(document.get("deliveredTo", ())))
-            self._ledger.add("accepted", len(awaiting))
+                envelope.awaiting = list(document["awaiting"])
+                self._book(len(document.get("deliveredTo", ())), int(document.get("trimmed", 0)))
             submission.settle(Stored(envelope.seq, envelope.at, fresh=True))
-            self._found(awaiting)
+            self._accept([envelope])
+            self._found(envelope.awaiting)
         if writing != submission.writing:
             await self._messages.heads.remove_parts(_parts(submission))
 

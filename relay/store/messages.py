@@ -41,6 +41,8 @@ _STATE: Final = dict.fromkeys(
         "part",
         "claimedAt",
         "abandoned",
+        "trimmed",
+        "silent",
     ),
     1,
 )

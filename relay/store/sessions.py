@@ -20,6 +20,7 @@ from relay.store.mongo import DuplicateKeyError
 from relay.store.people import search_keys
 from relay.wire.errors import RelayError
 from relay.wire.ids import device_key
+from relay.wire.limits import Limit
 
 MOST_LISTED: Final = 1000
 """A user has at most so many devices in a list: tokens of another issuer can bring any number of them."""
@@ -206,7 +207,7 @@ class Sessions:
         change: dict[str, Any] = {"$set": fields}
         if removed is not None:
             fields.update(since=now, lastSeen=now, gap=gap_of_return(before))
-            change["$unset"] = {"removedAt": ""}
+            change["$unset"] = {"removedAt": "", "fullSince": ""}
         if installation.reset:
             fields.update(relinkedAt=now, gap={"since": now, "why": "reset"})
         fresh = installation.reset or removed is not None
@@ -360,7 +361,9 @@ def new_device() -> str:
 
 def too_many_devices() -> RelayError:
     """What somebody is told who logs in on one device more than allowed."""
-    return RelayError("conflict", "you are logged in on too many devices; log out on one of them")
+    return RelayError(
+        "conflict", "you are logged in on too many devices; log out on one of them", limit=Limit.DEVICES
+    )
 
 
 def _text(value: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from bson.raw_bson import RawBSONDocument
 
-from relay.store.audience import Audience
+from relay.store.audience import Audience, refusal_error
 from relay.store.documents import encode
 from relay.wire.envelope import Envelope
 from relay.wire.errors import RelayError
@@ -23,10 +23,12 @@ class Stored(NamedTuple):
 
 
 class GivenUp(NamedTuple):
-    """A message whose outcome was still unknown at its deadline; ``since`` is monotonic."""
+    """A message whose outcome was still unknown at its deadline; ``since`` is monotonic. ``trimmed`` counts the full mailboxes
+    that it was left out of."""
 
     seq: int
     awaiting: Sequence[str]
+    trimmed: int
     since: float
 
 
@@ -39,7 +41,8 @@ class Submission:
     recipients that were resolved again.
 
     With more than ``inline`` recipients it is *large*: stored in ``pieces``, the head first. Else the only piece is the
-    envelope. ``raws`` are their stored forms, ``size`` the bytes of all; ``writings`` are the recipients of every attempt.
+    envelope. ``raws`` are their stored forms, ``size`` the bytes of all; ``writings`` are the recipients of every attempt, and the
+    full mailboxes that it was left out of.
     """
 
     __slots__ = (
@@ -85,7 +88,7 @@ class Submission:
         self.deadline = deadline
         self.done = done
         self.settled = False
-        self.writings: dict[str, list[str]] = {}
+        self.writings: dict[str, tuple[list[str], list[str]]] = {}
         self.encode()
 
     def encode(self) -> None:
@@ -97,7 +100,7 @@ class Submission:
         if self.large and self.inline is not None:
             self.writing = new_writing()
             self.pieces = envelope.split(self.inline, self.writing)
-            self.writings[self.writing] = envelope.awaiting
+            self.writings[self.writing] = (envelope.awaiting, envelope.trimmed)
         self.raws: list[RawBSONDocument] = [encode(piece) for piece in self.pieces]
         self.size = sum(piece.size for piece in self.pieces)
         envelope.size = self.pieces[0].size
@@ -112,7 +115,7 @@ class Submission:
 def stranger(submission: Submission) -> RelayError:
     """What a sender hears who may not, or not any more, write there."""
     refusal = submission.audience.refusals.get(submission.envelope.user)
-    return RelayError(*refusal) if refusal is not None else RelayError("not_member", "no such conversation")
+    return refusal_error(refusal) if refusal is not None else RelayError("not_member", "no such conversation")
 
 
 def conflict() -> RelayError:

@@ -17,6 +17,7 @@ import ujson
 from relay.wire import errors
 from relay.wire.errors import FrameError, RelayError
 from relay.wire.frames import MAX_IDS, MAX_OPERATIONS, AnyOperation, Operation, Send
+from relay.wire.limits import Limit
 
 MAX_DEPTH: Final = 32
 SAFE_INTEGER: Final = (1 << 53) - 1
@@ -54,7 +55,9 @@ def decode(text: str) -> list[Operation | Refused]:
         raise FrameError(errors.NOT_JSON)
     if len(value) > MAX_OPERATIONS:
         found = RelayError(
-            "too_large", f"a frame holds at most {MAX_OPERATIONS} operations, this one {len(value)}"
+            "too_large",
+            f"a frame holds at most {MAX_OPERATIONS} operations, this one {len(value)}",
+            limit=Limit.OPERATIONS,
         )
         return [Refused(found, {})]
     for item in value:
@@ -141,7 +144,7 @@ def _about(value: dict[str, Any]) -> dict[str, str]:
 def _invalid(error: msgspec.ValidationError) -> RelayError:
     text = str(error)
     if "Expected `array` of length <=" in text or "Expected `object` of length <=" in text:
-        return RelayError("too_large", text[:_MESSAGE_LENGTH])
+        return RelayError("too_large", text[:_MESSAGE_LENGTH], limit=Limit.LIST)
     if "matching regex" in text:
         text = "a value has the wrong form" + text.partition("'")[2].rpartition("'")[2]
     if not text.isprintable() or not _encodable(text):
@@ -186,4 +189,4 @@ def _check_value(value: object, depth: int) -> None:
 def check_ids(ids: list[str]) -> None:
     """Refuses a list of more than MAX_IDS ids. Raises RelayError."""
     if len(ids) > MAX_IDS:
-        raise RelayError("too_large", f"at most {MAX_IDS} ids at once, these are {len(ids)}")
+        raise RelayError("too_large", f"at most {MAX_IDS} ids at once, these are {len(ids)}", limit=Limit.IDS)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from copy import copy
+from typing import Final
 
 from relay.wire import ids
 from relay.wire.codec import dumps
+
+_NOBODY: Final[list[str]] = []
 
 
 class Envelope:
@@ -14,11 +17,12 @@ class Envelope:
     ``at`` is the wall clock in milliseconds, ``expires`` likewise or None for the full time to live. ``body`` is text;
     with ``structured`` it is the JSON text of an object. ``sealed`` maps device keys to ciphertexts. ``size`` is the bytes it takes in the store, set when it is encoded for it or
     read from it; windows and queues count it. ``shared``: somebody else awaits it too, or
-    has it already. Never changed once
-    submitted, except that ``awaiting`` may be replaced before it is committed.
+    has it already. ``trimmed`` are mailboxes that it is left out of, because they are full. Never changed once
+    submitted, except that ``awaiting`` and ``trimmed`` may be replaced before it is committed.
 
     ``doc_id`` names the message. ``stored_id`` is the ``_id`` of the document in which these recipients await it: another one
-    where the message is stored in ``parts`` documents, written under the name ``writing``.
+    where the message is stored in ``parts`` documents, written under the name ``writing``. Of these only the head has
+    ``trimmed``.
     """
 
     __slots__ = (
@@ -42,6 +46,7 @@ class Envelope:
         "size",
         "stored_id",
         "structured",
+        "trimmed",
         "user",
         "writing",
     )
@@ -63,6 +68,7 @@ class Envelope:
         media: list[str] | None = None,
         sealed: dict[str, str] | None = None,
         expires: int | None = None,
+        trimmed: list[str] | None = None,
     ) -> None:
         self.doc_id = self.stored_id = ids.document_id(conversation, message)
         self.parts = 1
@@ -83,7 +89,9 @@ class Envelope:
         self.sealed = sealed
         self.expires = expires
         self.size = 0
-        self.shared = len(awaiting) > 1
+        self.trimmed = trimmed or _NOBODY
+        # What was left out of a mailbox ends by what its document says, not by what a connection knows.
+        self.shared = len(awaiting) > 1 or bool(trimmed)
         self._frame: str | None = None
 
     @classmethod
@@ -127,7 +135,7 @@ class Envelope:
 
     def split(self, most: int, writing: str) -> list[Envelope]:
         """The parts in which it is stored, the head first, each with at most ``most`` recipients. They share one encoded
-        frame."""
+        frame; what it was left out of is the head's."""
         if self._frame is None:
             self._frame = self._encode()
         awaiting = self.awaiting
@@ -136,9 +144,11 @@ class Envelope:
         for number in range(count):
             part = copy(self)
             part.awaiting = awaiting[number * most : (number + 1) * most]
+            if number:
+                part.trimmed = _NOBODY
             part.stored_id = ids.part_id(self.doc_id, writing, number)
             part.writing, part.number, part.parts = writing, number, count
-            part.shared = len(awaiting) > 1
+            part.shared = self.shared
             parts.append(part)
         return parts
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from relay.wire.limits import Limit
+
 Code = Literal[
     "bad_request",
     "unauthorized",
@@ -60,7 +62,7 @@ class RelayError(Exception):
     """A failure that its causer is told about.
 
     ``message`` is one line for people; ``retry_after`` is in milliseconds; ``details`` are further fields of the error
-    frame (``missing``, ``devicesRev``…).
+    frame (``missing``, ``devicesRev``…). ``limit`` is counted, not told.
     """
 
     def __init__(
@@ -70,9 +72,11 @@ class RelayError(Exception):
         *,
         retry_after: int | None = None,
         details: Mapping[str, object] | None = None,
+        limit: Limit | None = None,
     ) -> None:
         super().__init__(message)
         self.code: Code = code
+        self.limit = limit
         self.message = message
         self.retry_after = retry_after
         self.details = details or {}

@@ -33,6 +33,7 @@ class Recipients:
 
     def __init__(self, members: dict[str, list[str]]) -> None:
         self.members = members
+        self.full: frozenset[str] = frozenset()
         self.fault: Exception | None = None
         self.asked = 0
 
@@ -40,7 +41,7 @@ class Recipients:
         self.asked += 1
         if self.fault is not None:
             raise self.fault
-        return {name: Audience(name, Roster(self.members)) for name in conversations}
+        return {name: Audience(name, Roster(self.members, full=self.full)) for name in conversations}
 
 
 @pytest.fixture
@@ -175,3 +176,31 @@ async def test_a_sealed_message_whose_devices_changed_while_it_was_queued_is_ref
     assert refusal.code == "device_mismatch"
     assert await awaiting(store, one) is None
     assert store.ledger.count("accepted") == 0
+
+
+async def test_who_became_full_meanwhile_is_left_out_and_booked(store: Store, recipients: Recipients) -> None:
+    one, outcome = submission(store, recipients)
+    one.audience.stale = True
+    recipients.full = frozenset({"bob/phone"})
+    await store.commits.commit([one])
+    assert isinstance(await outcome, Stored)
+    document = await store.document(one.envelope.doc_id)
+    assert document is not None
+    assert (document["awaiting"], document["trimmed"]) == (["cleo/phone"], 1)
+    assert one.envelope.shared, "its end is read from its document"
+    assert (store.ledger.count("accepted"), store.ledger.count("trimmed"), store.ledger.waiting) == (2, 1, 1)
+
+
+async def test_who_has_room_again_meanwhile_gets_it(store: Store, recipients: Recipients) -> None:
+    recipients.full = frozenset({"bob/phone"})
+    one, outcome = submission(store, recipients)
+    one.envelope.trimmed = ["bob/phone"]
+    one.audience.stale = True
+    recipients.full = frozenset()
+    await store.commits.commit([one])
+    assert isinstance(await outcome, Stored)
+    document = await store.document(one.envelope.doc_id)
+    assert document is not None
+    assert document["awaiting"] == ["bob/phone", "cleo/phone"]
+    assert "trimmed" not in document
+    assert (store.ledger.count("trimmed"), store.ledger.waiting) == (0, 2)

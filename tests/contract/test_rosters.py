@@ -46,7 +46,7 @@ async def device(key: str, away: timedelta | None = timedelta(0), **fields: Any)
     )
 
 
-async def strict(user: str, **preferences: str) -> None:
+async def strict(user: str, **preferences: Any) -> None:
     await User.get_motor_collection().insert_one({"_id": user, "createdAt": datetime.now(UTC), **preferences})
 
 
@@ -225,3 +225,45 @@ async def test_a_roster_needs_no_membership_of_a_conversation_document(
     assert {name: dict(one.members) for name, one in (await rosters.load(["talk"])).items()} == {
         "talk": {"ann": []}
     }
+
+
+async def test_full_mailboxes_are_named_and_nobody_is_refused_while_one_has_room(
+    revisions: Revisions, rosters: Rosters
+) -> None:
+    now = datetime.now(UTC)
+    await device("ann/phone")
+    await device("bob/phone")
+    await device("bob/tablet", fullSince=now)
+    await strict("cleo", full={"any": now, "blocked": now})
+    await strict("dan", full={"any": now})
+    await device("dan/phone")
+    group, _ = await create(revisions, "ann", ["bob", "cleo", "dan"])
+    direct, _ = await create(revisions, "ann", ["bob"], "direct")
+    found = await rosters.load([group, direct])
+    assert found[group].full == {"bob/tablet", "cleo/*"}, "who has a device is not reached by the placeholder"
+    assert found[direct].full == {"bob/tablet"}
+    assert found[direct].refusals == {}
+    await Device.get_motor_collection().update_one({"_id": "bob/phone"}, {"$set": {"fullSince": now}})
+    found = await rosters.load([group, direct])
+    assert found[direct].refusals["ann"][0] == "mailbox_full"
+    assert "bob" not in found[direct].refusals
+    assert found[group].refusals == {}
+    assert await rosters.full_among(["ann/phone", "bob/phone", "cleo/*"]) == {"bob/phone", "cleo/*"}
+
+
+async def test_a_direct_message_to_a_person_without_a_device_is_refused_when_their_placeholder_is_full(
+    revisions: Revisions, rosters: Rosters
+) -> None:
+    direct, _ = await create(revisions, "ann", ["cleo"], "direct")
+    await strict("cleo", full={"any": datetime.now(UTC)})
+    assert (await rosters.load([direct]))[direct].refusals["ann"][0] == "mailbox_full"
+
+
+async def test_what_the_blocked_have_filled_refuses_nobody(revisions: Revisions, rosters: Rosters) -> None:
+    await strict("bob", full={"blocked": datetime.now(UTC)})
+    await device("bob/phone")
+    direct, _ = await create(revisions, "ann", ["bob"], "direct")
+    await contact("bob", "ann", blocked=True)
+    roster = (await rosters.load([direct]))[direct]
+    assert roster.full == {"bob/!"}
+    assert "ann" not in roster.refusals

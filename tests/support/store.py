@@ -55,6 +55,7 @@ class Store:
         )
         self.conversations = Conversations()
         self.audiences = Audiences(Rosters(inactive=timedelta(days=30)).load)
+        self.accepted: list[Envelope] = []
         self.committed: list[Envelope] = []
         self.settlements: list[Settlement] = []
         self.faults: list[BaseException] = []
@@ -83,6 +84,7 @@ class Store:
             timeout=2,
             found=lambda _: None,
             strayed=lambda doc_id, keys: self.endings.drop(doc_id, keys, deadline=monotonic() + 10),
+            accepted=self.accepted.extend,
             committed=self.committed.extend,
         )
 
@@ -106,6 +108,7 @@ class Store:
         await self.mongo.fates.delete_many({})
         for outcome in OUTCOMES:
             self.ledger.add(outcome, -self.ledger.count(outcome))
+        self.accepted.clear()
         self.committed.clear()
         self.settlements.clear()
 

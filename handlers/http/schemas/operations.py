@@ -10,11 +10,23 @@ from handlers.http.schemas.base import Answer
 
 
 class LimitsAnswer(Answer):
-    """Limits, in bytes and operations."""
+    """Limits, in bytes and operations, as ``welcome`` tells them."""
 
     frame: int
     body: int
     ops: int
+
+
+class QuotasAnswer(Answer):
+    """Messages that wait for one device, recipient devices of a message, members of a group, conversations of a person.
+    With more recipient devices than ``largeGroup`` a body has at most ``largeGroupBody`` bytes."""
+
+    mailbox: int
+    recipients: int
+    members: int
+    conversations: int
+    large_group: int = Field(alias="largeGroup")
+    large_group_body: int = Field(alias="largeGroupBody")
 
 
 class InfoAnswer(Answer):
@@ -25,6 +37,7 @@ class InfoAnswer(Answer):
     protocol: int
     features: list[str]
     limits: LimitsAnswer
+    quotas: QuotasAnswer
     window: int
     window_bytes: int = Field(alias="windowBytes")
     heartbeat: int

@@ -347,3 +347,37 @@ def test_every_message_is_read_first_unless_its_only_recipient_ends_it(
     looked = EndingGroup(batch, lambda _: True)
     assert not looked.sole
     assert set(looked.read) == set(group.read) | set(group.sole)
+
+
+@pytest.mark.parametrize(
+    ("fate", "delivered", "trimmed", "told"),
+    [
+        ("delivered", [], 1, "trimmed"),
+        ("delivered", ["bob"], 1, "delivered"),
+        ("delivered", [], 0, "delivered"),
+        ("withdrawn", [], 1, "withdrawn"),
+        ("expired", [], 2, "expired"),
+    ],
+)
+def test_what_nobody_had_room_for_is_trimmed(
+    fate: Fate, delivered: list[str], trimmed: int, told: Fate
+) -> None:
+    fields = {"trimmed": trimmed} if trimmed else {}
+    assert entry_of(document("talk 1", [], **fields), fate, delivered)["fate"] == told
+
+
+def test_the_fate_keeps_who_looks_as_if_they_waited() -> None:
+    assert entry_of(document("talk 1", [], trimmed=1, silent=["bob"]), "delivered", ())["silent"] == ["bob"]
+    assert "silent" not in entry_of(document("talk 1", []), "delivered", ())
+
+
+def test_who_acknowledged_quietly_had_room_and_looks_as_if_they_waited_while_somebody_else_does() -> None:
+    quiet = [{"user": "bob", "device": "phone", "at": 1, "quiet": True}]
+    for entry in (
+        entry_of(document("talk 1", [], trimmed=1, deliveredTo=quiet), "delivered", ()),
+        entry_of(document("talk 1", [], trimmed=1), "delivered", (), ["bob"]),
+    ):
+        assert (entry["fate"], entry["delivered"], entry.get("silent")) == ("delivered", [], None)
+    waiting = document("talk 1", [], trimmed=1, silent=["dan"], deliveredTo=quiet)
+    entry = entry_of(waiting, "delivered", ["cleo"], ["ann", "cleo"])
+    assert (entry["delivered"], entry["silent"]) == (["cleo"], ["bob", "dan"])

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import pytest
 
 from relay.store import audience as module
-from relay.store.audience import LEASE_SECONDS, Audience, Audiences, Roster
+from relay.store.audience import FULL_RETRY_MS, LEASE_SECONDS, Audience, Audiences, Roster, refusal_error
+from relay.wire.limits import Limit
 from tests.support.backlog import turns
 
 Members = dict[str, dict[str, list[str]]]
@@ -261,3 +262,31 @@ async def test_the_cache_is_bounded(directory: Directory, monkeypatch: pytest.Mo
     for name in directory.conversations:
         await audiences.resolve(name)
     assert [name for name in directory.conversations if audiences.get(name)] == ["c2", "c3", "c4"]
+
+
+def test_full_mailboxes_are_left_out_and_named_and_seal_and_revision_stay_the_same() -> None:
+    members = {"ann": ["ann/phone", "ann/tablet"], "bob": ["bob/phone", "bob/tablet"], "cleo": []}
+    roomy = Audience("talk", Roster(members))
+    full = Audience("talk", Roster(members, full=frozenset({"ann/phone", "bob/tablet", "cleo/*"})))
+    assert full.awaiting("ann/phone") == ["ann/tablet", "bob/phone"]
+    assert full.trimmed("ann/phone") == ["bob/tablet", "cleo/*"]
+    assert full.trimmed("ann/phone") is full.trimmed("ann/phone"), "shared by all messages of a sender"
+    assert roomy.trimmed("ann/phone") == []
+    assert full.others("ann/phone") == roomy.others("ann/phone")
+    assert full.devices_rev == roomy.devices_rev
+
+
+def test_the_full_mailbox_of_what_was_blocked_counts_for_the_blocked_only() -> None:
+    members = {"ann": ["ann/phone"], "bob": ["bob/phone"], "cleo": ["cleo/phone"]}
+    roster = Roster(members, blocks=frozenset({("bob", "ann")}), full=frozenset({"bob/!"}))
+    audience = Audience("talk", roster)
+    assert audience.trimmed("ann/phone") == ["bob/!"]
+    assert audience.awaiting("ann/phone") == ["cleo/phone"]
+    assert audience.trimmed("cleo/phone") == []
+    assert audience.awaiting("cleo/phone") == ["ann/phone", "bob/phone"]
+
+
+def test_the_refusal_for_full_mailboxes_says_when_to_come_back_and_names_the_limit() -> None:
+    refusal = refusal_error(("mailbox_full", "full"))
+    assert (refusal.retry, refusal.retry_after, refusal.limit) == (True, FULL_RETRY_MS, Limit.MAILBOX)
+    assert refusal_error(("blocked", "you did")).retry_after is None

@@ -1,0 +1,293 @@
+"""The quota of waiting messages per mailbox: who is full is left out of later messages, until half of it is drained.
+
+Nothing is counted on the way of a message. What is addressed is noted, one step a message; a job counts, bounded, the
+mailboxes of devices that are away or behind. How often depends on what the last count found: what is far below its quota
+is counted again after a minute, or when enough was sent to it here meanwhile; never more often than once a lease. A count
+that fails changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from time import monotonic
+from typing import Final
+
+import structlog
+
+from relay.metrics import Metrics
+from relay.routing.hub import Hub
+from relay.store.audience import LEASE_SECONDS, Audiences
+from relay.store.endings import Settlement
+from relay.store.mailboxes import LeftOut, Mailboxes
+from relay.store.mongo import PyMongoError, brief
+from relay.wire.envelope import Envelope
+from relay.wire.ids import device_key, user_of
+from relay.wire.limits import Limit
+
+_FAR_BELOW_SECONDS: Final = 60.0
+_MAX_LISTS: Final = 20_000
+_MAX_KEYS: Final = 200_000
+# Counts of one round, how many of them are asked for together, and the time (s) after which the next round goes on: a group
+# of thousands of nearly full devices must not keep the store busy with counting (10 to 30 ms for 20,000 messages).
+_ROUND: Final = 500
+_TOGETHER: Final = 8
+_ROUND_SECONDS: Final = 0.25
+# Steps without giving way to others.
+_STEPS: Final = 1000
+
+log = structlog.get_logger(__name__)
+
+
+class _Known:
+    """The last count of a mailbox: ``at`` is monotonic, ``sent`` what was addressed to it here since."""
+
+    __slots__ = ("at", "count", "sent")
+
+    def __init__(self, count: int, at: float) -> None:
+        self.count = count
+        self.at = at
+        self.sent = 0
+
+
+class Quotas:
+    """``quota``: most messages that wait in one mailbox. ``run`` is one round of the job. ``lease`` (s): no mailbox is
+    counted more often."""
+
+    def __init__(
+        self, hub: Hub, mailboxes: Mailboxes, audiences: Audiences, metrics: Metrics, *, quota: int
+    ) -> None:
+        self._hub = hub
+        self._mailboxes = mailboxes
+        self._audiences = audiences
+        self._metrics = metrics
+        self._quota = quota
+        self._half = quota // 2
+        self.lease = LEASE_SECONDS
+        self._turn = asyncio.Lock()
+        # By identity: the messages of one sender to one conversation share their list of recipients.
+        self._addressed: dict[int, tuple[Sequence[str], list[int]]] = {}
+        self._trimmed: dict[int, tuple[Sequence[str], list[int]]] = {}
+        self._left_out: dict[str, LeftOut] = {}
+        self._pending: OrderedDict[str, None] = OrderedDict()
+        self._known: OrderedDict[str, _Known] = OrderedDict()
+        self._full: OrderedDict[str, None] = OrderedDict()
+
+    def committed(self, envelopes: Sequence[Envelope]) -> None:
+        """Fresh messages are stored. What finds no room in what is noted is counted when it is next addressed."""
+        addressed = self._addressed
+        for envelope in envelopes:
+            noted = addressed.get(id(envelope.awaiting))
+            if noted is not None:
+                noted[1][0] += 1
+            elif len(addressed) < _MAX_LISTS:
+                addressed[id(envelope.awaiting)] = (envelope.awaiting, [1])
+            if envelope.trimmed:
+                self._note_trimmed(envelope.trimmed, envelope.at)
+
+    def settled(self, settlement: Settlement) -> None:
+        """Acknowledgements are durable: is who sent them still full?"""
+        if self._full:
+            keys = {device_key(item.by_user, item.by_device) for item in settlement.acknowledged}
+            self._queue_all(keys.intersection(self._full))
+
+    def recount(self, keys: Iterable[str]) -> None:
+        """These are full, says the store: are they still?"""
+        for key in keys:
+            self._mark(key)
+            self._queue(key)
+
+    def is_full(self, key: str) -> bool:
+        """Whether this node knows a mailbox as full."""
+        return key in self._full
+
+    async def drained(self, key: str) -> None:
+        """A device has drained its mailbox: when it was full, it need not be any more. Never raises for what MongoDB does."""
+        try:
+            if await self._mailboxes.count(key, self._half + 1) <= self._half:
+                await self._unlatch([key])
+        except PyMongoError as error:
+            log.warning("a drained mailbox could not be counted", error=brief(error))
+
+    async def run(self) -> None:
+        """One round, one at a time: tells gaps of what was left out, counts what is due, latches and unlatches."""
+        async with self._turn:
+            await self._run()
+
+    async def _run(self) -> None:
+        await self._take_addressed()
+        due = await self._take_due()
+        try:
+            await self._tell_left_out(due)
+        except PyMongoError:
+            self._queue_all(due)
+            raise
+        full: list[str] = []
+        drained: list[str] = []
+        until = monotonic() + _ROUND_SECONDS
+        for start in range(0, len(due), _TOGETHER):
+            if monotonic() > until:
+                self._queue_first(due[start:])
+                break
+            some = due[start : start + _TOGETHER]
+            for key, count in zip(some, await asyncio.gather(*map(self._count, some)), strict=True):
+                if count is None:
+                    self._queue(key)
+                elif key in self._full:
+                    if self._has_room(count):
+                        drained.append(key)
+                elif count >= self._quota and not self._is_live(key):
+                    full.append(key)
+        try:
+            await self._latch(full)
+            await self._unlatch(drained)
+        except PyMongoError:
+            self._queue_all([*full, *drained])
+            raise
+
+    async def _take_addressed(self) -> None:
+        addressed, self._addressed = self._addressed, {}
+        trimmed, self._trimmed = self._trimmed, {}
+        now = monotonic()
+        steps = 0
+        for keys, (sent,) in addressed.values():
+            for key in keys:
+                # It would not be addressed, were it not unlatched, by whatever node.
+                self._full.pop(key, None)
+                known = self._known.get(key)
+                if known is not None:
+                    known.sent += sent
+                if known is None or self._may_be_due(known, now):
+                    self._queue(key)
+                steps += 1
+                if not steps % _STEPS:
+                    await asyncio.sleep(0)
+        for keys, (first, last) in trimmed.values():
+            since, latest = (datetime.fromtimestamp(at / 1000, UTC) for at in (first, last))
+            for key in keys:
+                self._note_left_out(key, LeftOut(since, latest))
+                steps += 1
+                if not steps % _STEPS:
+                    await asyncio.sleep(0)
+
+    def _may_be_due(self, known: _Known, now: float) -> bool:
+        """Whether it is due now, or as soon as its lease is over."""
+        return 2 * (known.count + known.sent) > self._quota or now - known.at >= _FAR_BELOW_SECONDS
+
+    async def _take_due(self) -> list[str]:
+        """The first that are due; those within their lease stay."""
+        now = monotonic()
+        due: list[str] = []
+        for steps, key in enumerate(list(self._pending)):
+            if not steps % _STEPS:
+                await asyncio.sleep(0)
+            if self._is_live(key) and key not in self._left_out and key not in self._full:
+                self._pending.pop(key, None)
+                continue
+            known = self._known.get(key)
+            if known is None or now - known.at >= self.lease:
+                self._pending.pop(key, None)
+                due.append(key)
+                if len(due) == _ROUND:
+                    break
+        return due
+
+    def _is_live(self, key: str) -> bool:
+        """Connected here and not behind: what waits for it is in flight, and bounded by its window."""
+        return any(not connection.delivery.behind for connection in self._hub.serving(key))
+
+    async def _count(self, key: str) -> int | None:
+        most = self._half + 1 if key in self._full else self._quota
+        at = monotonic()
+        try:
+            count = await self._mailboxes.count(key, most)
+        except PyMongoError as error:
+            log.warning("a mailbox could not be counted", error=brief(error))
+            count = None
+        before = self._known.pop(key, None)
+        if count is not None or before is not None:
+            kept = count if count is not None else before.count if before is not None else 0
+            self._known[key] = _Known(kept, at)
+            if len(self._known) > _MAX_KEYS:
+                self._known.popitem(last=False)
+        return count
+
+    async def _latch(self, keys: Sequence[str]) -> None:
+        if not keys:
+            return
+        try:
+            await self._mailboxes.latch(keys, datetime.now(UTC))
+            for key in keys:
+                self._mark(key)
+                self._metrics.reached(Limit.MAILBOX)
+            log.info("mailboxes are full", mailboxes=len(keys))
+            # One that was drained while this was written would stay latched until it is next addressed.
+            still = await asyncio.gather(*map(self._count, keys))
+            await self._unlatch(
+                [key for key, count in zip(keys, still, strict=True) if self._has_room(count)]
+            )
+        finally:
+            self._forget_audiences(keys)
+
+    def _has_room(self, count: int | None) -> bool:
+        return count is not None and count <= self._half
+
+    async def _unlatch(self, keys: Sequence[str]) -> None:
+        if not keys:
+            return
+        await self._mailboxes.unlatch(keys)
+        for key in keys:
+            self._full.pop(key, None)
+        self._forget_audiences(keys)
+
+    def _forget_audiences(self, keys: Iterable[str]) -> None:
+        for user in {user_of(key) for key in keys}:
+            self._audiences.changed(user=user)
+
+    def _mark(self, key: str) -> None:
+        self._full[key] = None
+        if len(self._full) > _MAX_KEYS:
+            self._full.popitem(last=False)
+
+    def _queue(self, key: str) -> None:
+        if len(self._pending) < _MAX_KEYS:
+            self._pending[key] = None
+
+    def _queue_first(self, keys: Sequence[str]) -> None:
+        for key in reversed(keys):
+            self._pending[key] = None
+            self._pending.move_to_end(key, last=False)
+
+    def _queue_all(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            self._queue(key)
+
+    def _note_trimmed(self, keys: Sequence[str], at: int) -> None:
+        noted = self._trimmed.get(id(keys))
+        if noted is not None:
+            first, last = noted[1]
+            noted[1][:] = min(first, at), max(last, at)
+        elif len(self._trimmed) < _MAX_LISTS:
+            self._trimmed[id(keys)] = (keys, [at, at])
+
+    def _note_left_out(self, key: str, moment: LeftOut) -> None:
+        known = self._left_out.get(key)
+        if known is not None:
+            moment = LeftOut(min(known.since, moment.since), max(known.latest, moment.latest))
+        if known is not None or len(self._left_out) < _MAX_KEYS:
+            self._left_out[key] = moment
+        self._mark(key)
+        self._queue(key)
+
+    async def _tell_left_out(self, due: Sequence[str]) -> None:
+        told = {key: self._left_out.pop(key) for key in due if key in self._left_out}
+        if not told:
+            return
+        try:
+            await self._mailboxes.note_left_out(told)
+        except PyMongoError:
+            for key, moment in told.items():
+                self._note_left_out(key, moment)
+            raise
