@@ -138,11 +138,9 @@ class Acks:
         if doubtful:
             for doc_id in group.read:
                 self._settle_doubt(doc_id, documents.get(doc_id), group.settlement.acknowledged)
-        parts = {name: str(one.get("writing")) for name, one in documents.items() if "part" in one}
-        if parts:
-            # What is no message yet has no end: it is not accepted yet, and may never be.
-            for name in await self._messages.heads.claimed(parts):
-                del documents[name]
+        # What is no message yet, or never became one, has no end that could be booked.
+        for name in await self._messages.heads.orphans(documents):
+            del documents[name]
         heads = {doc_id: one for doc_id, one in documents.items() if "parts" in one and "part" not in one}
         if heads:
             documents.update(await self._read_parts(group, heads, doubtful))

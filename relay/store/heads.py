@@ -15,7 +15,7 @@ from bson.datetime_ms import DatetimeMS
 
 from relay.store.mongo import time_limit
 from relay.wire.envelope import Envelope
-from relay.wire.ids import PARTS_KEY, head_id, new_writing, part_ids
+from relay.wire.ids import PARTS_KEY, head_id, is_part, new_writing, part_ids
 
 _MAX_KNOWN: Final = 20_000
 _IDS: Final = 1000
@@ -68,26 +68,26 @@ class Heads:
             self._suspects.update(dict.fromkeys(missing))
         return missing
 
-    async def claimed(self, parts: Mapping[str, str]) -> set[str]:
-        """Those of these parts, given with their writing, that are under way: their head is still a claim."""
-        asked = {
-            name: writing for name, writing in parts.items() if (head_id(name), writing) not in self._known
-        }
-        heads = list({head_id(name) for name in asked})
-        under_way: set[tuple[str, str]] = set()
+    async def orphans(self, stored_ids: Iterable[str]) -> set[str]:
+        """Those of these documents that are parts of no message: their head is a claim, or another writing's."""
+        asked: dict[str, list[tuple[str, str]]] = {}
+        for stored_id in filter(is_part, stored_ids):
+            doc_id, writing = head_id(stored_id), stored_id.rpartition(" ")[2].partition(".")[0]
+            if (doc_id, writing) not in self._known:
+                asked.setdefault(doc_id, []).append((writing, stored_id))
+        found: set[str] = set()
+        heads = list(asked)
         for start in range(0, len(heads), _IDS):
             some = heads[start : start + _IDS]
-            query = {
-                "_id": {"$in": some},
-                "conversationId": {"$in": _conversations(some)},
-                "claimedAt": {"$exists": True},
-            }
+            query = {"_id": {"$in": some}, "conversationId": {"$in": _conversations(some)}}
             with time_limit(self._timeout):
-                async for claim in self._collection.find(query, {"writing": 1, "abandoned": 1}):
-                    under_way.update(
-                        (claim["_id"], one["writing"]) for one in (claim, *claim.get("abandoned", ()))
-                    )
-        return {name for name, writing in asked.items() if (head_id(name), writing) in under_way}
+                async for head in self._collection.find(query, {"writing": 1, "claimedAt": 1}):
+                    for writing, stored_id in asked[head["_id"]]:
+                        if "claimedAt" in head or head.get("writing") != writing:
+                            found.add(stored_id)
+                        else:
+                            self.committed(head["_id"], writing)
+        return found
 
     async def with_parts(self, heads: Mapping[str, tuple[str, int]]) -> set[str]:
         """Those of these messages, given with their writing and number of documents, of which parts still wait."""

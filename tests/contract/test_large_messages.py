@@ -309,6 +309,21 @@ async def test_removing_members_releases_their_parts_and_the_last_one_ends_the_m
     assert store.ledger.waiting == 0
 
 
+@pytest.mark.parametrize("how", ["released", "expired"])
+async def test_the_end_of_what_never_became_a_message_is_not_booked(
+    store: Store, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    await crashed(store, monkeypatch, "before heads")
+    parts = [one["_id"] for one in await documents(store) if is_part(one["_id"])]
+    if how == "released":
+        assert await store.endings.release(parts, KEYS, deadline=monotonic() + 5)
+    else:
+        assert await store.endings.remove(parts, "expired", deadline=monotonic() + 5)
+    assert store.ledger.count("released") == store.ledger.count("expired") == 0
+    await store.messages.heads.clear_claims(store.clock.now() + 1)
+    assert await documents(store) == []
+
+
 async def test_a_crash_between_the_last_part_and_the_head_is_healed(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
