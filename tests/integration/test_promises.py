@@ -1,0 +1,621 @@
+"""The eight promises, kept whatever happens: made-up lives of people, devices, nodes and groups against a model of them.
+
+Two nodes work on one database and cannot tell each other anything, as when Redis is away. A failure prints its steps, and a
+line ``@reproduce_failure(...)`` to put over the test that failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import pytest
+import structlog
+import uvloop
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from relay.jobs.expiry import Expiry
+from relay.jobs.parts import Parts
+from relay.store.embedded import EmbeddedMongo
+from relay.store.ledger import OUTCOMES
+from relay.wire.ids import new_id
+from tests.support.lives import Life, begin, mortal, task_factory
+from tests.support.node import NodeFactory
+from tests.support.phone import LOST, Phone
+from tests.support.promises import Broken, Message, Model, waiting_in
+
+PEOPLE: Final = ("ann", "bob", "cleo", "dan")
+INLINE: Final = 2
+WINDOW: Final = 4
+TTL: Final = 3600
+JOBS: Final = ("sweep", "parts", "doubts", "releases", "repair")
+
+Result = TypeVar("Result")
+Number = st.integers(0, 7)
+Node = st.integers(0, 1)
+Doer = Callable[[], Awaitable[Any]]
+
+
+class World:
+    """One event loop and one database for all examples; two fresh nodes for each."""
+
+    def __init__(self, runner: asyncio.Runner, uri: str, directory: Path) -> None:
+        self.runner = runner
+        self.examples = itertools.count(1)
+        runner.get_loop().set_task_factory(task_factory)  # type: ignore[arg-type]  # typeshed wants a protocol
+        self.factory: NodeFactory = self.run(self._made(uri, directory))
+        self.db: Any = None
+        self.failure: BaseException | None = None
+
+    async def _made(self, uri: str, directory: Path) -> NodeFactory:
+        return NodeFactory(uri, directory)
+
+    def run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Does it to the end."""
+        try:
+            return self.runner.run(work)
+        except Exception as failure:
+            self.failure = self.failure or failure
+            raise
+
+    async def begin(self, name: str) -> Life:
+        """Starts a node."""
+        life = await begin(self.factory, name, inline_recipients=INLINE, window=WINDOW, heartbeat_seconds=600)
+        self.db = life.node.db
+        return life
+
+
+class Promises(RuleBasedStateMachine):
+    """Numbers in rules choose among what there is, so that every sequence of steps means something."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self.world = world
+        self.run = world.run
+        self.lives: list[Life] = []
+        self.past: list[Life] = []
+        self.phones: list[Phone] = []
+        self.model = Model([])
+        self.begun = False
+
+    @initialize(connected=st.lists(st.booleans(), min_size=4, max_size=4))
+    def start(self, connected: list[bool]) -> None:
+        """Two nodes, four people, a group of all; some are there."""
+        self.run(self._start(connected))
+
+    async def _start(self, connected: list[bool]) -> None:
+        number = next(self.world.examples)
+        self.lives = [await self.world.begin(name) for name in ("east", "west")]
+        await self.world.db.messages.delete_many({})
+        self.phones = [Phone(f"{user}{number}", name) for user in PEOPLE for name in ("phone", "tablet")]
+        self.model = Model(self.phones)
+        await self._form_group([0, 1, 2, 3], 0)
+        there = [phone for phone, is_there in zip(self.phones[::2], connected, strict=True) if is_there]
+        await asyncio.gather(*(phone.connect(self.lives[0]) for phone in there))
+        self.begun = True
+
+    # -- devices ---------------------------------------------------------------------------------------------------------
+
+    @rule(phone=Number, node=Node)
+    def connect(self, phone: int, node: int) -> None:
+        """A device connects; a second connection takes the first one's place."""
+        self.run(self.phones[phone].connect(self.lives[node]))
+
+    @rule(phone=Number)
+    def disconnect(self, phone: int) -> None:
+        """A device goes."""
+        self.run(self.phones[phone].disconnect())
+
+    @rule(phone=Number, node=Node)
+    def fetch(self, phone: int, node: int) -> None:
+        """A device reads what waits over HTTP, and does not acknowledge it."""
+        self.run(self.phones[phone].fetch(self.lives[node]))
+
+    # -- messages --------------------------------------------------------------------------------------------------------
+
+    @rule(phone=Number, conv=Number, node=Node, after=st.booleans(), ttl=st.integers(0, 4))
+    def send(self, phone: int, conv: int, node: int, after: bool, ttl: int) -> None:
+        """A message, over the connection or, without one, over HTTP."""
+        message = self._new(phone, conv, after=after, ttl=TTL if ttl == 4 else None)
+        self.run(self._send(message, self.lives[node]))
+
+    @rule(phone=Number, conv=Number, count=st.integers(2, 7))
+    def burst(self, phone: int, conv: int, count: int) -> None:
+        """Several messages in one frame."""
+        sender = self.phones[phone]
+        messages = [self._new(phone, conv) for _ in range(count)]
+        if sender.connected:
+            self.run(self._burst(sender, messages))
+
+    async def _burst(self, sender: Phone, messages: Sequence[Message]) -> None:
+        for message in messages:
+            self.model.attempt(message)
+        found = await sender.send_several(messages[0].conv, [message.operation() for message in messages])
+        for message, one in zip(messages, found, strict=True):
+            self.model.outcome(message, one)
+        seqs = [message.seq for message in messages if message.seq is not None]
+        if seqs != sorted(set(seqs)):
+            raise Broken(5, f"one connection's messages were stored as {seqs}")
+
+    @rule(which=st.integers(0, 30), node=Node)
+    def resend(self, which: int, node: int) -> None:
+        """A message again, through whatever node the sender has at hand."""
+        message = self._sent(which)
+        if message is not None:
+            self.run(self._send(message, self.lives[node], again=True))
+
+    @rule(which=st.integers(0, 30), node=Node)
+    def withdraw(self, which: int, node: int) -> None:
+        """The sender takes a message back."""
+        message = self._sent(which)
+        if message is not None and self._may_be_withdrawn(message):
+            self.run(self._send(self._withdrawal(message), self.lives[node]))
+
+    @rule(which=st.integers(0, 30))
+    def ask_status(self, which: int) -> None:
+        """The sender asks what became of a message."""
+        message = self._sent(which)
+        if message is not None and message.phone.connected:
+            self.run(self._ask_status(message))
+
+    async def _ask_status(self, message: Message) -> None:
+        found = await message.phone.status(message.conv, message.id)
+        if found is not None:
+            self.model.check_status(message, found)
+
+    # -- acknowledgements ------------------------------------------------------------------------------------------------
+
+    @rule(phone=Number, part=st.integers(1, 3), twice=st.booleans())
+    def acknowledge(self, phone: int, part: int, twice: bool) -> None:
+        """A device acknowledges all, half or a third of what it has, once or twice."""
+        self.run(self._acknowledge(self.phones[phone], part, 2 if twice else 1))
+
+    @rule(phone=Number, part=st.integers(1, 3), node=Node)
+    def acknowledge_over_http(self, phone: int, part: int, node: int) -> None:
+        """The same over HTTP, through any node."""
+        self.run(self._acknowledge(self.phones[phone], part, 1, self.lives[node]))
+
+    @rule()
+    def acknowledge_together(self) -> None:
+        """Everybody acknowledges at the same moment, through both nodes."""
+        self.run(self._together())
+
+    async def _together(self) -> None:
+        await asyncio.gather(*(self._acknowledge_all(*self.model.of(user)) for user in self.model.people))
+
+    async def _acknowledge_all(self, *phones: Phone) -> None:
+        """A person's devices, one after the other: what waits for whichever comes first, and comes to two at once through
+        two nodes, is booked twice."""
+        for phone in phones:
+            await self._acknowledge(phone, 1, 1)
+
+    async def _acknowledge(self, phone: Phone, part: int, times: int, over: Life | None = None) -> None:
+        if over is None and not phone.connected:
+            return
+        if phone.connected:
+            await phone.caught_up()
+        wanted = sorted(phone.unacknowledged)[::part]
+        if wanted:
+            await asyncio.gather(*(phone.acknowledge(wanted, over=over) for _ in range(times)))
+
+    # -- members ---------------------------------------------------------------------------------------------------------
+
+    @rule(people=st.lists(st.integers(0, 3), min_size=2, max_size=4, unique=True), node=Node)
+    def form_group(self, people: list[int], node: int) -> None:
+        """The first of these makes a group of them."""
+        if len(self.model.groups) < 3:
+            self.run(self._form_group(people, node))
+
+    async def _form_group(self, people: Sequence[int], node: int) -> None:
+        creator, *others = [self.phones[2 * person] for person in people]
+        body = {"type": "group", "members": [other.user for other in others], "name": "group"}
+        answered = await creator.request(self.lives[node], "POST", "/v1/conversations", body)
+        if answered is None:
+            return
+        if answered[0] != 201:
+            raise Broken(6, f"a group was refused: {answered}")
+        conv = answered[1]["id"]
+        self.model.groups.append(conv)
+        self.model.admins[conv] = creator.user
+        self.model.joined(conv, [creator.user, *(other.user for other in others)])
+        self.model.tell(conv, "created")
+
+    @rule(one=st.integers(0, 3), other=st.integers(0, 3), node=Node)
+    def meet(self, one: int, other: int, node: int) -> None:
+        """Two people write to each other from now on."""
+        if one != other:
+            self.run(self._meet(self.phones[2 * one], self.phones[2 * other], node))
+
+    async def _meet(self, one: Phone, other: Phone, node: int) -> None:
+        body = {"type": "direct", "members": [other.user]}
+        answered = await one.request(self.lives[node], "POST", "/v1/conversations", body)
+        if answered is None or answered[0] not in (200, 201):
+            raise Broken(6, f"a direct conversation was refused: {answered}")
+        conv = answered[1]["id"]
+        if conv not in self.model.directs:
+            self.model.directs.append(conv)
+            self.model.joined(conv, [one.user, other.user])
+
+    @rule(conv=Number, person=st.integers(0, 3), node=Node)
+    def add(self, conv: int, person: int, node: int) -> None:
+        """The admin adds somebody."""
+        group, admin = self._group(conv)
+        self.run(self._add(group, admin, self.phones[2 * person].user, self.lives[node]))
+
+    async def _add(self, group: str, admin: Phone, user: str, life: Life) -> None:
+        is_new = user not in self.model.members[group]
+        answered = await admin.request(life, "POST", f"/v1/conversations/{group}/members", {"users": [user]})
+        if answered is None:
+            return
+        if answered[0] != 200:
+            raise Broken(6, f"adding was refused: {answered}")
+        self.model.joined(group, [user])
+        if is_new:
+            self.model.tell(group, "added", user)
+
+    @rule(conv=Number, person=st.integers(0, 3), leaves=st.booleans(), node=Node)
+    def remove(self, conv: int, person: int, leaves: bool, node: int) -> None:
+        """The admin removes somebody, or they leave."""
+        group, admin = self._group(conv)
+        leaver = self.phones[2 * person]
+        if leaver.user != admin.user and leaver.user in self.model.members[group]:
+            self.run(self._remove(group, leaver if leaves else admin, leaver.user, self.lives[node]))
+
+    async def _remove(self, group: str, actor: Phone, user: str, life: Life) -> None:
+        stored = self.model.going(group, user)
+        answered = await actor.request(life, "DELETE", f"/v1/conversations/{group}/members/{user}")
+        if answered is None:
+            return
+        if answered[0] != 200:
+            raise Broken(6, f"removing was refused: {answered}")
+        self.model.gone(group, user, stored)
+        self.model.tell(group, "left" if actor.user == user else "removed", user)
+
+    @rule(conv=Number, person=st.integers(0, 3), phone=Number, node=Node)
+    def remove_while_sending(self, conv: int, person: int, phone: int, node: int) -> None:
+        """Somebody is removed through one node while another member sends through the other."""
+        group, admin = self._group(conv)
+        user, sender = self.phones[2 * person].user, self.phones[phone]
+        if user in (admin.user, sender.user) or user not in self.model.members[group]:
+            return
+        if sender.user in self.model.members[group]:
+            self.run(self._remove_while_sending(group, admin, user, sender, node))
+
+    async def _remove_while_sending(
+        self, group: str, admin: Phone, user: str, sender: Phone, node: int
+    ) -> None:
+        messages = [Message(group, new_id(), sender, "text", f"beside {n}") for n in range(3)]
+        await asyncio.gather(
+            self._remove(group, admin, user, self.lives[node]),
+            *(self._send(message, self.lives[1 - node], perhaps=[user]) for message in messages),
+        )
+        self.model.going(group, user)
+
+    # -- time and death --------------------------------------------------------------------------------------------------
+
+    @rule(node=Node)
+    def time_passes(self, node: int) -> None:
+        """More time than any message with a time to live has."""
+        for message in self.model.messages.values():
+            message.expired = message.expired or message.ttl is not None
+        self.run(self._expire(self.lives[node]))
+
+    async def _expire(self, life: Life) -> None:
+        context = life.node.relay.context
+        later = context.clock.now() + 2 * TTL * 1000
+        await Expiry(context.messages, context.endings, lambda: later).run()
+
+    @rule(node=Node, job=st.sampled_from(JOBS))
+    def job(self, node: int, job: str) -> None:
+        """One round of a job."""
+        self.run(self.lives[node].job(job))
+
+    @rule(node=Node)
+    def crash(self, node: int) -> None:
+        """A node dies while it has nothing to do, and starts anew."""
+        self.run(self._crash(node, None))
+
+    @rule(node=Node, at=st.integers(0, 3), after=st.booleans(), phone=Number, conv=Number, reader=Number)
+    def crash_while_sending(
+        self, node: int, at: int, after: bool, phone: int, conv: int, reader: int
+    ) -> None:
+        """A node dies at one of the writes that a message takes, and somebody looks what is there."""
+        message = self._new(phone, conv)
+        self.lives[node].dies(at, after=after)
+        self.run(self._crash(node, lambda: self._send_through(message, node)))
+        self.run(self.phones[reader].fetch(self.lives[node]))
+
+    @rule(node=Node, at=st.integers(0, 3), after=st.booleans(), which=st.integers(0, 30))
+    def crash_while_sending_again(self, node: int, at: int, after: bool, which: int) -> None:
+        """A node dies at one of the writes that a resend takes."""
+        message = self._sent(which)
+        if message is not None:
+            self.lives[node].dies(at, after=after)
+            self.run(self._crash(node, lambda: self._send_through(message, node, again=True)))
+
+    @rule(node=Node, at=st.integers(0, 3), after=st.booleans(), which=st.integers(0, 30))
+    def crash_while_withdrawing(self, node: int, at: int, after: bool, which: int) -> None:
+        """A node dies at one of the writes that a withdrawal takes."""
+        message = self._sent(which)
+        if message is not None and self._may_be_withdrawn(message):
+            withdrawal = self._withdrawal(message)
+            self.lives[node].dies(at, after=after)
+            self.run(self._crash(node, lambda: self._send_through(withdrawal, node)))
+
+    @rule(node=Node, at=st.integers(0, 4), after=st.booleans(), phone=Number)
+    def crash_while_acknowledging(self, node: int, at: int, after: bool, phone: int) -> None:
+        """A node dies at one of the writes that acknowledgements take."""
+        life = self.lives[node]
+        life.dies(at, after=after)
+        self.run(self._crash(node, lambda: self._acknowledge(self.phones[phone], 1, 1, life)))
+
+    @rule(node=Node, at=st.integers(0, 9), after=st.booleans(), conv=Number, person=st.integers(0, 3))
+    def crash_while_changing(self, node: int, at: int, after: bool, conv: int, person: int) -> None:
+        """A node dies at one of the writes that adding or removing a member takes."""
+        group, admin = self._group(conv)
+        user, life = self.phones[2 * person].user, self.lives[node]
+        if user == admin.user:
+            return
+        life.dies(at, after=after)
+        if user in self.model.members[group]:
+            self.run(self._crash(node, lambda: self._remove(group, admin, user, life)))
+        else:
+            self.model.ever[group].add(user)
+            self.run(self._crash(node, lambda: self._add(group, admin, user, life)))
+        self.run(self._learn_members(group))
+
+    @rule(node=Node, at=st.integers(0, 3), after=st.booleans(), phone=Number)
+    def crash_while_connecting(self, node: int, at: int, after: bool, phone: int) -> None:
+        """A node dies at one of the writes that an arrival takes."""
+        life = self.lives[node]
+        life.dies(at, after=after)
+        self.run(self._crash(node, lambda: self.phones[phone].connect(life)))
+
+    async def _crash(self, node: int, doing: Doer | None) -> None:
+        life = self.lives[node]
+        if doing is not None:
+            task = asyncio.ensure_future(doing())
+            death = asyncio.create_task(life.dead.wait())
+            await asyncio.wait({task, death}, return_when=asyncio.FIRST_COMPLETED, timeout=10)
+            death.cancel()
+        await life.kill()
+        for phone in self.phones:
+            if phone.life is life:
+                await phone.cut_off()
+        if doing is not None:
+            async with asyncio.timeout(10):
+                await task
+        self.past.append(life)
+        # As if ten seconds had passed: nobody takes it for alive.
+        await self.world.db.nodes.delete_many({"_id": life.node.relay.context.revisions._node})
+        await self.lives[1 - node].idle()
+        self.lives[node] = await self.world.begin(life.name)
+        await self._balance()
+
+    async def _learn_members(self, group: str) -> None:
+        """Whoever comes next finishes what was under way; then it is known who is a member."""
+        await self.lives[0].job("repair")
+        rows = self.world.db.memberships.find({"conversationId": group, "removedAt": None})
+        self.model.members[group] = {row["user"] async for row in rows}
+        for user in {phone.user for phone in self.phones} - self.model.members[group]:
+            if user in self.model.ever[group]:
+                self.model.going(group, user)
+        await self.lives[0].idle()
+        await self._balance()
+
+    async def _balance(self) -> None:
+        """A node that starts counts what waits as its own, though it may be in the other's books."""
+        waiting = waiting_in(await self._documents())
+        self.model.lost = self._booked() - waiting
+
+    # -- what must hold --------------------------------------------------------------------------------------------------
+
+    @invariant()
+    def keeps(self) -> None:
+        """What can be seen at every moment."""
+        if self.begun:
+            self.run(self._check())
+
+    async def _check(self) -> None:
+        for life in self.lives:
+            if life.node.relay.fault is not None:
+                raise Broken(6, f"{life.name} failed: {life.node.relay.fault!r}")
+            await life.idle()
+        documents = await self._documents()
+        await asyncio.gather(*(phone.caught_up() for phone in self.phones if phone.connected))
+        self.model.check_phones()
+        doubtful = self.model.doubtful(documents)
+        self.model.check_doubtful(doubtful, await self._fates(doubtful))
+        self.model.check_window(WINDOW)
+        self.model.check_waiting(documents)
+        wrong = self._booked() - self.model.lost - waiting_in(documents)
+        if wrong:
+            books = [
+                {name: life.node.relay.context.ledger.count(name) for name in OUTCOMES} for life in self.lives
+            ]
+            raise Broken(8, f"{wrong} deliveries are accounted for wrongly: {books}")
+
+    def _booked(self) -> int:
+        """What waits, as the nodes' books say."""
+        return sum(life.node.relay.context.ledger.waiting for life in self.lives)
+
+    def teardown(self) -> None:
+        """Everybody comes, gets everything and acknowledges it; then every account is settled."""
+        try:
+            if self.begun:
+                self.run(self._end())
+        finally:
+            self.run(self._clear())
+
+    async def _end(self) -> None:
+        for life in self.lives:
+            await life.job("repair")
+        pending = [one for one in self.model.messages.values() if one.seq is None and one.refused is None]
+        for message in pending:
+            await self._send(message, self.lives[0], again=True)
+        for place, phone in enumerate(self.phones):
+            # Who never had a device has one now.
+            if phone.known is not False or phone.device == "phone":
+                await phone.connect(self.lives[place % 2])
+        async with asyncio.timeout(20):
+            while not await self._is_drained():
+                await asyncio.sleep(0.01)
+        await self._check()
+        self.model.check_end(await self._fates({one.doc_id for one in self.model.messages.values()}))
+
+    async def _fates(self, doc_ids: set[str]) -> dict[str, tuple[str, int]]:
+        found: dict[str, tuple[str, int]] = {}
+        if doc_ids:
+            rows = self.world.db.fates.find({"entries.id": {"$in": list(doc_ids)}}).sort("at", 1)
+            async for group in rows:
+                for entry in group["entries"]:
+                    found.setdefault(entry["id"], (entry["fate"], entry["seq"]))
+        return {doc_id: found[doc_id] for doc_id in doc_ids & found.keys()}
+
+    async def _is_drained(self) -> bool:
+        await self._together()
+        # As if the time of every claim and release had come.
+        now = datetime.now(UTC)
+        await self.world.db.releases.update_many({"dueAt": {"$gt": now}}, {"$set": {"dueAt": now}})
+        for life in self.lives:
+            await life.job("releases")
+        context = self.lives[0].node.relay.context
+        acks = self.lives[0].part("doubts")._acks
+        await Parts(context.messages, acks, context.clock.now, claim_seconds=-1).run()
+        await self.lives[1].job("sweep")
+        for life in self.lives:
+            await life.idle()
+        left = await self.world.db.releases.count_documents({})
+        return not left and not await self._documents()
+
+    async def _clear(self) -> None:
+        for phone in self.phones:
+            await phone.disconnect()
+        for life in self.lives:
+            await life.kill()
+        for life in (*self.past, *self.lives):
+            await asyncio.to_thread(life.node.relay.context.messages._collection.database.client.close)
+        if self.world.db is not None:
+            await self.world.db.nodes.delete_many({})
+            await self.world.db.releases.delete_many({})
+            await self.world.db.conversations.delete_many({"pending": {"$ne": None}})
+
+    async def _documents(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = await self.world.db.messages.find().to_list(None)
+        return found
+
+    # -- choosing and sending --------------------------------------------------------------------------------------------
+
+    def _group(self, number: int) -> tuple[str, Phone]:
+        """A group and its admin's phone."""
+        group = self.model.groups[number % len(self.model.groups)]
+        creator = next(phone for phone in self.phones if phone.user == self.model.admins[group])
+        return group, creator
+
+    def _new(self, phone: int, conv: int, *, after: bool = False, ttl: int | None = None) -> Message:
+        sender = self.phones[phone]
+        own = [
+            name for name in (*self.model.groups, *self.model.directs) if sender.user in self.model.ever[name]
+        ]
+        name = own[conv % len(own)]
+        held = [row.seq for row in sender.rows.values() if row.conv == name]
+        return Message(
+            name,
+            new_id(),
+            sender,
+            "text",
+            f"number {len(self.model.messages)}",
+            after=max(held) if after and held else None,
+            ttl=ttl,
+        )
+
+    def _may_be_withdrawn(self, message: Message) -> bool:
+        return message.kind == "text" and message.seq is not None and message.withdrawal is None
+
+    def _withdrawal(self, message: Message) -> Message:
+        return Message(message.conv, new_id(), message.phone, "withdrawn", None, reply_to=message.id)
+
+    def _sent(self, which: int) -> Message | None:
+        sent = [one for one in self.model.messages.values() if one.refused is None]
+        return sent[which % len(sent)] if sent else None
+
+    async def _send(
+        self, message: Message, life: Life, *, again: bool = False, perhaps: Sequence[str] = ()
+    ) -> None:
+        phone = message.phone
+        self.model.attempt(message, perhaps=perhaps)
+        found: Any
+        if phone.connected:
+            found = await phone.send(message.conv, message.operation(again=again))
+            if found != LOST and not isinstance(found, str) and not again:
+                if message.seq is None and int(found["seq"]) <= phone.last_seq:
+                    raise Broken(5, f"{message.id} sorts before what its connection sent before")
+                phone.last_seq = max(phone.last_seq, int(found["seq"]))
+        else:
+            answered = await phone.request(
+                life, "POST", "/v1/messages", {"conv": message.conv, **message.operation(again=again)}
+            )
+            if answered is None:
+                found = LOST
+            else:
+                found = answered[1] if answered[0] == 201 else answered[1]["error"]["code"]
+        self.model.outcome(message, found)
+
+    async def _send_through(self, message: Message, node: int, *, again: bool = False) -> None:
+        """Sends through this very node."""
+        phone = message.phone
+        if phone.connected and phone.life is not self.lives[node]:
+            await phone.disconnect()
+        await self._send(message, self.lives[node], again=again)
+
+
+def play(world: World, *, examples: int, steps: int, same: bool) -> None:
+    """Plays so many made-up lives of so many steps; with ``same``, the same ones in every run."""
+    try:
+        run_state_machine_as_test(
+            lambda: Promises(world),  # type: ignore[arg-type]  # a factory will do, its docstring says
+            settings=settings(
+                max_examples=examples,
+                stateful_step_count=steps,
+                deadline=None,
+                database=None,
+                derandomize=same,
+                print_blob=True,
+                suppress_health_check=list(HealthCheck),
+                phases=[Phase.generate, Phase.shrink],
+            ),
+        )
+    except Exception:
+        # Should it not fail again, nothing else would tell of it.
+        print(f"the first of {world.examples} to fail: {world.failure}")
+        raise
+
+
+@pytest.fixture
+def world(mongod: EmbeddedMongo, tmp_path: Path) -> Iterator[World]:
+    """Where examples are played."""
+    silent = structlog.get_config()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
+    with mortal(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        world = World(runner, mongod.uri, tmp_path)
+        yield world
+        world.run(world.factory.close())
+    structlog.configure(**silent)
+
+
+# Half a minute; when it fails, up to five more for the shortest way there.
+@pytest.mark.timeout(480)
+def test_every_promise_is_kept_whatever_happens(world: World) -> None:
+    play(world, examples=25, steps=25, same=True)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(2400)
+def test_every_promise_is_kept_for_long(world: World) -> None:
+    play(world, examples=400, steps=50, same=False)
