@@ -134,7 +134,7 @@ class Promises(RuleBasedStateMachine):
     def burst(self, phone: int, conv: int, count: int) -> None:
         """Several messages in one frame."""
         sender = self.phones[phone]
-        messages = [self._new(phone, conv) for _ in range(count)]
+        messages = [self._new(phone, conv, after=True) for _ in range(count)]
         if sender.connected:
             self.run(self._burst(sender, messages))
 
@@ -471,6 +471,9 @@ class Promises(RuleBasedStateMachine):
         async with asyncio.timeout(20):
             while not await self._is_drained():
                 await asyncio.sleep(0.01)
+        for message in self.model.messages.values():
+            if message.seq is not None:
+                await self._send(message, self.lives[1], again=True)
         await self._check()
         self.model.check_end(await self._fates({one.doc_id for one in self.model.messages.values()}))
 
