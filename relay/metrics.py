@@ -107,7 +107,12 @@ class Metrics:
         self.watches = Gauge(
             "relay_presence_watches", "People watched, once for each connection that does.", registry=r
         )
-        self._queue = Gauge("relay_queue_items", "Items waiting for a group commit.", ["queue"], registry=r)
+        self._queue = Gauge(
+            "relay_queue_items",
+            "Items waiting for a group commit, or to be handed out.",
+            ["queue"],
+            registry=r,
+        )
         self._queue_bytes = Gauge(
             "relay_queue_bytes", "Bytes waiting for a group commit.", ["queue"], registry=r
         )
@@ -117,10 +122,11 @@ class Metrics:
         if limit is not None:
             self._limits[limit].inc()
 
-    def watch_queue(self, name: str, items: Callable[[], int], size: Callable[[], int]) -> None:
+    def watch_queue(self, name: str, items: Callable[[], int], size: Callable[[], int] | None = None) -> None:
         """Reads a queue's depth at every scrape."""
         self._queue.labels(name).set_function(items)
-        self._queue_bytes.labels(name).set_function(size)
+        if size is not None:
+            self._queue_bytes.labels(name).set_function(size)
 
     def render(self) -> bytes:
         """The text exposition format."""

@@ -25,6 +25,7 @@ class Router:
         self._latency = metrics.delivery
         self.others: Callable[[], bool] = _nobody
         self.fanout = Fanout(self._deliver_to, lambda: self.others())
+        metrics.watch_queue("fanout", lambda: self.fanout.waiting)
 
     def committed(self, envelopes: Sequence[Envelope]) -> None:
         """Delivers fresh messages to connected devices; the others find them when they connect."""
