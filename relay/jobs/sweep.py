@@ -3,6 +3,7 @@ time-to-live settings that another process changed."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from time import monotonic
 from typing import Final
@@ -20,6 +21,8 @@ from relay.wire.ids import any_device_key
 _PAGE: Final = 1000
 _KEYS: Final = 500
 _GRACE_MS: Final = 5000
+# Each holds a window of messages at most.
+_STARVED: Final = 64
 _GIVE_UP_SECONDS: Final = 30.0
 
 log = structlog.get_logger(__name__)
@@ -46,6 +49,7 @@ class Sweep:
     async def run(self) -> None:
         """One round."""
         await self.remove_leftovers()
+        await self.feed_starved()
         await self.find_missed()
 
     async def remove_leftovers(self) -> None:
@@ -66,6 +70,21 @@ class Sweep:
 
     async def _leftovers(self) -> list[str]:
         return [doc_id for doc_id in await self._messages.leftovers(_PAGE) if doc_id not in self._stuck]
+
+    async def feed_starved(self) -> None:
+        """Gives credit back for what ended elsewhere: a device may acknowledge over HTTP through another node, and a message may
+        be withdrawn or expire there. Asks for some of the connections whose window is used up."""
+        starved = [connection for connection in self._hub if connection.delivery.starved]
+        if len(starved) > _STARVED:
+            starved = random.sample(starved, _STARVED)
+        held = {one: [flying.stored_id for flying in one.delivery.in_flight.values()] for one in starved}
+        documents = await self._messages.read([stored_id for ids in held.values() for stored_id in ids])
+        for connection, stored_ids in held.items():
+            mailboxes = {connection.key, any_device_key(connection.user)}
+            for stored_id in stored_ids:
+                document = documents.get(stored_id)
+                if document is None or mailboxes.isdisjoint(document.get("awaiting", ())):
+                    connection.delivery.release(stored_id)
 
     async def find_missed(self) -> None:
         """Marks connections behind when something waits for them that is not in flight. One bounded query for many

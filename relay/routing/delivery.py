@@ -187,6 +187,11 @@ class Delivery:
         self.fall_behind()
         self.has_room()
 
+    @property
+    def starved(self) -> bool:
+        """Whether more waits, and only what is in flight keeps it back."""
+        return self.behind and self._credit is not None and bool(self.in_flight) and not self._outbox.full
+
     def holds(self, stored_ids: AbstractSet[str]) -> bool:
         """Whether all of these documents are in flight."""
         return all(head_id(stored_id) in self.in_flight for stored_id in stored_ids)

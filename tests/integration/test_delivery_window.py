@@ -313,3 +313,16 @@ async def test_drained_counts_a_message_once_even_when_its_first_acknowledgement
     assert await take(bob, 3) == ids
     await bob.ack(conv, *ids)
     assert (await bob.expect("drained"))["count"] == 3
+
+
+async def test_credit_comes_back_for_what_another_node_acknowledged(nodes: NodeFactory) -> None:
+    node, other = await nodes.start(window=2, sweep_seconds=0.3), await nodes.start()
+    conv, ids = await backlog(node, 4)
+    bob = await node.connect("bob")
+    assert await take(bob, 2) == ids[:2]
+    await bob.nothing("msg", 0.2)
+    body = {"acks": [{"conv": conv, "ids": ids[:2]}]}
+    assert (await other.request("POST", "/v1/acks", "bob", "phone", body))[0] == 200
+    assert await take(bob, 2) == ids[2:]
+    await bob.ack(conv, *ids[2:])
+    await bob.expect("drained")
