@@ -18,8 +18,8 @@ _MOST_WAITING: Final = 20_000
 # A turn of the loop with so many sockets to write to takes about a millisecond.
 _SLICE: Final = 16
 # Beside messages between few devices: so that these wait for hardly longer than without.
-_SMALL_SLICE: Final = 8
-_PAUSE_SECONDS: Final = 0.002
+_SMALL_SLICE: Final = 6
+_PAUSE_SECONDS: Final = 0.004
 _MOST_TOGETHER: Final = 32_000
 
 log = structlog.get_logger(__name__)
