@@ -78,6 +78,7 @@ class Delivery:
         "_key",
         "_keys",
         "_mark",
+        "_marked",
         "_needs",
         "_now",
         "_outbox",
@@ -127,6 +128,7 @@ class Delivery:
         self._closed = False
         # What waited at connect, for the honest `drained`: everything up to the mark.
         self._mark: int | None = None
+        self._marked = False
         self._told = False
         self._redelivered = 0
         self._needs = 1
@@ -137,7 +139,7 @@ class Delivery:
     def start(self) -> None:
         """Begins to deliver what waits. Call after the connection is registered: subscribe first, then drain."""
         self._count_behind(1)
-        self._task = asyncio.create_task(self._drain(first=True), name="drain")
+        self._task = asyncio.create_task(self._drain(), name="drain")
 
     def push(self, envelope: Envelope) -> None:
         """Delivers a live message, or notes that there is one to read from the store."""
@@ -159,7 +161,7 @@ class Delivery:
             return
         self.behind = True
         self._count_behind(1)
-        self._task = asyncio.create_task(self._drain(first=False), name="drain")
+        self._task = asyncio.create_task(self._drain(), name="drain")
 
     def release(self, doc_id: str) -> None:
         """The message, or the part of it, needs no credit any more: acknowledged durably, by whatever path, or gone."""
@@ -228,10 +230,8 @@ class Delivery:
         self._bytes += envelope.size
         self._outbox.put(envelope.frame_for(self._key))
 
-    async def _drain(self, *, first: bool) -> None:
+    async def _drain(self) -> None:
         try:
-            if first:
-                await self._set_mark()
             while True:
                 await self._wait_for_room()
                 if await self._drain_page():
@@ -246,17 +246,14 @@ class Delivery:
             log.exception("drain failed")
             self._broken()
 
-    async def _set_mark(self) -> None:
-        while True:
-            try:
-                self._mark = await self._backlog.last_waiting(self._keys)
-            except PyMongoError:
-                await asyncio.sleep(_RETRY_SECONDS)
-                continue
-            break
-        if self._mark is None:
-            self._read_to_mark = True
-            self._tell_drained()
+    async def _set_mark(self, page: Page) -> None:
+        """What waited at connect is the first page when that is all there was; else everything up to the highest ``seq``."""
+        if page.exhausted:
+            self._mark = page.envelopes[-1].seq if page.envelopes else None
+        else:
+            self._mark = await self._backlog.last_waiting(self._keys)
+        self._marked = True
+        self._read_to_mark = self._mark is None
 
     async def _wait_for_room(self) -> None:
         """Waits for a fair part of the window, so that pages are worth a query; a little credit is used soon too."""
@@ -295,6 +292,8 @@ class Delivery:
                 max_bytes=max(1, self._window_bytes - self._bytes),
                 exclude=[one.stored_id for one in self.in_flight.values()],
             )
+            if not self._marked:
+                await self._set_mark(page)
         except PyMongoError as error:
             log.warning("backlog cannot be read", error=brief(error))
             await asyncio.sleep(_RETRY_SECONDS)

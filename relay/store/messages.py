@@ -207,16 +207,12 @@ class Messages:
 
     async def last_waiting(self, keys: Sequence[str]) -> int | None:
         """The highest ``seq`` that waits for these device keys."""
-        highest: int | None = None
         async with self._readers:
             with time_limit(self._timeout):
-                for key in keys:
-                    found = await self._collection.find_one(
-                        {"awaiting": key}, {"_id": 0, "seq": 1}, sort=[("seq", -1), ("_id", -1)]
-                    )
-                    if found is not None and (highest is None or found["seq"] > highest):
-                        highest = found["seq"]
-        return highest
+                found = await self._collection.find_one(
+                    {"awaiting": {"$in": list(keys)}}, {"_id": 0, "seq": 1}, sort=[("seq", -1), ("_id", -1)]
+                )
+        return None if found is None else int(found["seq"])
 
     async def read(self, doc_ids: Sequence[str], *, committed: bool = False) -> dict[str, Mapping[str, Any]]:
         """The state of these messages and parts without their content: who sent them, who awaits them, who has them. With

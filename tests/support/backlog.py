@@ -48,7 +48,7 @@ class MemoryBacklog:
         self.gate.set()
         self.asked = asyncio.Event()
         self.failures = 0
-        self.queries = 0
+        self.queries = self.marks = 0
 
     def add(self, envelope: Envelope) -> None:
         """Stores a message."""
@@ -82,6 +82,7 @@ class MemoryBacklog:
 
     async def last_waiting(self, keys: Sequence[str]) -> int | None:
         """As the store does it."""
+        self.marks += 1
         seqs = [one.seq for one in self.stored.values() if set(keys) & set(one.awaiting)]
         await self._answer()
         return max(seqs, default=None)

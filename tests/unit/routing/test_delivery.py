@@ -132,14 +132,23 @@ async def test_drained_does_not_wait_for_messages_that_vanished_before_they_were
     connect: Connect,
 ) -> None:
     backlog = MemoryBacklog(message(1), message(2))
-    backlog.gate.clear()
-    bob = connect(backlog)
+    bob = connect(backlog, window=1)
     await turns()
-    backlog.remove(message(1).doc_id)
+    assert bob.bodies() == [1]
     backlog.remove(message(2).doc_id)
-    backlog.gate.set()
+    settle(backlog, bob, 1)
+    await until(lambda: bool(bob.got("drained")))
+    assert bob.got("drained") == [{"t": "drained", "count": 1}]
+
+
+async def test_what_waits_is_asked_for_once_when_one_page_holds_it(connect: Connect) -> None:
+    backlog = MemoryBacklog(message(1), message(2))
+    connect(backlog)
     await turns()
-    assert bob.got("drained") == [{"t": "drained", "count": 0}]
+    assert (backlog.queries, backlog.marks) == (1, 0)
+    connect(backlog, window=1)
+    await turns()
+    assert backlog.marks == 1
 
 
 async def test_drained_does_not_wait_for_messages_that_vanished_in_flight(connect: Connect) -> None:
