@@ -30,6 +30,9 @@ def ack(ctx: Context, peer: Peer, op: Ack) -> Awaitable[None] | None:
         else:
             # Only once: a second acknowledgement must look whether the first was enough.
             messages[found.stored_id], found.sole = found.sole, None
+            if found.stored_id != doc_id:
+                # A part: this conversation has many devices.
+                ctx.endings.note_crowd(op.conv)
     now = ctx.clock.now()
 
     def done(durable: bool) -> None:

@@ -17,7 +17,7 @@ from relay.store.commits import Commits
 from relay.store.endings import Ack, Ending, Release, Removal, Sole
 from relay.store.ledger import Fate
 from relay.store.submissions import Submission
-from relay.wire.ids import is_part, split_document_id
+from relay.wire.ids import split_document_id
 
 _BYTES_EACH = 200
 _MOMENT = 0.05
@@ -116,8 +116,6 @@ class EndingLanes:
         quiet: bool = False,
     ) -> None:
         """Queues one device's acknowledgement of messages of one conversation. Raises BatcherClosed."""
-        if conversation not in self._crowds and any(map(is_part, messages)):
-            self.note_crowd(conversation)
         ack = Ack(user, device, messages, at=at, deadline=deadline, done=done, quiet=quiet)
         self._lane(conversation).submit(ack, _BYTES_EACH * len(messages), len(messages))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Final, NamedTuple
 
 from bson.raw_bson import RawBSONDocument
 
@@ -32,6 +33,7 @@ class GivenUp(NamedTuple):
     since: float
 
 
+_NONE: Final[Mapping[str, tuple[list[str], list[str]]]] = MappingProxyType({})
 Done = Callable[[Stored | RelayError], None]
 
 
@@ -88,20 +90,23 @@ class Submission:
         self.deadline = deadline
         self.done = done
         self.settled = False
-        self.writings: dict[str, tuple[list[str], list[str]]] = {}
+        self.writings: Mapping[str, tuple[list[str], list[str]]] = _NONE
         self.encode()
 
     def encode(self) -> None:
         """Makes the stored form, for the recipients that the envelope has now. A new writing: what an attempt before has
         written for others is not taken for this. Raises bson.errors.BSONError."""
         envelope = self.envelope
-        self.pieces = [envelope]
-        self.writing = ""
-        if self.large and self.inline is not None:
-            self.writing = new_writing()
-            self.pieces = envelope.split(self.inline, self.writing)
-            self.writings[self.writing] = (envelope.awaiting, envelope.trimmed)
-        self.raws: list[RawBSONDocument] = [encode(piece) for piece in self.pieces]
+        if not self.large or self.inline is None:
+            self.writing = ""
+            self.pieces = [envelope]
+            self.raws: list[RawBSONDocument] = [encode(envelope)]
+            self.size = envelope.size
+            return
+        self.writing = new_writing()
+        self.pieces = envelope.split(self.inline, self.writing)
+        self.writings = {**self.writings, self.writing: (envelope.awaiting, envelope.trimmed)}
+        self.raws = [encode(piece) for piece in self.pieces]
         self.size = sum(piece.size for piece in self.pieces)
         envelope.size = self.pieces[0].size
 
