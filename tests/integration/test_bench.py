@@ -65,7 +65,7 @@ def test_the_raw_cycle_is_whole_batches_and_its_rate_is_messages_over_seconds(tm
     assert found["messages"] > 0
     assert found["messages"] % 100 == 0
     assert found["rate"] == pytest.approx(found["messages"] / found["seconds"])
-    assert 3 <= found["seconds"] < 5
+    assert 2.9 <= found["seconds"] < 10
     assert found["cpu_us"]["mongod"] > 0
 
 

@@ -52,7 +52,7 @@ def test_latency_and_closed_loops_are_measured_and_every_delivery_is_accounted_f
         measured = found[name]["measured"]
         assert measured["deliveries"] > 0
         assert measured["rate"] == pytest.approx(measured["deliveries"] / measured["seconds"])
-        assert 1 <= measured["seconds"] < 10
+        assert 0.9 <= measured["seconds"] < 10
         assert measured["cpu_us"]["relay"] > 0
         assert found[name]["ratio"] == pytest.approx(measured["rate"] / found["raw_rate"])
         assert found[name]["reached_ms"]["count"] > 0
