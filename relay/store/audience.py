@@ -12,10 +12,10 @@ import re
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from time import monotonic
 from typing import Final
 
 from relay.wire import ids
+from relay.wire.clock import lease_time
 from relay.wire.errors import Code, RelayError
 from relay.wire.limits import Limit
 
@@ -81,7 +81,7 @@ class Audience:
     )
 
     def __init__(self, conversation: str, roster: Roster, asked: float | None = None) -> None:
-        """``asked`` is when the store was asked (monotonic), not when it answered: the lease counts from there."""
+        """``asked`` is when the store was asked (``lease_time``), not when it answered: the lease counts from there."""
         members = roster.members
         self.conversation = conversation
         self.members = frozenset(members)
@@ -94,7 +94,7 @@ class Audience:
             for user, keys in sorted(members.items())
             for key in (sorted(keys) or [ids.any_device_key(user)])
         )
-        self.resolved = monotonic() if asked is None else asked
+        self.resolved = lease_time() if asked is None else asked
         self.stale = False
         self._awaiting: dict[str, list[str]] = {}
         self._trimmed: dict[str, list[str]] = {}
@@ -103,7 +103,7 @@ class Audience:
     @property
     def fresh(self) -> bool:
         """Whether this may still be used for a new message."""
-        return not self.stale and monotonic() - self.resolved < LEASE_SECONDS
+        return not self.stale and lease_time() - self.resolved < LEASE_SECONDS
 
     def awaiting(self, sender_key: str) -> list[str]:
         """Everybody's mailboxes that have room, but the sending device's own. The list is shared: do not change it."""
@@ -216,7 +216,7 @@ class Audiences:
             while self._wanted:
                 wanted, self._wanted = self._wanted, {}
                 self._asked, self._outrun = set(wanted), set()
-                asked = monotonic()
+                asked = lease_time()
                 try:
                     loaded = await self._load(list(wanted))
                 except Exception as error:  # noqa: BLE001 - every waiter is told; the next one asks again

@@ -14,11 +14,18 @@ from typing import Final
 SEQ_BITS: Final = 10
 SEQ_LIMIT: Final = 1 << 53
 MAX_AHEAD_MS: Final = 2 * 60 * 60 * 1000
+_LEASES: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 def wall_ms() -> int:
     """Milliseconds since the epoch."""
     return time.time_ns() // 1_000_000
+
+
+def lease_time() -> float:
+    """Seconds that go on while the machine is suspended, unlike ``time.monotonic``: a lease runs out in its sleep, too
+    (clock_gettime(2), CLOCK_BOOTTIME)."""
+    return time.clock_gettime(_LEASES)
 
 
 class Clock:

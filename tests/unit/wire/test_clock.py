@@ -7,7 +7,7 @@ import time
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.wire.clock import MAX_AHEAD_MS, SEQ_BITS, SEQ_LIMIT, Clock, wall_ms
+from relay.wire.clock import MAX_AHEAD_MS, SEQ_BITS, SEQ_LIMIT, Clock, lease_time, wall_ms
 
 CENTURY = 4_102_444_800_000
 moments = st.integers(1, CENTURY)
@@ -56,3 +56,8 @@ def test_the_wall_clock_is_in_milliseconds() -> None:
     before = time.time()
     assert before * 1000 - 1 <= wall_ms() <= time.time() * 1000 + 1
     assert abs(Clock().now() - wall_ms()) < 1000
+
+
+def test_a_lease_runs_out_in_the_sleep_of_the_machine() -> None:
+    before = time.clock_gettime(time.CLOCK_BOOTTIME)
+    assert before <= lease_time() <= time.clock_gettime(time.CLOCK_BOOTTIME)
