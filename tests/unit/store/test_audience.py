@@ -141,7 +141,7 @@ async def test_a_known_audience_needs_no_query(directory: Directory) -> None:
 
 async def test_the_lease_runs_out(directory: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr(module, "monotonic", lambda: now)
+    monkeypatch.setattr(module, "lease_time", lambda: now)
     audiences = Audiences(directory.load)
     first = await audiences.resolve("talk")
     now += LEASE_SECONDS - 0.01
