@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from handlers.context import Context
-from relay.store.fates import Gone
+from relay.store.fates import Gone, whole_of
 from relay.store.ledger import Fate
 from relay.wire.ids import part_ids
 
@@ -37,15 +37,11 @@ async def _add_waiting(ctx: Context, waiting: dict[str, Mapping[str, Any]], doc_
     parts = await ctx.messages.read(wanted)
     fates = await ctx.fates.find([name for name in wanted if name not in parts])
     for doc_id, own in names.items():
-        head = waiting[doc_id]
-        awaiting, delivered = [*head["awaiting"]], [*head.get("deliveredTo", ())]
-        for name in own:
-            if name in parts:
-                awaiting += parts[name]["awaiting"]
-                delivered += parts[name].get("deliveredTo", ())
-            elif name in fates:
-                delivered += [{"user": user} for user in fates[name].delivered]
-        waiting[doc_id] = {**head, "awaiting": awaiting, "deliveredTo": delivered}
+        waiting[doc_id] = whole_of(
+            waiting[doc_id],
+            [parts[name] for name in own if name in parts],
+            [fates[name] for name in own if name in fates],
+        )
 
 
 async def _add_gone(ctx: Context, gone: dict[str, Gone], doc_ids: list[str]) -> None:
@@ -56,4 +52,7 @@ async def _add_gone(ctx: Context, gone: dict[str, Gone], doc_ids: list[str]) -> 
         said = {one.fate for one in all_of_it}
         delivered = {user for one in all_of_it for user in one.delivered}
         fate = next((fate for fate in _ORDER if fate in said), gone[doc_id].fate)
-        gone[doc_id] = replace(gone[doc_id], fate=fate, delivered=sorted(delivered))
+        silent = {user for one in all_of_it for user in one.silent} if gone[doc_id].silent else set()
+        gone[doc_id] = replace(
+            gone[doc_id], fate=fate, delivered=sorted(delivered), silent=sorted(silent - delivered)
+        )

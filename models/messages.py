@@ -66,7 +66,8 @@ class MessageFields(TypedDict, total=False):
 
 class FateEntry(TypedDict):
     """What became of one message, or one part; ``delivered`` lists the people who got it, its sender aside. ``parts`` and
-    ``writing`` name the others of a message in parts. ``silent`` are people who, to the sender, have yet to get it."""
+    ``writing`` name the others of a message in parts. ``silent`` are people who, to the sender, have yet to get it: of a part
+    those who acknowledged it quietly, as long as the message waits."""
 
     id: str
     sender: SenderField

@@ -232,8 +232,10 @@ def entry_of(
     if "parts" in document:
         entry["parts"] = document["parts"]
         entry["writing"] = document["writing"]
-    if document.get("silent"):
-        entry["silent"] = sorted(quiet.union(document["silent"]))
+    silent = document.get("silent", ())
+    # Of a part also when nobody seems to await it: the message may wait in another one.
+    if silent or ("part" in document and quiet):
+        entry["silent"] = sorted(quiet.union(silent))
     return entry
 
 

@@ -14,9 +14,10 @@ from models.accounts import Device, User
 from models.contacts import Contact, Report
 from models.conversations import Conversation, Membership
 from models.keys import PreKey, PublicKeys
-from models.messages import MESSAGES
+from models.messages import FATES, MESSAGES
 from relay.store.accounts import milliseconds
 from relay.store.documents import told_of
+from relay.store.fates import find_in, whole_of
 from relay.store.mongo import MESSAGE_CODEC
 from relay.wire.ids import any_device_key, part_ids
 
@@ -138,12 +139,8 @@ class Exports:
             async for document in _messages().find(query):
                 # As ``status`` counts them: by mailboxes, a sender could tell who has blocked them, as such a person has
                 # one instead of one for each device.
-                awaited = told_of(document, user)[0]
-                if "parts" in document:
-                    parts = part_ids(document["_id"], document["writing"], document["parts"])
-                    async for part in _messages().find({"_id": {"$in": parts}, "conversationId": name}):
-                        awaited |= told_of(part, user)[0]
-                yield {**_message(document, None), "awaiting": len(awaited)}
+                whole = await _whole(document) if "parts" in document else document
+                yield {**_message(document, None), "awaiting": len(told_of(whole, user)[0])}
 
 
 async def _device_keys(user: str) -> list[str]:
@@ -176,9 +173,21 @@ async def _waiting(key: str) -> AsyncIterator[Mapping[str, Any]]:
         }
 
 
+async def _whole(head: Mapping[str, Any]) -> Mapping[str, Any]:
+    names = part_ids(head["_id"], head["writing"], head["parts"])
+    fields = {"awaiting": 1, "deliveredTo": 1}
+    cursor = _messages().find({"_id": {"$in": names}, "conversationId": head["conversationId"]}, fields)
+    parts = {part["_id"]: part async for part in cursor}
+    ended = await find_in(_plainly(FATES), [name for name in names if name not in parts])
+    return whole_of(head, parts.values(), ended.values())
+
+
 def _messages() -> Any:
-    database = User.get_motor_collection().database
-    return database.get_collection(MESSAGES, codec_options=MESSAGE_CODEC)
+    return _plainly(MESSAGES)
+
+
+def _plainly(name: str) -> Any:
+    return User.get_motor_collection().database.get_collection(name, codec_options=MESSAGE_CODEC)
 
 
 def _message(document: Mapping[str, Any], mailbox: str | None) -> Value:

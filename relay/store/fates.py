@@ -6,7 +6,7 @@ several entries of one message the oldest is true: a later one was written by a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -15,6 +15,7 @@ from bson.datetime_ms import DatetimeMS
 from models.messages import FateEntry
 from relay.store.ledger import Fate
 from relay.store.mongo import Mongo, time_limit
+from relay.wire.ids import any_device_key
 
 # Entries of one shard's deletions stay on that shard. A replica set is one lane.
 LANE: Final = "0"
@@ -37,7 +38,23 @@ class Gone:
     parts: int = 1
     writing: str = ""
     silent: list[str] = field(default_factory=list)
-    """People who, to the sender, have yet to get it: they blocked them, and it was not kept for them."""
+    """People who, to the sender, have yet to get it: they blocked them, and it was not kept for them. Of a part also those who
+    acknowledged it quietly, while the message seems to wait."""
+
+
+def whole_of(
+    head: Mapping[str, Any], parts: Iterable[Mapping[str, Any]], ended: Iterable[Gone]
+) -> dict[str, Any]:
+    """The head of a waiting message with what its parts say, those that wait and those that ended, of who awaits it and who has
+    it: as if it were one document."""
+    awaiting, delivered = [*head["awaiting"]], [*head.get("deliveredTo", ())]
+    for part in parts:
+        awaiting += part["awaiting"]
+        delivered += part.get("deliveredTo", ())
+    for fate in ended:
+        awaiting += map(any_device_key, fate.silent)
+        delivered += [{"user": user} for user in fate.delivered]
+    return {**head, "awaiting": awaiting, "deliveredTo": delivered}
 
 
 def _parts(entries: Sequence[FateEntry]) -> list[list[FateEntry]]:
@@ -45,7 +62,8 @@ def _parts(entries: Sequence[FateEntry]) -> list[list[FateEntry]]:
     parts: list[list[FateEntry]] = [[]]
     size = 0
     for entry in entries:
-        own = _ENTRY_BYTES + sum(map(len, entry["delivered"])) + _NAME_BYTES * len(entry["delivered"])
+        names = [*entry["delivered"], *entry.get("silent", ())]
+        own = _ENTRY_BYTES + sum(map(len, names)) + _NAME_BYTES * len(names)
         if size + own > _PART_BYTES and parts[-1]:
             parts.append([])
             size = 0
@@ -72,37 +90,42 @@ class Fates:
 
     async def find(self, doc_ids: Sequence[str]) -> dict[str, Gone]:
         """The fates of these messages, as far as they are on record."""
-        wanted = list(doc_ids)
-        if not wanted:
-            return {}
-        pipeline: list[Mapping[str, Any]] = [
-            {"$match": {"entries.id": {"$in": wanted}}},
-            {"$sort": {"at": 1}},
-            {
-                "$project": {
-                    "_id": 0,
-                    "entries": {"$filter": {"input": "$entries", "cond": {"$in": ["$$this.id", wanted]}}},
-                }
-            },
-        ]
-        found: dict[str, Gone] = {}
         with time_limit(self._timeout):
-            documents = [document async for document in self._collection.aggregate(pipeline)]
-        for document in documents:
-            for entry in document["entries"]:
-                sender = entry["sender"]
-                found.setdefault(
-                    entry["id"],
-                    Gone(
-                        sender["user"],
-                        sender["device"],
-                        entry["seq"],
-                        entry["at"],
-                        entry["fate"],
-                        entry["delivered"],
-                        entry.get("parts", 1),
-                        entry.get("writing", ""),
-                        entry.get("silent", []),
-                    ),
-                )
-        return found
+            return await find_in(self._collection, doc_ids)
+
+
+async def find_in(collection: Any, doc_ids: Sequence[str]) -> dict[str, Gone]:
+    """The fates of these messages that are on record in this ``fates`` collection."""
+    wanted = list(doc_ids)
+    if not wanted:
+        return {}
+    pipeline: list[Mapping[str, Any]] = [
+        {"$match": {"entries.id": {"$in": wanted}}},
+        {"$sort": {"at": 1}},
+        {
+            "$project": {
+                "_id": 0,
+                "entries": {"$filter": {"input": "$entries", "cond": {"$in": ["$$this.id", wanted]}}},
+            }
+        },
+    ]
+    found: dict[str, Gone] = {}
+    documents = [document async for document in collection.aggregate(pipeline)]
+    for document in documents:
+        for entry in document["entries"]:
+            sender = entry["sender"]
+            found.setdefault(
+                entry["id"],
+                Gone(
+                    sender["user"],
+                    sender["device"],
+                    entry["seq"],
+                    entry["at"],
+                    entry["fate"],
+                    entry["delivered"],
+                    entry.get("parts", 1),
+                    entry.get("writing", ""),
+                    entry.get("silent", []),
+                ),
+            )
+    return found
