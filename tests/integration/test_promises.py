@@ -10,6 +10,7 @@ import asyncio
 import itertools
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from datetime import UTC, datetime
+from functools import wraps
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -18,7 +19,15 @@ import structlog
 import uvloop
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.errors import Flaky
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from relay.jobs.expiry import Expiry
 from relay.jobs.parts import Parts
@@ -35,11 +44,35 @@ INLINE: Final = 2
 WINDOW: Final = 4
 TTL: Final = 3600
 JOBS: Final = ("sweep", "parts", "doubts", "releases", "repair")
+NODES: Final = ("east", "west")
+EAST: Final = 0
+WEST: Final = 1
+CRASH_EVERY: Final = 5
+"""A node dies in at most one of so many steps: it takes longer than everything else."""
 
 Result = TypeVar("Result")
 Number = st.integers(0, 7)
 Node = st.integers(0, 1)
 Doer = Callable[[], Awaitable[Any]]
+Step = Callable[..., None]
+
+
+def crashing(**choices: Any) -> Callable[[Step], Step]:
+    """A rule by which a node dies; after so many it is none any more. What depends on time must not decide on that, or what
+    failed could not be played again."""
+
+    def made(step: Step) -> Step:
+        @wraps(step)
+        def counted(machine: Promises, **chosen: Any) -> None:
+            machine.crashes += 1
+            step(machine, **chosen)
+
+        made_rule: Any = rule(**choices)
+        may_crash: Any = precondition(lambda machine: machine.crashes < machine.world.crashes)
+        found: Step = may_crash(made_rule(counted))
+        return found
+
+    return made
 
 
 class World:
@@ -47,6 +80,7 @@ class World:
 
     def __init__(self, runner: asyncio.Runner, uri: str, directory: Path) -> None:
         self.runner = runner
+        self.crashes = 0
         self.examples = itertools.count(1)
         runner.get_loop().set_task_factory(task_factory)  # type: ignore[arg-type]  # typeshed wants a protocol
         self.factory: NodeFactory = self.run(self._made(uri, directory))
@@ -83,19 +117,23 @@ class Promises(RuleBasedStateMachine):
         self.phones: list[Phone] = []
         self.model = Model([])
         self.begun = False
+        self.crashes = 0
+        self.leftovers: set[str] = set()
 
-    @initialize(connected=st.lists(st.booleans(), min_size=4, max_size=4))
-    def start(self, connected: list[bool]) -> None:
-        """Two nodes, four people, a group of all; some are there."""
+    @initialize(connected=st.lists(st.integers(0, 3), min_size=4, max_size=4))
+    def start(self, connected: list[int]) -> None:
+        """Two nodes, four people, a group of all, two of them in pairs; most are there."""
         self.run(self._start(connected))
 
-    async def _start(self, connected: list[bool]) -> None:
+    async def _start(self, connected: list[int]) -> None:
         number = next(self.world.examples)
-        self.lives = [await self.world.begin(name) for name in ("east", "west")]
+        self.lives = [await self.world.begin(name) for name in NODES]
         await self.world.db.messages.delete_many({})
         self.phones = [Phone(f"{user}{number}", name) for user in PEOPLE for name in ("phone", "tablet")]
         self.model = Model(self.phones)
-        await self._form_group([0, 1, 2, 3], 0)
+        await self._form_group([0, 1, 2, 3], EAST)
+        for other in (2, 4):
+            await self._meet(self.phones[0], self.phones[other], WEST)
         await asyncio.gather(
             *(
                 self.phones[2 * place].connect(self.lives[place % 2])
@@ -130,11 +168,29 @@ class Promises(RuleBasedStateMachine):
         message = self._new(phone, conv, after=after, ttl=TTL if ttl == 4 else None)
         self.run(self._send(message, self.lives[node]))
 
+    @rule(phone=Number, other=Number, conv=Number)
+    def converse(self, phone: int, other: int, conv: int) -> None:
+        """A device gets a message that the fast node has numbered, replies to it through the slow one, and adds something
+        that is no reply."""
+        if phone != other:
+            self.run(self._converse(self._new(phone, conv), self.phones[other]))
+
+    async def _converse(self, first: Message, replier: Phone) -> None:
+        await self._send_through(first, EAST)
+        west = self.lives[WEST]
+        if not replier.connected or replier.life is not west:
+            await replier.connect(west)
+        await replier.fetch(west)
+        if replier.user not in self.model.ever[first.conv]:
+            return
+        for after in (True, False):
+            await self._send(self._message(replier, first.conv, after=after), west)
+
     @rule(phone=Number, conv=Number, count=st.integers(2, 7))
     def burst(self, phone: int, conv: int, count: int) -> None:
-        """Several messages in one frame."""
+        """Several messages in one frame, some as replies."""
         sender = self.phones[phone]
-        messages = [self._new(phone, conv, after=True) for _ in range(count)]
+        messages = [self._new(phone, conv, after=number % 3 == 0) for number in range(count)]
         if sender.connected:
             self.run(self._burst(sender, messages))
 
@@ -144,9 +200,7 @@ class Promises(RuleBasedStateMachine):
         found = await sender.send_several(messages[0].conv, [message.operation() for message in messages])
         for message, one in zip(messages, found, strict=True):
             self.model.outcome(message, one)
-        seqs = [message.seq for message in messages if message.seq is not None]
-        if seqs != sorted(set(seqs)):
-            raise Broken(5, f"one connection's messages were stored as {seqs}")
+            self._check_sent(message, one)
 
     @rule(which=st.integers(0, 30), node=Node)
     def resend(self, which: int, node: int) -> None:
@@ -193,6 +247,8 @@ class Promises(RuleBasedStateMachine):
 
     async def _together(self) -> None:
         await asyncio.gather(*(self._acknowledge_all(*self.model.of(user)) for user in self.model.people))
+        await self._idle()
+        await self._check_emptied()
 
     async def _acknowledge_all(self, *phones: Phone) -> None:
         """A person's devices, one after the other: what waits for whichever comes first, and comes to two at once through
@@ -205,9 +261,26 @@ class Promises(RuleBasedStateMachine):
             return
         if phone.connected:
             await phone.caught_up()
-        wanted = sorted(phone.unacknowledged)[::part]
+        # As they came: ids are made at random, and what failed is to be played again.
+        wanted = list(phone.unacknowledged)[::part]
         if wanted:
             await asyncio.gather(*(phone.acknowledge(wanted, over=over) for _ in range(times)))
+
+    @rule(phone=Number, conv=Number)
+    def read(self, phone: int, conv: int) -> None:
+        """A person has read all that one of their devices has of a conversation."""
+        reader, name = self.phones[phone], self._own(phone, conv)
+        held = reader.held(name)
+        if reader.connected and held is not None:
+            self.run(self._read(reader, name, held))
+
+    async def _read(self, reader: Phone, conv: str, up_to: int) -> None:
+        self.model.read(conv, reader.user, up_to, await reader.read(conv, up_to))
+        await self._check_read()
+
+    async def _check_read(self) -> None:
+        rows = self.world.db.memberships.find({"conversationId": {"$in": list(self.model.members)}})
+        self.model.check_read([row async for row in rows])
 
     # -- members ---------------------------------------------------------------------------------------------------------
 
@@ -321,12 +394,12 @@ class Promises(RuleBasedStateMachine):
         """One round of a job."""
         self.run(self.lives[node].job(job))
 
-    @rule(node=Node)
+    @crashing(node=Node)
     def crash(self, node: int) -> None:
         """A node dies while it has nothing to do, and starts anew."""
         self.run(self._crash(node, None))
 
-    @rule(node=Node, at=st.integers(0, 3), after=st.booleans(), phone=Number, conv=Number, reader=Number)
+    @crashing(node=Node, at=st.integers(0, 3), after=st.booleans(), phone=Number, conv=Number, reader=Number)
     def crash_while_sending(
         self, node: int, at: int, after: bool, phone: int, conv: int, reader: int
     ) -> None:
@@ -336,7 +409,7 @@ class Promises(RuleBasedStateMachine):
         self.run(self._crash(node, lambda: self._send_through(message, node)))
         self.run(self.phones[reader].fetch(self.lives[node]))
 
-    @rule(node=Node, at=st.integers(0, 3), after=st.booleans(), which=st.integers(0, 30))
+    @crashing(node=Node, at=st.integers(0, 3), after=st.booleans(), which=st.integers(0, 30))
     def crash_while_sending_again(self, node: int, at: int, after: bool, which: int) -> None:
         """A node dies at one of the writes that a resend takes."""
         message = self._sent(which)
@@ -344,7 +417,7 @@ class Promises(RuleBasedStateMachine):
             self.lives[node].dies(at, after=after)
             self.run(self._crash(node, lambda: self._send_through(message, node, again=True)))
 
-    @rule(node=Node, at=st.integers(0, 3), after=st.booleans(), which=st.integers(0, 30))
+    @crashing(node=Node, at=st.integers(0, 3), after=st.booleans(), which=st.integers(0, 30))
     def crash_while_withdrawing(self, node: int, at: int, after: bool, which: int) -> None:
         """A node dies at one of the writes that a withdrawal takes."""
         message = self._sent(which)
@@ -353,14 +426,14 @@ class Promises(RuleBasedStateMachine):
             self.lives[node].dies(at, after=after)
             self.run(self._crash(node, lambda: self._send_through(withdrawal, node)))
 
-    @rule(node=Node, at=st.integers(0, 4), after=st.booleans(), phone=Number)
+    @crashing(node=Node, at=st.integers(0, 4), after=st.booleans(), phone=Number)
     def crash_while_acknowledging(self, node: int, at: int, after: bool, phone: int) -> None:
         """A node dies at one of the writes that acknowledgements take."""
         life = self.lives[node]
         life.dies(at, after=after)
         self.run(self._crash(node, lambda: self._acknowledge(self.phones[phone], 1, 1, life)))
 
-    @rule(node=Node, at=st.integers(0, 9), after=st.booleans(), conv=Number, person=st.integers(0, 3))
+    @crashing(node=Node, at=st.integers(0, 9), after=st.booleans(), conv=Number, person=st.integers(0, 3))
     def crash_while_changing(self, node: int, at: int, after: bool, conv: int, person: int) -> None:
         """A node dies at one of the writes that adding or removing a member takes."""
         group, admin = self._group(conv)
@@ -375,7 +448,7 @@ class Promises(RuleBasedStateMachine):
             self.run(self._crash(node, lambda: self._add(group, admin, user, life)))
         self.run(self._learn_members(group))
 
-    @rule(node=Node, at=st.integers(0, 3), after=st.booleans(), phone=Number)
+    @crashing(node=Node, at=st.integers(0, 3), after=st.booleans(), phone=Number)
     def crash_while_connecting(self, node: int, at: int, after: bool, phone: int) -> None:
         """A node dies at one of the writes that an arrival takes."""
         life = self.lives[node]
@@ -400,6 +473,8 @@ class Promises(RuleBasedStateMachine):
         # As if ten seconds had passed: nobody takes it for alive.
         await self.world.db.nodes.delete_many({"_id": life.node.relay.context.revisions._node})
         await self.lives[1 - node].idle()
+        # What its acknowledgements have emptied, and it could not delete any more, is left to the sweep.
+        self.leftovers.update(await self._emptied())
         self.lives[node] = await self.world.begin(life.name)
         await self._balance()
 
@@ -407,7 +482,7 @@ class Promises(RuleBasedStateMachine):
         """Whoever comes next finishes what was under way; then it is known who is a member."""
         await self.lives[0].job("repair")
         rows = self.world.db.memberships.find({"conversationId": group, "removedAt": None})
-        self.model.members[group] = {row["user"] async for row in rows}
+        self.model.are_members(group, {row["user"] async for row in rows})
         for user in {phone.user for phone in self.phones} - self.model.members[group]:
             if user in self.model.ever[group]:
                 self.model.going(group, user)
@@ -431,10 +506,11 @@ class Promises(RuleBasedStateMachine):
         for life in self.lives:
             if life.node.relay.fault is not None:
                 raise Broken(6, f"{life.name} failed: {life.node.relay.fault!r}")
-            await life.idle()
+        await self._idle()
         documents = await self._documents()
         await asyncio.gather(*(phone.caught_up() for phone in self.phones if phone.connected))
         self.model.check_phones()
+        await self._check_emptied()
         doubtful = self.model.doubtful(documents)
         self.model.check_doubtful(doubtful, await self._fates(doubtful))
         self.model.check_window(WINDOW)
@@ -445,6 +521,10 @@ class Promises(RuleBasedStateMachine):
                 {name: life.node.relay.context.ledger.count(name) for name in OUTCOMES} for life in self.lives
             ]
             raise Broken(8, f"{wrong} deliveries are accounted for wrongly: {books}")
+
+    async def _idle(self) -> None:
+        for life in self.lives:
+            await life.idle()
 
     def _booked(self) -> int:
         """What waits, as the nodes' books say."""
@@ -475,6 +555,7 @@ class Promises(RuleBasedStateMachine):
             if message.seq is not None:
                 await self._send(message, self.lives[1], again=True)
         await self._check()
+        await self._check_read()
         self.model.check_end(await self._fates({one.doc_id for one in self.model.messages.values()}))
 
     async def _fates(self, doc_ids: set[str]) -> dict[str, tuple[str, int]]:
@@ -497,8 +578,7 @@ class Promises(RuleBasedStateMachine):
         acks = self.lives[0].part("doubts")._acks
         await Parts(context.messages, acks, context.clock.now, claim_seconds=-1).run()
         await self.lives[1].job("sweep")
-        for life in self.lives:
-            await life.idle()
+        await self._idle()
         left = await self.world.db.releases.count_documents({})
         return not left and not await self._documents()
 
@@ -514,6 +594,14 @@ class Promises(RuleBasedStateMachine):
             await self.world.db.releases.delete_many({})
             await self.world.db.conversations.delete_many({"pending": {"$ne": None}})
 
+    async def _check_emptied(self) -> None:
+        emptied = await self._emptied() - self.leftovers
+        if emptied:
+            raise Broken(3, f"nobody awaits {emptied} any more, and they are still there")
+
+    async def _emptied(self) -> set[str]:
+        return {one["_id"] for one in await self._documents() if one.get("awaiting") == []}
+
     async def _documents(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = await self.world.db.messages.find().to_list(None)
         return found
@@ -527,19 +615,22 @@ class Promises(RuleBasedStateMachine):
         return group, creator
 
     def _new(self, phone: int, conv: int, *, after: bool = False, ttl: int | None = None) -> Message:
-        sender = self.phones[phone]
-        own = [
-            name for name in (*self.model.groups, *self.model.directs) if sender.user in self.model.ever[name]
-        ]
-        name = own[conv % len(own)]
-        held = [row.seq for row in sender.rows.values() if row.conv == name]
+        return self._message(self.phones[phone], self._own(phone, conv), after=after, ttl=ttl)
+
+    def _own(self, phone: int, conv: int) -> str:
+        """A conversation that they are in, or were."""
+        user = self.phones[phone].user
+        own = [name for name in (*self.model.groups, *self.model.directs) if user in self.model.ever[name]]
+        return own[conv % len(own)]
+
+    def _message(self, sender: Phone, name: str, *, after: bool = False, ttl: int | None = None) -> Message:
         return Message(
             name,
             new_id(),
             sender,
             "text",
             f"number {len(self.model.messages)}",
-            after=max(held) if after and held else None,
+            after=sender.held(name) if after else None,
             ttl=ttl,
         )
 
@@ -561,10 +652,8 @@ class Promises(RuleBasedStateMachine):
         found: Any
         if phone.connected:
             found = await phone.send(message.conv, message.operation(again=again))
-            if found != LOST and not isinstance(found, str) and not again:
-                if message.seq is None and int(found["seq"]) <= phone.last_seq:
-                    raise Broken(5, f"{message.id} sorts before what its connection sent before")
-                phone.last_seq = max(phone.last_seq, int(found["seq"]))
+            if not again:
+                self._check_sent(message, found)
         else:
             answered = await phone.request(
                 life, "POST", "/v1/messages", {"conv": message.conv, **message.operation(again=again)}
@@ -574,6 +663,15 @@ class Promises(RuleBasedStateMachine):
             else:
                 found = answered[1] if answered[0] == 201 else answered[1]["error"]["code"]
         self.model.outcome(message, found)
+
+    def _check_sent(self, message: Message, found: dict[str, Any] | str) -> None:
+        """What was sent for the first time over a connection comes after all that was sent there before."""
+        if isinstance(found, str):
+            return
+        seq, last = int(found["seq"]), message.phone.last_seq
+        if seq <= last:
+            raise Broken(5, f"{message.id}, {seq}, sorts before what its connection sent before: {last}")
+        message.phone.last_seq = seq
 
     async def _send_through(self, message: Message, node: int, *, again: bool = False) -> None:
         """Sends through this very node."""
@@ -585,6 +683,7 @@ class Promises(RuleBasedStateMachine):
 
 def play(world: World, *, examples: int, steps: int, same: bool) -> None:
     """Plays so many made-up lives of so many steps; with ``same``, the same ones in every run."""
+    world.crashes = steps // CRASH_EVERY
     try:
         run_state_machine_as_test(
             lambda: Promises(world),  # type: ignore[arg-type]  # a factory will do, its docstring says
@@ -599,10 +698,9 @@ def play(world: World, *, examples: int, steps: int, same: bool) -> None:
                 phases=[Phase.generate, Phase.shrink],
             ),
         )
-    except Exception:
-        # Should it not fail again, nothing else would tell of it.
-        print(f"the first of {world.examples} to fail: {world.failure}")
-        raise
+    except Flaky as flaky:
+        # It failed, and not again: what it was that failed says more.
+        raise world.failure or flaky from flaky
 
 
 @pytest.fixture

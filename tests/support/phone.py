@@ -105,6 +105,16 @@ class Phone:
         found = await self._ask("ref", ref, {"t": "status", "conv": conv, "ids": [message], "ref": ref})
         return None if found is None else dict(found["items"][0])
 
+    def held(self, conv: str) -> int | None:
+        """The highest ``seq`` on the disk of a conversation."""
+        return max((row.seq for row in self.rows.values() if row.conv == conv), default=None)
+
+    async def read(self, conv: str, up_to: int) -> str:
+        """Marks a conversation as read: ``done``, an error code, or ``LOST``."""
+        ref = uuid.uuid4().hex
+        found = await self._ask("ref", ref, {"t": "read", "conv": conv, "upTo": up_to, "ref": ref})
+        return LOST if found is None else str(found.get("code", found["t"]))
+
     async def acknowledge(self, ids: Iterable[str], *, over: Life | None = None) -> bool:
         """Acknowledges what is on the disk, over the connection, or over HTTP through a node. Whether that is durable."""
         by_conv: dict[str, list[str]] = {}

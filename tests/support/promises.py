@@ -83,6 +83,8 @@ class Model:
         self.directs: list[str] = []
         self.messages: dict[str, Message] = {}
         self.told: list[Told] = []
+        self.surely_read: dict[tuple[str, str], int] = {}
+        self.perhaps_read: dict[tuple[str, str], int] = {}
         self.lost = 0
         """Deliveries by which the ledgers of the lives that are running differ from what waits, since one of them began."""
 
@@ -93,8 +95,35 @@ class Model:
     def joined(self, conv: str, users: Iterable[str]) -> None:
         """These are members now."""
         people = set(users)
+        for user in people - self.members.get(conv, set()):
+            self.surely_read.pop((conv, user), None)
         self.members.setdefault(conv, set()).update(people)
         self.ever.setdefault(conv, set()).update(people)
+
+    def are_members(self, conv: str, users: set[str]) -> None:
+        """These are members, whatever was believed; who has come anew meanwhile has read nothing."""
+        for user in self.members[conv] ^ users:
+            self.surely_read.pop((conv, user), None)
+        self.members[conv] = users
+
+    def read(self, conv: str, user: str, up_to: int, found: str) -> None:
+        """They marked a conversation as read, and were told this."""
+        place = conv, user
+        if found not in ("done", LOST, *(() if user in self.members[conv] else ("not_member",))):
+            raise Broken(6, f"{user} has read {conv}, and was told {found}")
+        self.perhaps_read[place] = max(up_to, self.perhaps_read.get(place, 0))
+        if found == "done":
+            self.surely_read[place] = max(up_to, self.surely_read.get(place, 0))
+
+    def check_read(self, memberships: Iterable[Stored]) -> None:
+        """No read mark is lost, goes back or lies further than somebody has read."""
+        found = {(row["conversationId"], row["user"]): row.get("readUpTo") or 0 for row in memberships}
+        for place, stored in found.items():
+            if stored > self.perhaps_read.get(place, 0):
+                raise Broken(1, f"{place} is read up to {stored}, which nobody has said")
+        for place, up_to in self.surely_read.items():
+            if place[1] in self.members[place[0]] and found.get(place, 0) < up_to:
+                raise Broken(1, f"{place} was read up to {up_to}, stored is {found.get(place)}")
 
     def going(self, conv: str, user: str) -> list[Message]:
         """What waits for them there may be released from now on; returns what does."""
@@ -175,6 +204,8 @@ class Model:
             return
         if phone.user not in message.may:
             raise Broken(4, f"{phone.key} has {name}, sent while they were no member")
+        if message.after is not None and seq <= message.after:
+            raise Broken(5, f"{phone.key} has {name} before what its sender had: {seq} <= {message.after}")
         if message.seq is not None and message.seq != seq:
             raise Broken(5, f"{phone.key} has {name} as {seq}, stored was {message.seq}")
         if message.refused is not None:
