@@ -53,6 +53,7 @@ CRASH_EVERY: Final = 5
 Result = TypeVar("Result")
 Number = st.integers(0, 7)
 Node = st.integers(0, 1)
+Early = st.sampled_from((0, 0, 1, 2))
 Doer = Callable[[], Awaitable[Any]]
 Step = Callable[..., None]
 
@@ -162,11 +163,15 @@ class Promises(RuleBasedStateMachine):
 
     # -- messages --------------------------------------------------------------------------------------------------------
 
-    @rule(phone=Number, conv=Number, node=Node, after=st.booleans(), ttl=st.integers(0, 4))
-    def send(self, phone: int, conv: int, node: int, after: bool, ttl: int) -> None:
-        """A message, over the connection or, without one, over HTTP."""
+    @rule(
+        phone=Number, conv=Number, node=Node, after=st.booleans(), ttl=st.integers(0, 4), twice=st.booleans()
+    )
+    def send(self, phone: int, conv: int, node: int, after: bool, ttl: int, twice: bool) -> None:
+        """A message, over the connection or, without one, over HTTP; perhaps again at once, while it waits."""
         message = self._new(phone, conv, after=after, ttl=TTL if ttl == 4 else None)
         self.run(self._send(message, self.lives[node]))
+        if twice and message.refused is None:
+            self.run(self._send(message, self.lives[1 - node], again=True))
 
     @rule(phone=Number, other=Number, conv=Number)
     def converse(self, phone: int, other: int, conv: int) -> None:
@@ -399,7 +404,7 @@ class Promises(RuleBasedStateMachine):
         """A node dies while it has nothing to do, and starts anew."""
         self.run(self._crash(node, None))
 
-    @crashing(node=Node, at=st.integers(0, 3), after=st.booleans(), phone=Number, conv=Number, reader=Number)
+    @crashing(node=Node, at=Early, after=st.booleans(), phone=Number, conv=Number, reader=Number)
     def crash_while_sending(
         self, node: int, at: int, after: bool, phone: int, conv: int, reader: int
     ) -> None:
