@@ -142,7 +142,7 @@ def fanout(
     ] = 4,
     window: Annotated[
         int, typer.Option(min=1, max=256, help="Messages each sender of a group has under way.")
-    ] = 2,
+    ] = 4,
     inline_groups: Annotated[int, typer.Option(min=1, max=1000, help="Small groups, one sender each.")] = 16,
     inline_devices: Annotated[
         int, typer.Option(min=1, max=1024, help="Recipient devices of each small group.")

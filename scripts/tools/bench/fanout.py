@@ -63,7 +63,7 @@ class Options:
     devices: int = 1000
     messages: int = 50
     senders: int = 4
-    window: int = 2
+    window: int = 4
     inline_groups: int = 16
     inline_devices: int = 64
     huge_devices: int = 10_000
