@@ -172,7 +172,7 @@ class Reads:
                 and len(audience.members) <= MAX_LIVE_MEMBERS
                 and user not in moved.private
             ):
-                told |= audience.members
+                told.update(one for one in audience.members if not audience.apart(one, user))
             mark = group[reader]
             frame = replies.read(conversation, user, mark.up_to, moved.at)
             self._out.tell(told, frame, but=mark.by)

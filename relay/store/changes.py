@@ -19,7 +19,7 @@ from models.contacts import REMOVED_SECONDS, Contact
 from models.conversations import Membership
 from relay.store.accounts import milliseconds
 from relay.store.conversations import Conversations, ConversationView
-from relay.store.reading import ReadCursor, cursor_of, private_readers
+from relay.store.reading import ReadCursor, cursor_of, hidden_readers
 from relay.wire import codec
 from relay.wire.errors import RelayError
 
@@ -103,7 +103,7 @@ class Changes:
         rows = await _rows(Membership, {"user": user}, since.conversations, limit=_PAGE)
         contacts = await _rows(Contact, {"owner": user}, since.contacts, limit=_PAGE)
         reads = await self._reads(user, since.reads)
-        private = await private_readers({row["user"] for row in reads} - {user})
+        hidden = await hidden_readers(user, {row["user"] for row in reads} - {user})
         devices = await self._devices(user, since.devices)
         active = [row for row in rows if row.get("removedAt") is None]
         views = await self._conversations.listed(active)
@@ -123,7 +123,7 @@ class Changes:
         return ChangesPage(
             conversations=views,
             removed=[row["conversationId"] for row in rows if row["conversationId"] not in shown],
-            reads=[cursor_of(row) for row in reads if row["user"] not in private],
+            reads=[cursor_of(row) for row in reads if row["user"] not in hidden],
             contacts=[
                 ContactChange(row["user"], row.get("name"), row["listed"], row["blocked"]) for row in contacts
             ],

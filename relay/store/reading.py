@@ -12,6 +12,7 @@ from pymongo import UpdateOne
 from models.accounts import User
 from models.conversations import Conversation, Membership
 from relay.store.accounts import milliseconds
+from relay.store.contacts import blocks_among
 from relay.store.mongo import time_limit
 from relay.wire.frames import MAX_LIVE_MEMBERS
 
@@ -90,8 +91,8 @@ class ReadCursors:
                 newest = rows.find(query, _FIELDS).sort([("readAt", -1), ("_id", -1)]).limit(limit)
                 found += await newest.to_list(limit)
                 found += [own[name] for name in large if _moved_since(own[name], moment)]
-            private = await private_readers({row["user"] for row in found} - {user})
-        found = [row for row in found if row["user"] not in private]
+            hidden = await hidden_readers(user, {row["user"] for row in found} - {user})
+        found = [row for row in found if row["user"] not in hidden]
         found.sort(key=lambda row: (row["readAt"], row["_id"]))
         return [cursor_of(row) for row in found[-limit:]]
 
@@ -103,6 +104,17 @@ async def private_readers(users: Iterable[str]) -> set[str]:
         return set()
     cursor = User.get_motor_collection().find({"_id": {"$in": wanted}, "readReceipts": False}, {"_id": 1})
     return {row["_id"] async for row in cursor}
+
+
+async def hidden_readers(viewer: str, users: Iterable[str]) -> set[str]:
+    """Whose read cursors of these people's ``viewer`` is not told: who does not let others see them, whom they have blocked,
+    and who has blocked them. Two queries."""
+    wanted = set(users)
+    if not wanted:
+        return set()
+    pairs = await blocks_among([viewer, *wanted])
+    apart = {other for pair in pairs if viewer in pair for other in pair if other != viewer}
+    return apart | await private_readers(wanted)
 
 
 def cursor_of(row: Mapping[str, Any]) -> ReadCursor:

@@ -224,6 +224,26 @@ async def test_with_read_receipts_off_nobody_else_sees_the_cursor(node: Node) ->
     assert [one["upTo"] for one in found["reads"]] == [5]
 
 
+@pytest.mark.parametrize(("who", "whom"), [("ann", "bob"), ("bob", "ann")])
+async def test_cursors_are_not_told_between_people_one_of_whom_has_blocked_the_other(
+    node: Node, who: str, whom: str
+) -> None:
+    ann, bob, cleo = [await node.connect(name) for name in ("ann", "bob", "cleo")]
+    conv = await node.group("ann", ["bob", "cleo"])
+    assert (await node.request("POST", "/v1/contacts", who, "phone", {"user": whom}))[0] in (200, 201)
+    assert (await node.request("PATCH", f"/v1/contacts/{whom}", who, "phone", {"blocked": True}))[0] == 200
+    await ann.put({"t": "read", "conv": conv, "upTo": 5})
+    assert await reads(cleo, 1) == [(conv, "ann", 5)]
+    assert await reads(bob) == []
+    for user, seen in (("ann", [5]), ("bob", []), ("cleo", [5])):
+        _, found = await node.request("GET", "/v1/changes", user, "phone")
+        assert [one["upTo"] for one in found["reads"]] == seen
+    await bob.expect("drained")
+    await bob.close()
+    await backdate(node, "bob/phone", 600)
+    assert await reads(await node.connect("bob")) == []
+
+
 async def backdate(node: Node, key: str, seconds: float) -> None:
     """The device was last connected so long ago, as far as is noted."""
     ctx = node.relay.context
