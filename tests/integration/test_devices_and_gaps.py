@@ -143,7 +143,9 @@ async def test_messages_sent_during_a_devices_first_connection_reach_it_from_wel
     await asyncio.sleep(0.05)
     tablet = await node.connect("bob", "tablet")
     welcomed = loop.time()
-    await asyncio.sleep(0.1)
+    async with asyncio.timeout(5):
+        while not any(at > welcomed for _, at in stored):
+            await asyncio.sleep(0.01)
     stop.set()
     await sender
     due = [message for message, at in stored if at > welcomed]

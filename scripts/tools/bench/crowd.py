@@ -100,6 +100,8 @@ class Line(Socket):
         super().__init__(member, host, port, token)
         assert isinstance(member, Member)
         self._member = member
+        # What waits may come together with the answer to the upgrade, before anybody attaches the socket.
+        member.socket = self
 
     def took(self, payload: bytes) -> None:
         """One text frame has come."""
