@@ -22,6 +22,7 @@ from relay.store.audit_chain import End
 from relay.store.embedded import EmbeddedMongo
 from relay.wire.errors import RelayError
 from tests.support.control import BACKENDS, open_control
+from tests.support.waiting import until
 
 KEY = b"a key for tests only, of more than 32 bytes"
 PEOPLE = Pseudonyms(KEY)
@@ -89,8 +90,13 @@ async def test_entries_count_from_one_and_name_who_did_what_on_whom_from_where(a
     assert "targetKey" not in second
     assert second["previous"] == first["hash"]
     assert await AuditEntry.get(1) is not None
-    head = await heads().find_one({"_id": "head"})
-    assert (head["entry"], head["hash"]) == (2, second["hash"])
+
+    async def followed() -> bool:
+        # It follows each append, which is answered before.
+        found = await heads().find_one({"_id": "head"})
+        return (found["entry"], found["hash"]) == (2, second["hash"])
+
+    await until(followed, 5, "the head names the last entry")
     verdict = await audit.verify()
     assert (verdict.holds, verdict.entries, verdict.erased) == (True, 2, 0)
     assert verdict.end == End(2, second["hash"])

@@ -106,20 +106,20 @@ async def test_members_and_settings_that_changed_are_told(node: Node) -> None:
 
 @pytest.mark.usefixtures("at_once")
 async def test_read_cursors_contacts_devices_and_preferences_are_told(node: Node) -> None:
-    conv = await node.group("ann", ["bob"])
+    conv = await node.group("ann", ["bob", "cleo"])
     await ask(node, "bob", "GET", "/v1/me")
     await ask(node, "bob", "GET", "/v1/me", device="old")
     cursor = (await changes(node, "bob"))["next"]
     quiet = await changes(node, "bob", cursor)
     assert (quiet["reads"], quiet["contacts"], quiet["devices"], quiet["me"]) == ([], [], [], False)
     reads = {"acks": [], "reads": [{"conv": conv, "upTo": 17}]}
-    assert (await ask(node, "ann", "POST", "/v1/acks", reads))[0] == 200
+    assert (await ask(node, "cleo", "POST", "/v1/acks", reads))[0] == 200
     assert (await ask(node, "bob", "PATCH", "/v1/contacts/ann", {"blocked": True}))[0] == 200
     assert (await ask(node, "bob", "DELETE", "/v1/auth/devices/old"))[0] == 200
     assert (await ask(node, "bob", "PATCH", "/v1/me", {"name": "Bob"}))[0] == 200
     found = await changes(node, "bob", quiet["next"])
     assert [{**one, "at": 0} for one in found["reads"]] == [
-        {"conv": conv, "user": "ann", "upTo": 17, "at": 0}
+        {"conv": conv, "user": "cleo", "upTo": 17, "at": 0}
     ]
     assert found["contacts"] == [{"user": "ann", "name": None, "listed": False, "blocked": True}]
     assert [(one["id"], one["removed"]) for one in found["devices"]] == [("old", True)]
