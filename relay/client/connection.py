@@ -315,13 +315,15 @@ class Connection:
     async def _send_waiting(self) -> None:
         while True:
             self._work.clear()
-            if self._now() >= self._silent_until and self._leaving is None:
+            # What ends while the storage is read was left out of what it gave, and is due at once.
+            began = self._now()
+            if began >= self._silent_until and self._leaving is None:
                 chosen = await self._choose()
                 if chosen:
                     await self._write(chosen)
                     continue
-            due = [hold.until for hold in self._held.values() if hold.until > self._now()]
-            if self._silent_until > self._now():
+            due = [hold.until for hold in self._held.values() if hold.until > began]
+            if self._silent_until > began:
                 due.append(self._silent_until)
             try:
                 async with asyncio.timeout_at(min(due) if due else None):

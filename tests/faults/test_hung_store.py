@@ -14,6 +14,7 @@ from tests.faults.conftest import Processes
 from tests.faults.test_commit_outcomes import final_answers
 from tests.support.device import new_id
 from tests.support.failpoints import failing
+from tests.support.frozen import freeze
 from tests.support.node import NodeFactory
 from tests.support.process import Mongods
 
@@ -28,7 +29,7 @@ async def test_a_sender_hears_unavailable_at_the_deadline_while_mongod_stands_st
     await ann.sent(conv, "before")
     message = new_id()
     assert mongod.pid is not None
-    os.kill(mongod.pid, signal.SIGSTOP)
+    freeze(mongod.pid)
     try:
         await ann.send(conv, "hello", id=message, again=again)
         answers = await final_answers(ann, message, first=2.3, more=0.1)
@@ -69,7 +70,7 @@ async def test_an_acknowledgement_hears_unavailable_at_the_deadline_while_mongod
     stored = await ann.sent(conv)
     await bob.expect("msg")
     assert mongod.pid is not None
-    os.kill(mongod.pid, signal.SIGSTOP)
+    freeze(mongod.pid)
     try:
         await bob.put({"t": "ack", "conv": conv, "ids": [stored["id"]], "ref": "mine"})
         assert (await bob.expect("error", 4, ref="mine"))["code"] == "unavailable"

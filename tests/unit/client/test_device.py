@@ -306,6 +306,33 @@ async def test_a_retryable_error_is_tried_again_after_the_time_it_names_and_othe
     assert attempts == [(first, False), (first, True)]
 
 
+async def test_a_wait_that_ends_while_the_storage_is_slow_is_not_missed(
+    peer: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = 0
+    read = Storage.waiting
+
+    async def slow(storage: Storage, *wanted: Any) -> Any:
+        found = await read(storage, *wanted)
+        if wanted[-1]:
+            await asyncio.sleep(0.2)
+        return found
+
+    def refuse(operation: Operation) -> Operation | None:
+        nonlocal refused
+        if operation["t"] != "send" or refused:
+            return None
+        refused += 1
+        code = {"code": "mailbox_full", "message": "their mailbox is full", "retry": True, "retryAfter": 100}
+        return {"t": "error", "id": operation["id"], "conv": operation["conv"], **code}
+
+    monkeypatch.setattr(Storage, "waiting", slow)
+    peer.answer = refuse
+    async with device(peer, tmp_path / "d") as ann:
+        await ann.send("c1", "one")
+        await asyncio.wait_for(ann.settled(), 5)
+
+
 async def test_a_device_that_sends_too_fast_is_silent_as_long_as_it_is_told_and_keeps_its_order(
     peer: Peer, tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ from argon2 import PasswordHasher
 from relay.security import hashing
 from relay.security.passwords import Passwords
 from relay.wire.errors import RelayError
+from tests.support.frozen import freeze
 from tests.support.waiting import until
 
 GOOD = "correct horse battery"
@@ -130,7 +131,7 @@ async def test_the_event_loop_runs_while_passwords_are_hashed(passwords: Passwor
 async def test_a_killed_process_costs_one_answer_and_the_next_is_right_again(passwords: Passwords) -> None:
     hashed = await passwords.hash(GOOD)
     (pid,) = children(passwords)
-    os.kill(pid, signal.SIGSTOP)
+    freeze(pid)
     waiting = asyncio.create_task(passwords.verify(hashed, GOOD))
     await asyncio.sleep(0)
     os.kill(pid, signal.SIGKILL)
@@ -145,7 +146,7 @@ async def test_what_does_not_fit_into_the_queue_is_told_to_come_back() -> None:
     passwords = Passwords(processes=1, queue=2)
     await passwords.hash(GOOD)
     (pid,) = children(passwords)
-    os.kill(pid, signal.SIGSTOP)
+    freeze(pid)
     waiting = [asyncio.create_task(passwords.verify(None, GOOD)) for _ in range(3)]
     await asyncio.sleep(0)
     with pytest.raises(RelayError) as caught:
@@ -162,7 +163,7 @@ async def test_who_gives_up_makes_room() -> None:
     passwords = Passwords(processes=1, queue=1)
     await passwords.hash(GOOD)
     (pid,) = children(passwords)
-    os.kill(pid, signal.SIGSTOP)
+    freeze(pid)
     first, second = (asyncio.create_task(passwords.verify(None, GOOD)) for _ in range(2))
     await asyncio.sleep(0)
     second.cancel()
