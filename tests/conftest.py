@@ -10,6 +10,7 @@ import pytest
 import uvloop
 
 from relay.store.embedded import EmbeddedMongo
+from tests.support.databases import Databases
 from tests.support.node import Node, NodeFactory
 
 TEST_COMMANDS = {"enableTestCommands": "1", "ttlMonitorSleepSecs": "1"}
@@ -30,10 +31,16 @@ async def mongod(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Embe
     await server.stop()
 
 
+@pytest.fixture(scope="session")
+def databases() -> Databases:
+    """The databases of that mongod that tests use one after the other."""
+    return Databases()
+
+
 @pytest.fixture
-async def nodes(mongod: EmbeddedMongo, tmp_path: Path) -> AsyncIterator[NodeFactory]:
+async def nodes(mongod: EmbeddedMongo, databases: Databases, tmp_path: Path) -> AsyncIterator[NodeFactory]:
     """Starts relay nodes in this process, each test in a database of its own; stops them afterwards."""
-    factory = NodeFactory(mongod.uri, tmp_path)
+    factory = NodeFactory(mongod.uri, tmp_path, databases)
     yield factory
     await factory.close()
 

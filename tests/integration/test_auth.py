@@ -17,6 +17,7 @@ from relay.security.refresh import begin
 from relay.store.embedded import EmbeddedMongo
 from relay.store.mongo import PyMongoError
 from relay.wire.errors import RelayError
+from tests.support.databases import Databases
 from tests.support.device import Closed, new_id
 from tests.support.logins import (
     PASSWORD,
@@ -40,10 +41,12 @@ from tests.support.node import SECRET, Node, NodeFactory
 
 
 @pytest.fixture(scope="module")
-async def one_node(mongod: EmbeddedMongo, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Node]:
+async def one_node(
+    mongod: EmbeddedMongo, databases: Databases, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Node]:
     """A node for all tests of this file that change no setting: it starts once, and so does its hashing process. Every
     test has people of its own."""
-    factory = NodeFactory(mongod.uri, tmp_path_factory.mktemp("node"))
+    factory = NodeFactory(mongod.uri, tmp_path_factory.mktemp("node"), databases)
     yield await factory.start()
     await factory.close()
 

@@ -27,6 +27,7 @@ from handlers.http.route import Route
 from handlers.http.routes import ROUTES
 from relay.store.embedded import EmbeddedMongo
 from relay.wire.errors import CODES
+from tests.support.databases import Databases
 from tests.support.described import undescribed
 from tests.support.device import new_id
 from tests.support.node import Node, NodeFactory
@@ -275,9 +276,11 @@ class Scene:
 
 
 @pytest.fixture(scope="module")
-async def scene(mongod: EmbeddedMongo, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Scene]:
+async def scene(
+    mongod: EmbeddedMongo, databases: Databases, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Scene]:
     """One relay for all: what is refused leaves no trace."""
-    factory = NodeFactory(mongod.uri, tmp_path_factory.mktemp("bad"))
+    factory = NodeFactory(mongod.uri, tmp_path_factory.mktemp("bad"), databases)
     node = await factory.start()
     yield await Scene.make(node)
     await factory.close()

@@ -34,6 +34,7 @@ from relay.jobs.parts import Parts
 from relay.store.embedded import EmbeddedMongo
 from relay.store.ledger import OUTCOMES
 from relay.wire.ids import new_id
+from tests.support.databases import Databases
 from tests.support.lives import Life, begin, mortal, task_factory
 from tests.support.node import NodeFactory
 from tests.support.phone import LOST, Phone
@@ -89,7 +90,7 @@ class World:
         self.failure: BaseException | None = None
 
     async def _made(self, uri: str, directory: Path) -> NodeFactory:
-        return NodeFactory(uri, directory)
+        return NodeFactory(uri, directory, Databases())
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Does it to the end."""

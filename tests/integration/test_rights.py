@@ -20,6 +20,7 @@ import pytest
 from handlers.http.routes import ROUTES
 from relay.store.embedded import EmbeddedMongo
 from tests.support import forge
+from tests.support.databases import Databases
 from tests.support.described import undescribed
 from tests.support.device import new_id
 from tests.support.node import SECRET, Node, NodeFactory
@@ -236,9 +237,11 @@ PROTECTED: Final = [route for route in ROUTES if not route.open]
 
 
 @pytest.fixture(scope="module")
-async def node(mongod: EmbeddedMongo, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Node]:
+async def node(
+    mongod: EmbeddedMongo, databases: Databases, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Node]:
     """One relay for all tables: every test brings people and conversations of its own."""
-    factory = NodeFactory(mongod.uri, tmp_path_factory.mktemp("rights"))
+    factory = NodeFactory(mongod.uri, tmp_path_factory.mktemp("rights"), databases)
     yield await factory.start()
     await factory.close()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from pymongo import AsyncMongoClient
 from config.settings import Settings
 from relay import app
 from relay.security.tokens import mint
+from tests.support.databases import Databases
 from tests.support.device import WireDevice
 
 SECRET = "a secret for tests only, of more than 32 bytes"
@@ -99,11 +99,12 @@ class Node:
 
 
 class NodeFactory:
-    """Starts nodes for one test. They share one fresh database unless told otherwise."""
+    """Starts nodes for one test. They share one empty database unless told otherwise."""
 
-    def __init__(self, uri: str, directory: Path) -> None:
+    def __init__(self, uri: str, directory: Path, databases: Databases) -> None:
         self.uri = uri
-        self.database = f"t{uuid.uuid4().hex[:20]}"
+        self.database = databases.take()
+        self._databases = databases
         self._directory = directory
         self._nodes: list[Node] = []
         self._http = aiohttp.ClientSession()
@@ -138,9 +139,9 @@ class NodeFactory:
         await node.close()
 
     async def close(self) -> None:
-        """Stops every node and drops the database."""
+        """Stops every node and gives the database back."""
         for node in self._nodes:
             await node.close()
         await self._http.close()
-        await self._client.drop_database(self.database)
+        await self._databases.give(self._client, self.database)
         await self._client.close()
