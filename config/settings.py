@@ -75,7 +75,8 @@ class Settings(BaseSettings):
     )
     redis_url: SecretStr | None = Field(
         None,
-        description="Redis or Valkey, where nodes share their rate limits. A single node needs none.",
+        description="Redis or Valkey, by which nodes tell each other what is new and share their rate limits; "
+        "`redis+cluster://` for a cluster, by any of its servers. A single node needs none.",
     )
 
     jwt_secret: SecretStr | None = Field(
@@ -273,7 +274,9 @@ class Settings(BaseSettings):
             return None
         name = getattr(info, "field_name", "")
         schemes = (
-            ("mongodb://", "mongodb+srv://") if name == "mongo_uri" else ("redis://", "rediss://", "unix://")
+            ("mongodb://", "mongodb+srv://")
+            if name == "mongo_uri"
+            else ("redis://", "rediss://", "redis+cluster://", "rediss+cluster://", "unix://")
         )
         if not value.get_secret_value().startswith(schemes):
             raise ValueError("must start with " + " or ".join(schemes))

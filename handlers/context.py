@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from relay.metrics import Metrics
+from relay.routing.bus import Bus
 from relay.routing.hub import Connected, Hub
 from relay.routing.invalidation import Invalidation
 from relay.routing.live import Live
@@ -79,6 +80,7 @@ class Context:
     clock: Clock
     limits: Limits
     hub: Hub
+    bus: Bus
     audiences: Audiences
     accounts: Accounts
     conversations: Conversations

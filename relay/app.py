@@ -38,9 +38,12 @@ from relay.jobs.supervisor import Job, Supervisor
 from relay.jobs.sweep import LastSeen, Sweep, TimeToLive
 from relay.metrics import Metrics
 from relay.pipeline import message_path
+from relay.routing.bus import Alone, Bus
+from relay.routing.elsewhere import Elsewhere
 from relay.routing.hub import Hub
 from relay.routing.invalidation import Invalidation
 from relay.routing.quotas import Quotas
+from relay.routing.redis_bus import RedisBus
 from relay.routing.router import Router
 from relay.security.passwords import Passwords
 from relay.security.rates import MessageRates, Rates
@@ -161,8 +164,10 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
         hub, Mailboxes(mongo, timeout=timeout), audiences, metrics, quota=settings.mailbox_messages
     )
     people = People()
-    live = live_of(settings, hub, metrics, audiences, people, clock)
-    router = Router(hub, metrics, live.receipts)
+    peers = Peers()
+    bus = _bus(settings, hub, metrics, peers)
+    live = live_of(settings, hub, metrics, audiences, people, clock, bus)
+    router = Router(hub, metrics, live.receipts, bus)
     ledger.open(await messages.count_waiting())
 
     health = Health()
@@ -189,7 +194,6 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
     acks, sends, endings = path.acks, path.sends, path.endings
     router.fanout.start()
     stack.push_async_callback(router.fanout.close)
-    peers = Peers()
     await peers.beat()
     stack.push_async_callback(_leave, peers)
     audit = Audit(pseudonyms)
@@ -202,10 +206,13 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
         redis_url=None if settings.redis_url is None else settings.redis_url.get_secret_value(),
     )
     stack.push_async_callback(rates.close)
+    invalidation = Invalidation(audiences, sends, peers, bus, commit_seconds=timeout)
+    stack.push_async_callback(invalidation.close)
     context = Context(
         clock=clock,
         limits=limits_of(settings, ttl_seconds),
         hub=hub,
+        bus=bus,
         audiences=audiences,
         accounts=accounts,
         conversations=conversations,
@@ -229,7 +236,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
         keys=Keys(),
         audit=audit,
         releases=Releases(messages, endings, settle_seconds=_SETTLE_SECONDS),
-        invalidation=Invalidation(audiences, sends, peers, commit_seconds=timeout),
+        invalidation=invalidation,
         quotas=quotas,
         passwords=passwords,
         pseudonyms=pseudonyms,
@@ -241,6 +248,15 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
         registration=settings.registration,
         provision=settings.auto_provision,
     )
+    sweep = Sweep(hub, messages, endings, metrics, clock.now)
+    stack.push_async_callback(sweep.close)
+    if isinstance(bus, RedisBus):
+        elsewhere = Elsewhere(
+            hub, metrics, router, invalidation, live.presence, own=peers.id, confirmed=bus.confirmed
+        )
+        bus.resumed = sweep.hurry
+        await bus.start(elsewhere)
+        stack.push_async_callback(bus.close)
     jobs = Supervisor(
         [
             Job(
@@ -252,7 +268,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
             Job("expiry", Expiry(messages, endings, clock.now).run, settings.expiry_seconds, 0.1),
             Job(
                 "sweep",
-                Sweep(hub, messages, endings, metrics, clock.now).run,
+                sweep.run,
                 settings.sweep_seconds,
                 0.2,
             ),
@@ -272,7 +288,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
             Job("releases", Released(context).run, _REPAIR_SECONDS, 0.2),
             Job("repair", Repair(context).run, _REPAIR_SECONDS, 0.2),
             Job("audit head", audit.tell_end, _AUDIT_HEAD_SECONDS, 0.1),
-            Job("health", HealthCheck(mongo, rates, health, metrics).run, _HEALTH_SECONDS),
+            Job("health", HealthCheck(mongo, rates, bus, health, metrics).run, _HEALTH_SECONDS),
         ]
     )
     admission = Admission(context, verifier)
@@ -325,6 +341,19 @@ async def _drain(
     left, context.hub.left = context.hub.left, set()
     with contextlib.suppress(Exception):
         await asyncio.wait_for(accounts.seen(left), 1)
+
+
+def _bus(settings: Settings, hub: Hub, metrics: Metrics, peers: Peers) -> Bus:
+    if settings.redis_url is None:
+        return Alone()
+    return RedisBus(
+        settings.redis_url.get_secret_value(),
+        hub,
+        metrics,
+        node=peers.id,
+        prefix=f"relay:{settings.mongo_database}",
+        others=peers.others,
+    )
 
 
 def _hot(settings: Settings, stack: contextlib.AsyncExitStack) -> HotMessages:

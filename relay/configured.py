@@ -8,6 +8,7 @@ from typing import Final
 from config.settings import Settings
 from handlers.context import Limits
 from relay.metrics import Metrics
+from relay.routing.bus import Bus
 from relay.routing.hub import Hub
 from relay.routing.live import Live
 from relay.security.issuer import Issuer
@@ -98,7 +99,13 @@ def limits_of(settings: Settings, ttl_seconds: int) -> Limits:
 
 
 def live_of(
-    settings: Settings, hub: Hub, metrics: Metrics, audiences: Audiences, people: People, clock: Clock
+    settings: Settings,
+    hub: Hub,
+    metrics: Metrics,
+    audiences: Audiences,
+    people: People,
+    clock: Clock,
+    bus: Bus,
 ) -> Live:
     """What is told live."""
     return Live.of(
@@ -107,6 +114,7 @@ def live_of(
         audiences,
         people.last_seen,
         clock.now,
+        bus,
         max_frame=settings.max_frame_bytes,
         heartbeat=settings.heartbeat_seconds,
         timeout=settings.commit_timeout_seconds,

@@ -104,6 +104,11 @@ class Metrics:
             ["event"],
             registry=r,
         )
+        self.bus_dropped = Counter(
+            "relay_bus_dropped_total",
+            "Hints to or from other nodes that were dropped: too many, too old, or Redis did not answer.",
+            registry=r,
+        )
         self.watches = Gauge(
             "relay_presence_watches", "People watched, once for each connection that does.", registry=r
         )

@@ -134,6 +134,7 @@ async def logout(ctx: Context, caller: Caller, _: web.Request) -> web.Response:
 
 async def devices(ctx: Context, caller: Caller, _: web.Request) -> web.Response:
     """The caller's devices."""
+    online = await ctx.live.presence.devices_online(caller.user)
     return answer(
         DeviceList(
             items=[
@@ -144,7 +145,7 @@ async def devices(ctx: Context, caller: Caller, _: web.Request) -> web.Response:
                     created_at=view.created_at,
                     last_seen=view.last_seen,
                     current=view.id == caller.device,
-                    online=ctx.live.presence.device_online(device_key(caller.user, view.id)),
+                    online=view.id in online,
                 )
                 for view in await ctx.sessions.devices(caller.user)
             ]

@@ -107,11 +107,11 @@ async def remove(ctx: Context, caller: Caller, request: web.Request) -> web.Resp
 
 
 async def online(ctx: Context, caller: Caller, request: web.Request) -> web.Response:
-    """Which contacts are online at this node."""
+    """Which contacts are online."""
     limit = page_limit(request, _DEFAULT, _MOST)
     users, following = await ctx.contacts.online_page(
         caller.user,
-        ctx.live.presence.online,
+        ctx.live.presence.online_of,
         limit=limit,
         cursor=request.query.get("cursor"),
     )

@@ -93,15 +93,22 @@ async def claim(ctx: Context, caller: Caller, request: web.Request) -> web.Respo
     await _check_rates(ctx, caller.user, wanted.devices)
     claims = await ctx.keys.claim(wanted.devices)
     for found in claims:
-        target = ctx.hub.get(found.device) if found.low is not None else None
-        if target is not None and found.low is not None:
-            target.outbox.put(replies.keys(found.low))
+        if found.low is not None:
+            _tell_low(ctx, found.device, replies.keys(found.low))
     return answer(ClaimAnswer(devices=[_claimed(found) for found in claims]))
 
 
 async def count(ctx: Context, caller: Caller, request: web.Request) -> web.Response:
     """How many prekeys of this device are left to be claimed."""
     return answer(_shown(await ctx.keys.stock(device_key(caller.user, caller.device))))
+
+
+def _tell_low(ctx: Context, key: str, frame: str) -> None:
+    target = ctx.hub.get(key)
+    if target is None:
+        ctx.bus.tell_device(key, frame)
+    else:
+        target.outbox.put(frame)
 
 
 async def _record(ctx: Context, caller: Caller, act: str) -> None:

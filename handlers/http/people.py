@@ -66,6 +66,7 @@ async def change_me(ctx: Context, caller: Caller, request: web.Request) -> web.R
         await ctx.invalidation.tell(users=[caller.user])
     if "deliveredReceipts" in changes:
         ctx.hub.set_quiet(caller.user, not profile.delivered_receipts)
+        ctx.bus.quiet(caller.user, not profile.delivered_receipts)
     return answer(own_answer(profile))
 
 

@@ -8,6 +8,7 @@ import structlog
 
 from handlers.context import Health
 from relay.metrics import Metrics
+from relay.routing.bus import Bus
 from relay.security.rates import Rates
 from relay.store.mongo import Mongo
 
@@ -17,7 +18,8 @@ log = structlog.get_logger(__name__)
 class HealthCheck:
     """Asks MongoDB for its primary, and Redis to count, and notes the answers; changes are logged."""
 
-    def __init__(self, mongo: Mongo, rates: Rates, health: Health, metrics: Metrics) -> None:
+    def __init__(self, mongo: Mongo, rates: Rates, bus: Bus, health: Health, metrics: Metrics) -> None:
+        self._bus = bus
         self._mongo = mongo
         self._rates = rates
         self._health = health
@@ -32,6 +34,7 @@ class HealthCheck:
             else:
                 log.warning("MongoDB does not answer; messages wait with their senders")
         self._note("redis", None if redis else "it does not count; rate limits hold for each node by itself")
+        self._note("bus", self._bus.problem)
 
     def _note(self, part: str, problem: str | None) -> bool:
         """Whether this changes what is known."""

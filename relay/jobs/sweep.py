@@ -3,6 +3,7 @@ time-to-live settings that another process changed."""
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable
 from time import monotonic
@@ -15,7 +16,7 @@ from relay.routing.hub import Hub
 from relay.store.accounts import Accounts
 from relay.store.lanes import EndingLanes
 from relay.store.messages import Messages
-from relay.store.mongo import Mongo, PyMongoError
+from relay.store.mongo import Mongo, PyMongoError, brief
 from relay.wire.ids import any_device_key
 
 _PAGE: Final = 1000
@@ -24,6 +25,7 @@ _GRACE_MS: Final = 5000
 # Each holds a window of messages at most.
 _STARVED: Final = 64
 _GIVE_UP_SECONDS: Final = 30.0
+_SPREAD_SECONDS: Final = 3.0
 
 log = structlog.get_logger(__name__)
 
@@ -45,12 +47,33 @@ class Sweep:
         self._metrics = metrics
         self._now = now
         self._stuck: set[str] = set()
+        self._soon: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """One round."""
         await self.remove_leftovers()
         await self.feed_starved()
         await self.find_missed()
+
+    def hurry(self) -> None:
+        """Hints of other nodes may have been lost: looks for what they were about soon, once it is old enough to be found."""
+        if self._soon is None:
+            self._soon = asyncio.create_task(self._find_soon(), name="sweep soon")
+
+    async def close(self) -> None:
+        """Ends what is still to be looked for."""
+        if self._soon is not None:
+            self._soon.cancel()
+            await asyncio.gather(self._soon, return_exceptions=True)
+
+    async def _find_soon(self) -> None:
+        try:
+            await asyncio.sleep(_GRACE_MS / 1000 + random.uniform(0, _SPREAD_SECONDS))
+            await self.find_missed()
+        except PyMongoError as error:
+            log.warning("what other nodes told is looked for by the next sweep", error=brief(error))
+        finally:
+            self._soon = None
 
     async def remove_leftovers(self) -> None:
         """Deletes messages that nobody awaits: a node died between its update and its deletion."""

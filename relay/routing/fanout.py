@@ -69,6 +69,11 @@ class Fanout:
         if pending is not None:
             pending[1].add(key)
 
+    @property
+    def full(self) -> bool:
+        """Whether nothing more should be put."""
+        return self.waiting >= _MOST_WAITING
+
     async def room(self) -> None:
         """Waits until the queue is at most half full."""
         await self._room.wait()

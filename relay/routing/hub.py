@@ -29,6 +29,8 @@ class Connected(Protocol):
     session: str | None
     quiet: bool
     """Others shall not be told what it receives."""
+    serial: int
+    """Names this connection among those of its device."""
 
     @property
     def user(self) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from time import monotonic
 
+from relay.routing.bus import Bus
+from relay.routing.hints import Changed
 from relay.store.audience import LEASE_SECONDS, Audiences
 from relay.store.lanes import SendLanes
 from relay.store.mongo import PyMongoError
@@ -12,30 +15,66 @@ from relay.store.peers import Peers
 
 
 class Invalidation:
-    """This node forgets at once. Other nodes are not told: while any lives, their leases run out first. ``commit_seconds``
-    is the time limit of one commit; ``lease`` (s) how long others are waited for."""
+    """This node forgets at once. Other nodes are told over the bus and confirm; while any does not, its leases run out first.
+    ``commit_seconds`` is the time limit of one commit; ``lease`` (s) how long others are waited for."""
 
     def __init__(
-        self, audiences: Audiences, sends: SendLanes, peers: Peers, *, commit_seconds: float
+        self, audiences: Audiences, sends: SendLanes, peers: Peers, bus: Bus, *, commit_seconds: float
     ) -> None:
+        self._bus = bus
         self._audiences = audiences
         self._sends = sends
         self._peers = peers
         self.lease = LEASE_SECONDS + commit_seconds
+        self._unconfirmed: dict[str, list[int]] = {}
+        self._confirming: asyncio.Task[None] | None = None
 
     async def tell(self, *, conversations: Iterable[str] = (), users: Iterable[str] = ()) -> None:
         """The members of these conversations, or the devices, blocks or preferences of these users, have changed. When
         this returns, every message committed from now on goes to recipients resolved after the change."""
+        changed, of = list(conversations), list(users)
+        self.forget(changed, of)
+        over = monotonic() + self.lease
+        settled, _ = await asyncio.gather(self._settled(changed, of), self._sends.barrier())
+        if not settled:
+            await asyncio.sleep(max(0.0, over - monotonic()))
+
+    def forget(self, conversations: Iterable[str], users: Iterable[str]) -> None:
+        """Believes no more what was resolved of these."""
         for conversation in conversations:
             self._audiences.changed(conversation=conversation)
         for user in users:
             self._audiences.changed(user=user)
-        alone, _ = await asyncio.gather(self._alone(), self._sends.barrier())
-        if not alone:
-            await asyncio.sleep(self.lease)
 
-    async def _alone(self) -> bool:
+    def take(self, changed: Changed) -> None:
+        """Another node tells of a change: it is confirmed when nothing resolved before is being committed any more."""
+        self.forget(changed.conversations, changed.users)
+        self._unconfirmed.setdefault(changed.node, []).append(changed.number)
+        if self._confirming is None:
+            self._confirming = asyncio.create_task(self._confirm(), name="confirm changes")
+
+    async def _confirm(self) -> None:
         try:
+            while self._unconfirmed:
+                # One barrier for all that has gathered.
+                numbers, self._unconfirmed = self._unconfirmed, {}
+                await self._sends.barrier()
+                for node, its in numbers.items():
+                    self._bus.confirm(node, its)
+        finally:
+            self._confirming = None
+
+    async def close(self) -> None:
+        """Confirms nothing more."""
+        if self._confirming is not None:
+            self._confirming.cancel()
+            await asyncio.gather(self._confirming, return_exceptions=True)
+
+    async def _settled(self, conversations: list[str], users: list[str]) -> bool:
+        """Whether no other node lives, or all have confirmed."""
+        try:
+            if self._bus.shared:
+                return await self._bus.invalidate(conversations, users, self.lease)
             return await self._peers.alone()
         except PyMongoError:
             # Nobody knows; what may be true is taken for true.

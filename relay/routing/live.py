@@ -1,6 +1,6 @@
 """Everything that is told live and stored nowhere, in one place: receipts, read cursors, typing, presence.
 
-Each is a class of its own that knows the connections of this node only.
+Each is a class of its own that knows the connections of this node, and tells those of others over the bus.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Self
 
 from relay.metrics import Metrics
 from relay.routing.announcer import Announcer
+from relay.routing.bus import Bus
 from relay.routing.catching_up import CatchingUp
 from relay.routing.hub import Connected, Hub
 from relay.routing.presence import FRESH_SECONDS, LastSeen, Presence
@@ -40,6 +41,7 @@ class Live:
         audiences: Audiences,
         last_seen: LastSeen,
         now: Callable[[], int],
+        bus: Bus,
         *,
         max_frame: int,
         heartbeat: float,
@@ -48,9 +50,9 @@ class Live:
         """``now`` is the wall clock (ms); ``max_frame`` in bytes, ``heartbeat`` and ``timeout`` (of a database call) in
         seconds."""
         cursors = ReadCursors(timeout=timeout)
-        reads = Announcer(hub, metrics, "read")
+        reads = Announcer(hub, metrics, "read", bus)
         presence = Presence(
-            Announcer(hub, metrics, "presence"),
+            Announcer(hub, metrics, "presence", bus),
             Sights(timeout=timeout),
             last_seen,
             fresh=heartbeat + FRESH_SECONDS,
@@ -58,10 +60,10 @@ class Live:
         )
         metrics.watches.set_function(lambda: presence.watched)
         return cls(
-            Receipts(Announcer(hub, metrics, "receipt"), max_frame=max_frame),
+            Receipts(Announcer(hub, metrics, "receipt", bus), max_frame=max_frame),
             Reads(cursors, audiences, reads),
             CatchingUp(cursors.since, reads),
-            Typing(Announcer(hub, metrics, "typing")),
+            Typing(Announcer(hub, metrics, "typing", bus)),
             presence,
         )
 

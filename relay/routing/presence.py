@@ -85,6 +85,7 @@ class Presence:
     ) -> None:
         self._out = out
         self._hub = out.hub
+        self._bus = out.bus
         self._sights = sights
         self._noted = last_seen
         self._fresh = fresh
@@ -107,13 +108,18 @@ class Presence:
     # -- who is online
 
     def online(self, user: str) -> bool:
-        """Whether a connection of this user was heard from lately."""
+        """Whether a connection of this user to this node was heard from lately."""
         return any(self._is_fresh(connection) for connection in self._hub.of_user(user))
 
-    def device_online(self, key: str) -> bool:
-        """Whether the connection of the device with this key was heard from lately."""
-        connection = self._hub.get(key)
-        return connection is not None and self._is_fresh(connection)
+    async def online_of(self, users: Collection[str]) -> set[str]:
+        """Which of these people are online, at whatever node."""
+        here = {user for user in users if self.online(user)}
+        return here.union(await self._bus.online([user for user in users if user not in here]))
+
+    async def devices_online(self, user: str) -> set[str]:
+        """Which of this user's devices are online, at whatever node."""
+        here = {one.device for one in self._hub.of_user(user) if self._is_fresh(one)}
+        return here.union((await self._bus.online([user])).get(user, ()))
 
     async def last_seen(self, users: Sequence[str]) -> dict[str, int]:
         """When a device of each was last noted or heard here (ms), with one query; who never was is absent."""
@@ -133,7 +139,7 @@ class Presence:
         if sight is None:
             return None
         seen = await self.last_seen([user])
-        return _look(sight, self.online(user), seen.get(user))
+        return _look(sight, user in await self.online_of([user]), seen.get(user))
 
     # -- what happens
 
@@ -149,8 +155,10 @@ class Presence:
         self._faded.pop(connection, None)
         user = connection.user
         loop = asyncio.get_running_loop().time()
-        self._note_left(user, self._now() - int((loop - connection.heard) * 1000))
-        if user in self._watchers and not self._closed and not self.online(user):
+        moment = self._now() - int((loop - connection.heard) * 1000)
+        self._note_left(user, moment)
+        watched = user in self._watchers or self._bus.shared
+        if watched and not self._closed and not self.online(user):
             # A device that reconnects must not flicker.
             self._leaving[user] = loop + self._grace
             self._leaving.move_to_end(user)
@@ -160,12 +168,14 @@ class Presence:
         """The connection has been silent for too long. May be told again and again."""
         if connection not in self._faded and not self._is_fresh(connection):
             self._faded[connection] = None
+            self._bus.silent(connection.user, connection.device, connection.serial, True)
             self._change(connection.user)
 
     def heard(self, connection: Connected) -> None:
         """Something has come from a connection that had been silent for a heartbeat."""
         if connection in self._faded:
             del self._faded[connection]
+            self._bus.silent(connection.user, connection.device, connection.serial, False)
             self._change(connection.user)
 
     async def tick(self) -> None:
@@ -174,19 +184,32 @@ class Presence:
             if self._is_fresh(connection):
                 self.heard(connection)
 
+    def changed_elsewhere(self, users: Iterable[tuple[str, int]]) -> None:
+        """At another node these came, left or fell silent; with when they were last heard there (ms), or 0."""
+        for user, moment in users:
+            if moment:
+                self._note_left(user, moment)
+            self._look_again(user)
+
     def recheck(self, users: Iterable[str]) -> None:
-        """Who may see these people, or whom they may see, has changed."""
+        """Who may see these people, or whom they may see, has changed: for the watchers of every node."""
+        concerned = list(users)
+        self.recheck_here(concerned)
+        self._bus.recheck(concerned)
+
+    def recheck_here(self, users: Iterable[str]) -> None:
+        """As ``recheck``, for the watchers of this node."""
         for user in users:
             self._outrun.add(user)
             for watcher in self._watchers.get(user, ()):
                 self._watches[watcher].sights.pop(user, None)
-            self._change(user)
+            self._look_again(user)
             for connection in self._hub.of_user(user):
                 watch = self._watches.get(connection)
                 if watch is not None:
                     watch.sights.clear()
                     for other in watch.users:
-                        self._change(other)
+                        self._look_again(other)
 
     # -- watching
 
@@ -265,6 +288,10 @@ class Presence:
                 del self._watchers[user]
 
     def _change(self, user: str) -> None:
+        self._look_again(user)
+        self._bus.seen(user, self._left.get(user, 0))
+
+    def _look_again(self, user: str) -> None:
         if user in self._watchers:
             self._changed.add(user)
             self._begin()
@@ -310,6 +337,7 @@ class Presence:
         }
         sights = await self._sights.of(unsure) if unsure else {}
         seen = await self.last_seen(list(wanted)) if wanted else {}
+        everywhere = await self.online_of(wanted)
         for watcher, user in dict.fromkeys(concerned):
             watch = self._watches.get(watcher)
             if watch is None or user not in self._watchers or watcher not in self._watchers[user]:
@@ -326,7 +354,7 @@ class Presence:
                 self._changed.add(user)
                 continue
             sight = watch.sights[user][0]
-            online = self.online(user) or user in self._leaving
+            online = user in everywhere or user in self._leaving
             look = _NOTHING if sight is None else _look(sight, online, seen.get(user))
             self._tell_one(watcher, watch, user, look, always=watcher in asked)
         for watcher in asked:

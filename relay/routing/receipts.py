@@ -47,15 +47,15 @@ class Receipts:
         self._closed = False
 
     def add(self, item: Acknowledged) -> None:
-        """An acknowledgement is durable. Who acknowledged quietly is told of to their own devices only; when the sender has no
-        device here, nobody is told."""
+        """An acknowledgement is durable. Who acknowledged quietly is told of to their own devices only; when no device
+        of the sender can be connected, nobody is told."""
         if item.quiet and item.by_user != item.user:
             return
         conversation, message = split_document_id(item.doc_id)
         group = (item.user, conversation, item.by_user, item.by_device)
         found = self._pending.get(group)
         if found is None:
-            if not self._out.hub.of_user(item.user):
+            if not self._out.reaches(item.user):
                 return
             found = self._pending[group] = _Pending()
         found.messages.append(message)

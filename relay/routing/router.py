@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from relay.metrics import Metrics
+from relay.routing.bus import Alone, Bus
 from relay.routing.fanout import Fanout
 from relay.routing.hub import Hub
 from relay.routing.receipts import Receipts
@@ -17,10 +18,11 @@ from relay.wire.ids import head_id
 
 
 class Router:
-    """The way from the store to the connections of this node."""
+    """The way from the store to the connections of this node, and over the bus to those of others."""
 
-    def __init__(self, hub: Hub, metrics: Metrics, receipts: Receipts) -> None:
+    def __init__(self, hub: Hub, metrics: Metrics, receipts: Receipts, bus: Bus | None = None) -> None:
         self._hub = hub
+        self._bus: Bus = Alone() if bus is None else bus
         self._receipts = receipts
         self._latency = metrics.delivery
         self.others: Callable[[], bool] = _nobody
@@ -29,17 +31,44 @@ class Router:
 
     def committed(self, envelopes: Sequence[Envelope]) -> None:
         """Delivers fresh messages to connected devices; the others find them when they connect."""
+        shared = self._bus.shared
         for envelope in envelopes:
             if envelope.parts > 1:
                 self.fanout.put(envelope)
+                if shared:
+                    self._hand_over(envelope)
             else:
-                self._deliver(envelope)
+                self._deliver(envelope, shared=shared)
 
-    def _deliver(self, envelope: Envelope) -> None:
+    def handed(self, envelopes: Iterable[Envelope]) -> None:
+        """Another node has committed these, for devices that are connected here."""
+        for envelope in envelopes:
+            if envelope.parts == 1:
+                self._deliver(envelope, shared=False)
+            elif self.fanout.full:
+                self.found(envelope.awaiting)
+            else:
+                self.fanout.put(envelope)
+
+    def _deliver(self, envelope: Envelope, *, shared: bool) -> None:
         serving = self._hub.serving
+        missing: list[str] | None = None
         for key in envelope.awaiting:
-            for connection in serving(key):
+            found = serving(key)
+            for connection in found:
                 connection.delivery.push(envelope)
+            if shared and not found and not key.endswith("/!"):
+                if missing is None:
+                    missing = []
+                missing.append(key)
+        if missing is not None:
+            self._bus.deliver(envelope, missing)
+
+    def _hand_over(self, envelope: Envelope) -> None:
+        serving = self._hub.serving
+        missing = [key for key in envelope.awaiting if not key.endswith("/!") and not serving(key)]
+        if missing:
+            self._bus.deliver(envelope, missing)
 
     def _deliver_to(self, key: str, envelopes: Sequence[Envelope]) -> None:
         for connection in self._hub.serving(key):
@@ -54,18 +83,30 @@ class Router:
 
     def settled(self, settlement: Settlement) -> None:
         """Gives credit back and tells senders that their messages arrived."""
-        serving = self._hub.serving
-        spreading = bool(self.fanout.waiting)
-        for doc_id, key in settlement.released:
-            if spreading:
-                self.fanout.ended(head_id(doc_id), key)
-            for connection in serving(key):
-                connection.delivery.release(doc_id)
+        shared = self._bus.shared
+        for doc_id, key in self.released(settlement.released):
+            if shared and not key.endswith("/!"):
+                self._bus.release(doc_id, key)
         observe = self._latency.observe
         add = self._receipts.add
         for item in settlement.acknowledged:
             observe(max(0, item.at - item.accepted_at) / 1000)
             add(item)
+
+    def released(self, pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        """These documents (id and mailbox) are awaited no more. Returns those whose mailbox no connection here serves."""
+        serving = self._hub.serving
+        spreading = bool(self.fanout.waiting)
+        missing = []
+        for doc_id, key in pairs:
+            if spreading:
+                self.fanout.ended(head_id(doc_id), key)
+            found = serving(key)
+            for connection in found:
+                connection.delivery.release(doc_id)
+            if not found:
+                missing.append((doc_id, key))
+        return missing
 
 
 def _nobody() -> bool:

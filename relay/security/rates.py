@@ -12,17 +12,15 @@ from hashlib import sha256
 from itertools import islice
 from math import ceil
 from time import monotonic
-from typing import Final
+from typing import Any, Final
 
 import structlog
 from limits import RateLimitItem, parse
-from limits.aio.storage import RedisStorage
+from limits.aio.storage import RedisClusterStorage, RedisStorage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
-from redis.asyncio import BlockingConnectionPool
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.asyncio import RedisCluster
 
+from relay.redis_client import TROUBLE, AnyRedis, close, connect
 from relay.wire.errors import RelayError
 from relay.wire.limits import Limit
 
@@ -174,20 +172,8 @@ class _Redis:
     """The same counters in Redis, by the library's scripts. ``working``: it answered last."""
 
     def __init__(self, url: str) -> None:
-        self._pool = BlockingConnectionPool.from_url(
-            url,
-            max_connections=_REDIS_CONNECTIONS,
-            timeout=_REDIS_SECONDS,
-            socket_timeout=_REDIS_SECONDS,
-            socket_connect_timeout=_REDIS_SECONDS,
-            retry=Retry(NoBackoff(), 0),
-        )
-        self._storage = RedisStorage(
-            "async+redis://",
-            implementation="redispy",
-            key_prefix=_REDIS_PREFIX,
-            connection_pool=self._pool,  # type: ignore[arg-type]  # documented, but not in its annotation
-        )
+        self._redis = connect(url, connections=_REDIS_CONNECTIONS, seconds=_REDIS_SECONDS)
+        self._storage = _storage(self._redis)
         self._limiter = SlidingWindowCounterRateLimiter(self._storage)
         self._ask_at = 0.0
         self.working = True
@@ -202,8 +188,7 @@ class _Redis:
         try:
             async with asyncio.timeout(_REDIS_SECONDS):
                 wait = await self._take(rule, name, digest, cost)
-        # What answers without speaking its language has the driver raise the latter two.
-        except (RedisError, OSError, TimeoutError, ValueError, TypeError) as error:
+        except TROUBLE as error:
             self._ask_at = monotonic() + _REDIS_PAUSE
             if self.working:
                 self.working = False
@@ -227,9 +212,27 @@ class _Redis:
     async def close(self) -> None:
         try:
             async with asyncio.timeout(_REDIS_SECONDS):
-                await self._pool.aclose()
-        except (RedisError, OSError, TimeoutError):
+                await close(self._redis)
+        except TROUBLE:
             return
+
+
+def _storage(redis: AnyRedis) -> RedisStorage:
+    if isinstance(redis, RedisCluster):
+        clustered = RedisClusterStorage(
+            "async+redis+cluster://127.0.0.1:6379", implementation="redispy", key_prefix=_REDIS_PREFIX
+        )
+        # The library would make a client of its own from an address, without the options of ours.
+        bridge: Any = clustered.bridge
+        bridge.storage = redis
+        bridge.register_scripts()
+        return clustered
+    return RedisStorage(
+        "async+redis://",
+        implementation="redispy",
+        key_prefix=_REDIS_PREFIX,
+        connection_pool=redis.connection_pool,  # type: ignore[arg-type]  # documented, but not in its annotation
+    )
 
 
 class MessageRates:

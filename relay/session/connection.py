@@ -57,6 +57,7 @@ class Connection:
         "outbox",
         "pinged",
         "quiet",
+        "serial",
         "session",
         "user",
     )
@@ -71,6 +72,7 @@ class Connection:
         *,
         outbox_bytes: int,
         drained: Callable[[], None],
+        serial: int,
         quiet: bool = False,
     ) -> None:
         self._ctx = ctx
@@ -86,6 +88,7 @@ class Connection:
         self.last_seq = 0
         self.crowded = False
         self.quiet = quiet
+        self.serial = serial
         self.heard = asyncio.get_running_loop().time()
         self.pinged = False
         self._close: Close | None = None
@@ -136,6 +139,7 @@ class Connection:
             if self._closing is not None:
                 self._closing.cancel()
             self._ctx.hub.remove(self)
+            self._ctx.bus.leave(self.user, self.device, self.serial)
             self._ctx.live.left(self)
             code = ours.code if ours is not None else self._ws.close_code or 1006
             self._ctx.metrics.closed.labels(str(code)).inc()

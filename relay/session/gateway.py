@@ -125,7 +125,13 @@ class Gateway:
         if self._ctx.health.draining:
             await self._refuse(ws, errors.RESTARTING)
             return None
-        return self._welcome(request, ws, identity, arrival)
+        # Before its drain begins: what is committed elsewhere from now on is sent here.
+        serial = await self._ctx.bus.enter(identity.user, identity.device)
+        before = self._ctx.hub.get(device_key(identity.user, identity.device))
+        if before is not None and before.serial > serial:
+            await self._refuse(ws, errors.REPLACED)
+            return None
+        return self._welcome(request, ws, identity, arrival, serial)
 
     async def _first_frame(self, ws: web.WebSocketResponse) -> Identity | None:
         """The identity of an ``auth`` frame. None when the client has gone. Raises RelayError and FrameError."""
@@ -150,7 +156,12 @@ class Gateway:
         return self._admission.verify(first.token)
 
     def _welcome(
-        self, request: web.Request, ws: web.WebSocketResponse, identity: Identity, arrival: Arrival
+        self,
+        request: web.Request,
+        ws: web.WebSocketResponse,
+        identity: Identity,
+        arrival: Arrival,
+        serial: int,
     ) -> Connection:
         shown = datetime.now(UTC)
         key = device_key(identity.user, identity.device)
@@ -172,6 +183,7 @@ class Gateway:
             identity,
             outbox_bytes=self._settings.outbox_bytes,
             drained=drained,
+            serial=serial,
             quiet=arrival.quiet,
         )
         limits = self._ctx.limits

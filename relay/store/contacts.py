@@ -6,7 +6,7 @@ the one that was read: repeated, raced or interrupted, no change is half done an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -25,6 +25,7 @@ _ATTEMPTS: Final = 20
 _SCAN: Final = 1000
 _SCANS: Final = 10
 
+Online = Callable[[Sequence[str]], Awaitable[set[str]]]
 _Decision = Callable[[Mapping[str, Any] | None], dict[str, Any] | None]
 
 
@@ -181,7 +182,7 @@ class Contacts:
         return {row["owner"] async for row in cursor}
 
     async def online_page(
-        self, owner: str, online: Callable[[str], bool], *, limit: int, cursor: str | None
+        self, owner: str, online: Online, *, limit: int, cursor: str | None
     ) -> tuple[list[str], str | None]:
         """A page of the listed people who are ``online`` and let ``owner`` see it: they have not blocked the owner, and list
         the owner or have a direct conversation with them. Reads at most ``_SCAN * _SCANS`` entries, so a page may be short,
@@ -190,7 +191,8 @@ class Contacts:
         after = None if cursor is None else text_place_of(cursor)
         for _ in range(_SCANS):
             rows = await _places(owner, after)
-            candidates = [user for user, _ in rows if online(user)]
+            here = await online([user for user, _ in rows])
+            candidates = [user for user, _ in rows if user in here]
             visible = await self._visible(owner, candidates)
             for user, row in rows:
                 after = (row["sortKey"], row["_id"])

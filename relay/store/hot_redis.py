@@ -14,11 +14,8 @@ from typing import Final
 
 import msgspec
 import structlog
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 
+from relay.redis_client import TROUBLE, close, connect
 from relay.wire.envelope import Envelope
 from relay.wire.ids import split_document_id
 
@@ -29,7 +26,6 @@ _CONNECTIONS: Final = 8
 _MOST_WAITING: Final = 1000
 _MOST_BYTES: Final = 16_777_216
 _AT_ONCE: Final = 100
-_TROUBLE: Final = (RedisError, OSError, TimeoutError, ValueError, TypeError)
 
 log = structlog.get_logger(__name__)
 
@@ -54,17 +50,8 @@ class HotRedis:
     """Keeps messages for five minutes. ``start`` and ``close`` it. Keys of one conversation share a hash slot."""
 
     def __init__(self, url: str) -> None:
-        """``url`` is ``redis://``, ``rediss://`` or ``unix://``. Connects at the first use. Raises ValueError."""
-        self._redis = Redis(
-            connection_pool=BlockingConnectionPool.from_url(
-                url,
-                max_connections=_CONNECTIONS,
-                timeout=_ANSWER_SECONDS,
-                socket_timeout=_ANSWER_SECONDS,
-                socket_connect_timeout=_ANSWER_SECONDS,
-                retry=Retry(NoBackoff(), 0),
-            )
-        )
+        """Connects at the first use. Raises ValueError for what is no URL of Redis."""
+        self._redis = connect(url, connections=_CONNECTIONS, seconds=_ANSWER_SECONDS)
         self._waiting: deque[Envelope | str] = deque()
         self._size = 0
         self._wake = asyncio.Event()
@@ -82,9 +69,8 @@ class HotRedis:
             await asyncio.gather(self._task, return_exceptions=True)
         try:
             async with asyncio.timeout(_ANSWER_SECONDS):
-                await self._redis.aclose()
-                await self._redis.connection_pool.disconnect()
-        except _TROUBLE:
+                await close(self._redis)
+        except TROUBLE:
             return
 
     def put(self, envelope: Envelope) -> None:
@@ -116,7 +102,7 @@ class HotRedis:
                 kept = None if value is None else _decode(value)
                 if kept is not None and kept.seq == seq:
                     found[doc_id] = _envelope(doc_id, kept)
-        except (*_TROUBLE, msgspec.DecodeError) as error:
+        except (*TROUBLE, msgspec.DecodeError) as error:
             self._pause(error)
         return found
 
@@ -144,7 +130,7 @@ class HotRedis:
                         else:
                             pipe.set(_key(one.doc_id), _encode(_kept(one)), ex=_SECONDS)
                     await pipe.execute()
-        except _TROUBLE as error:
+        except TROUBLE as error:
             self._pause(error)
 
 

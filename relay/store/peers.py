@@ -33,6 +33,11 @@ class Peers:
         query = {"_id": {"$ne": self.id}, "$expr": _ALIVE}
         return await Node.get_motor_collection().find_one(query, {"_id": 1}) is None
 
+    async def others(self) -> list[str]:
+        """The other nodes that live."""
+        query = {"_id": {"$ne": self.id}, "$expr": _ALIVE}
+        return [row["_id"] async for row in Node.get_motor_collection().find(query, {"_id": 1})]
+
     async def lives(self, node: str) -> bool:
         """Whether this node lives."""
         query = {"_id": node, "$expr": _ALIVE}

@@ -118,6 +118,7 @@ class LocalConnection:
         self.expires = 1 << 40
         self.session: str | None = None
         self.quiet = False
+        self.serial = 0
         self.pings = 0
         self.life: float | None = None
         self.closes: list[Close] = []

@@ -18,10 +18,11 @@ from tests.support.process import free_port
 class Valkey:
     """One server. Its port stays the same over restarts; it keeps nothing on disk."""
 
-    def __init__(self, directory: Path, *, password: str | None = None) -> None:
+    def __init__(self, directory: Path, *, password: str | None = None, clustered: bool = False) -> None:
         self.port = free_port()
         self.socket = directory / "valkey.sock"
         self._password = password
+        self._clustered = clustered
         self._directory = directory
         self._process: asyncio.subprocess.Process | None = None
 
@@ -35,6 +36,8 @@ class Valkey:
         """Starts it; it answers when this returns."""
         arguments = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
         arguments += ["--dir", str(self._directory), "--unixsocket", str(self.socket)]
+        if self._clustered:
+            arguments += ["--cluster-enabled", "yes", "--cluster-node-timeout", "2000"]
         if self._password is not None:
             arguments += ["--requirepass", self._password]
         self._process = await asyncio.create_subprocess_exec(
@@ -71,6 +74,16 @@ class Valkey:
             await self._process.wait()
             self._process = None
 
+    async def command(self, *words: str) -> None:
+        """Has it carry out a command."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        try:
+            writer.write(" ".join(words).encode() + b"\r\n")
+            answer = await reader.readline()
+            assert answer[:1] != b"-", answer
+        finally:
+            writer.close()
+
     def _signal(self, number: signal.Signals) -> None:
         assert self._process is not None
         send_signal(self._process.pid, number)
@@ -80,8 +93,8 @@ class Valkey:
 async def open_valkey(directory: Path, *, password: str | None = None) -> AsyncIterator[Valkey]:
     """A running Valkey, killed afterwards."""
     server = Valkey(directory, password=password)
-    await server.start()
     try:
+        await server.start()
         yield server
     finally:
         await server.kill()

@@ -17,6 +17,7 @@ from relay.jobs.expiry import Expiry
 from relay.jobs.health import HealthCheck
 from relay.jobs.sweep import LastSeen, Sweep, TimeToLive
 from relay.metrics import Metrics
+from relay.routing.bus import Alone
 from relay.routing.hub import Hub
 from relay.security.rates import Rates
 from relay.store.embedded import EmbeddedMongo
@@ -190,11 +191,11 @@ async def test_health_tells_when_mongodb_stops_answering_and_when_it_answers_aga
     alive = Mongo(mongod.uri, "relay")
     try:
         with capture_logs() as logs:
-            await HealthCheck(dead, rates, health, metrics).run()
+            await HealthCheck(dead, rates, Alone(), health, metrics).run()
             assert health.problems == {"mongodb": "no primary answers"}
             assert b'relay_problem{part="mongodb"} 1.0' in metrics.render()
-            await HealthCheck(alive, rates, health, metrics).run()
-            await HealthCheck(alive, rates, health, metrics).run()
+            await HealthCheck(alive, rates, Alone(), health, metrics).run()
+            await HealthCheck(alive, rates, Alone(), health, metrics).run()
         assert health.problems == {}
         assert b'relay_problem{part="mongodb"} 0.0' in metrics.render()
         assert b'relay_problem{part="redis"} 0.0' in metrics.render(), "there is none to miss"

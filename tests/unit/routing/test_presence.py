@@ -154,7 +154,7 @@ async def test_an_open_socket_that_is_silent_is_not_online(world: World) -> None
     assert world.presence.online("bob")
     bob.heard -= 2
     assert not world.presence.online("bob")
-    assert not world.presence.device_online("bob/phone")
+    assert await world.presence.devices_online("bob") == set()
     world.presence.faded(bob)
     world.presence.faded(bob)
     await settle()

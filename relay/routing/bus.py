@@ -1,0 +1,122 @@
+"""The way to other nodes. A hint is all that goes over it: whatever is lost on it, the store still has, and the sweep finds."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterable
+from time import time
+from typing import Literal, Protocol
+
+from relay.wire.envelope import Envelope
+
+Event = Literal["receipt", "read", "typing", "presence", "keys"]
+
+
+class Bus(Protocol):
+    """What a node tells others. Nothing here waits or raises for a Redis that is away, unless it says so."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether other nodes can be told of anything now."""
+
+    @property
+    def problem(self) -> str | None:
+        """What does not work, for people; None when all does."""
+
+    def deliver(self, envelope: Envelope, keys: list[str]) -> None:
+        """A committed message for mailboxes that no connection of this node serves."""
+
+    def release(self, doc_id: str, key: str) -> None:
+        """The document is not awaited by this mailbox any more, which no connection of this node serves."""
+
+    def tell(self, event: Event, users: Iterable[str], frame: str, but: str | None) -> None:
+        """A live frame for all devices of these users on other nodes, but the one with the key ``but``."""
+
+    def tell_device(self, key: str, frame: str) -> None:
+        """A live frame for one device, on whatever other node it is."""
+
+    async def enter(self, user: str, device: str) -> int:
+        """A device connects: its former connection, on whatever node, is replaced, and what comes for it is sent here. Waits
+        for Redis a second at most. Returns the number of the connection: a later one's is higher."""
+
+    def leave(self, user: str, device: str, serial: int) -> None:
+        """The connection with this number has ended."""
+
+    def silent(self, user: str, device: str, serial: int, silent: bool) -> None:
+        """The connection was not heard from for a heartbeat, or is again."""
+
+    def confirm(self, node: str, numbers: list[int]) -> None:
+        """What that node has told of, by these numbers, is believed here no more."""
+
+    async def invalidate(self, conversations: list[str], users: list[str], seconds: float) -> bool:
+        """Tells every living node what has changed. True when all have confirmed, within at most so long; what the store
+        raises when it does not say who lives."""
+
+    def seen(self, user: str, moment: int) -> None:
+        """Whether this user is online may have changed; ``moment`` (ms) is when they were last heard here, or 0."""
+
+    def recheck(self, users: Iterable[str]) -> None:
+        """Who may see these people, or whom they may see, has changed."""
+
+    def quiet(self, user: str, quiet: bool) -> None:
+        """Whether others shall be told what this user receives has changed."""
+
+    async def online(self, users: Collection[str]) -> dict[str, set[str]]:
+        """Which devices of these users are online at other nodes, by user; nobody's while Redis is away."""
+
+
+class Alone:
+    """The bus of a node without Redis."""
+
+    shared = False
+    problem = None
+
+    def __init__(self) -> None:
+        self._serials = serials()
+
+    def deliver(self, envelope: Envelope, keys: list[str]) -> None:
+        """There is nobody."""
+
+    def release(self, doc_id: str, key: str) -> None:
+        """There is nobody."""
+
+    def tell(self, event: Event, users: Iterable[str], frame: str, but: str | None) -> None:
+        """There is nobody."""
+
+    def tell_device(self, key: str, frame: str) -> None:
+        """There is nobody."""
+
+    async def enter(self, user: str, device: str) -> int:
+        """A number."""
+        return next(self._serials)
+
+    def leave(self, user: str, device: str, serial: int) -> None:
+        """There is nobody."""
+
+    def silent(self, user: str, device: str, serial: int, silent: bool) -> None:
+        """There is nobody."""
+
+    def confirm(self, node: str, numbers: list[int]) -> None:
+        """There is nobody."""
+
+    async def invalidate(self, conversations: list[str], users: list[str], seconds: float) -> bool:
+        """Whoever else lives cannot be told."""
+        return False
+
+    def seen(self, user: str, moment: int) -> None:
+        """There is nobody."""
+
+    def recheck(self, users: Iterable[str]) -> None:
+        """There is nobody."""
+
+    def quiet(self, user: str, quiet: bool) -> None:
+        """There is nobody."""
+
+    async def online(self, users: Collection[str]) -> dict[str, set[str]]:
+        """There is nobody."""
+        return {}
+
+
+def serials() -> itertools.count[int]:
+    """Numbers of connections: they rise, and of two nodes the later one's are higher, as far as their clocks agree."""
+    return itertools.count(int(time() * 1000) << 10)

@@ -1,0 +1,146 @@
+"""Which device is connected to which node, in Redis.
+
+One short text for each user with a connected device: a line for each device. It is changed by a script, so that two nodes at
+once cannot lose each other's line, and every line says until when it is good: what a dead node has left goes by itself.
+Only the connection that wrote a line takes it away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final, Literal, NamedTuple
+
+from redis.asyncio import RedisCluster
+
+from relay.redis_client import AnyRedis
+
+KEPT_SECONDS: Final = 90
+"""A line is good for so long; it is renewed three times as often."""
+_MOST_OF_USER: Final = 64
+_AT_ONCE: Final = 1000
+
+Way = Literal["enter", "late", "keep", "leave"]
+
+# What is there of the same device is answered; whether it is replaced depends on the way in. Redis's clock judges all lines.
+_SCRIPT: Final = """
+local now = tonumber(redis.call('TIME')[1])
+local way, device, node, serial = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local kept, before, mine, late = {}, false, false, false
+for line in string.gmatch(redis.call('GET', KEYS[1]) or '', '[^\\n]+') do
+  local d, n, s, u, f = string.match(line, '^(%S+) (%S+) (%S+) (%S+) (%S+)$')
+  if d and tonumber(u) > now then
+    if d ~= device then
+      kept[#kept + 1] = line
+    elseif n == node and s == serial then
+      mine = true
+    else
+      before, late = line, string.find(f, 'l', 1, true)
+    end
+  end
+end
+local write = way == 'enter' or (way ~= 'leave' and not before)
+if way == 'late' and before then
+  local s = string.match(before, '^%S+ %S+ (%S+)')
+  write = not late or tonumber(s) < tonumber(serial)
+end
+if write then
+  if #kept >= tonumber(ARGV[6]) then table.remove(kept, 1) end
+  kept[#kept + 1] = device .. ' ' .. node .. ' ' .. serial .. ' ' .. (now + tonumber(ARGV[5])) .. ' ' .. ARGV[7]
+elseif before then
+  kept[#kept + 1] = before
+elseif not mine then
+  return {0, false}
+end
+if #kept == 0 then
+  redis.call('DEL', KEYS[1])
+else
+  redis.call('SET', KEYS[1], table.concat(kept, '\\n'), 'EX', ARGV[5])
+end
+return {write and 1 or 0, before}
+"""
+
+
+class Line(NamedTuple):
+    """One connected device. ``serial`` names its connection on ``node``; ``silent``: it was not heard from for a heartbeat."""
+
+    device: str
+    node: str
+    serial: int
+    silent: bool
+
+
+class Entry(NamedTuple):
+    """A connection of this node, and what to do about its line."""
+
+    way: Way
+    user: str
+    device: str
+    serial: int
+    silent: bool = False
+
+
+class Outcome(NamedTuple):
+    """Whether the line is this connection's now, and the line of another connection of the device that was there."""
+
+    written: bool
+    before: Line | None
+
+
+class Directory:
+    """The directory as one node uses it. Every method raises what ``relay.redis_client.TROUBLE`` names."""
+
+    def __init__(self, redis: AnyRedis, *, prefix: str, node: str) -> None:
+        self._redis = redis
+        self._prefix = prefix
+        self._node = node
+
+    async def note(self, entries: Sequence[Entry]) -> list[Outcome]:
+        """Writes or takes away lines, in one round trip."""
+        if not entries:
+            return []
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for entry in entries:
+                # A late line says so: of two that came while Redis was away, the younger stays.
+                flags = ("s" if entry.silent else "-") + ("l" if entry.way == "late" else "")
+                pipe.eval(
+                    _SCRIPT,
+                    1,
+                    self._key(entry.user),
+                    entry.way,
+                    entry.device,
+                    self._node,
+                    str(entry.serial),
+                    str(KEPT_SECONDS),
+                    str(_MOST_OF_USER),
+                    flags,
+                )
+            answers = await pipe.execute()
+        return [Outcome(bool(written), None if not before else _line(before)) for written, before in answers]
+
+    async def find(self, users: Sequence[str]) -> dict[str, list[Line]]:
+        """Where the devices of these users are connected, this node's too; users without any are absent."""
+        found: dict[str, list[Line]] = {}
+        for start in range(0, len(users), _AT_ONCE):
+            some = users[start : start + _AT_ONCE]
+            values = await self._values([self._key(user) for user in some])
+            for user, value in zip(some, values, strict=True):
+                if value:
+                    found[user] = [_line(line) for line in value.split(b"\n")]
+        return found
+
+    async def _values(self, keys: list[str]) -> list[bytes | None]:
+        if not isinstance(self._redis, RedisCluster):
+            values: list[Any] = await self._redis.mget(keys)
+            return values
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for key in keys:
+                pipe.get(key)
+            return list(await pipe.execute())
+
+    def _key(self, user: str) -> str:
+        return f"{self._prefix}:at:{user}"
+
+
+def _line(text: bytes) -> Line:
+    device, node, serial, _, flags = text.decode().split(" ")
+    return Line(device, node, int(serial), "s" in flags)

@@ -1,0 +1,156 @@
+"""What nodes tell each other: hints about what the store knows, and what is stored nowhere.
+
+One parcel is what one node has for another at one moment. Nodes of one relay run the same code but for the minutes of an
+upgrade: what cannot be read is dropped, and the sweep finds what it was about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+import msgspec
+
+from relay.routing.bus import Event
+from relay.wire.envelope import Envelope
+from relay.wire.ids import split_document_id
+
+
+class Message(msgspec.Struct, array_like=True, tag="m"):
+    """A committed message for devices of the node; ``copies`` are the documents in which their mailboxes await it."""
+
+    doc_id: str
+    user: str
+    device: str
+    seq: int
+    at: int
+    kind: str
+    size: int
+    shared: bool
+    parts: int
+    frame: str
+    sealed: dict[str, str] | None
+    copies: list[tuple[str, list[str]]]
+
+    @classmethod
+    def of(cls, envelope: Envelope, keys: list[str]) -> Message:
+        """For these mailboxes of one envelope."""
+        sealed = envelope.sealed
+        return cls(
+            doc_id=envelope.doc_id,
+            user=envelope.user,
+            device=envelope.device,
+            seq=envelope.seq,
+            at=envelope.at,
+            kind=envelope.kind,
+            size=envelope.size,
+            shared=envelope.shared,
+            parts=envelope.parts,
+            frame=envelope.frame_for(""),
+            sealed=None if sealed is None else {key: sealed[key] for key in keys if key in sealed},
+            copies=[(envelope.stored_id, keys)],
+        )
+
+    def add(self, envelope: Envelope, keys: list[str]) -> None:
+        """More mailboxes of the same message."""
+        self.copies.append((envelope.stored_id, keys))
+        if envelope.sealed is not None and self.sealed is not None:
+            self.sealed.update((key, envelope.sealed[key]) for key in keys if key in envelope.sealed)
+
+    def envelopes(self) -> Iterable[Envelope]:
+        """One for each document, as the committing node had it."""
+        conversation, message = split_document_id(self.doc_id)
+        for stored_id, keys in self.copies:
+            found = Envelope.of_frame(
+                conversation,
+                message,
+                user=self.user,
+                device=self.device,
+                seq=self.seq,
+                at=self.at,
+                kind=self.kind,
+                frame=self.frame,
+            )
+            found.awaiting, found.sealed, found.size = keys, self.sealed, self.size
+            found.shared, found.parts, found.stored_id = self.shared, self.parts, stored_id
+            yield found
+
+
+class Released(msgspec.Struct, array_like=True, tag="r"):
+    """These documents (id and mailbox) are awaited no more."""
+
+    pairs: list[tuple[str, str]]
+
+
+class Told(msgspec.Struct, array_like=True, tag="t"):
+    """A live frame for the devices of these users, but not for the one with the key ``but``; or for the one with the key
+    ``only``."""
+
+    event: Event
+    frame: str
+    users: list[str]
+    but: str | None = None
+    only: str | None = None
+
+
+class Replaced(msgspec.Struct, array_like=True, tag="x"):
+    """The device with this key has connected elsewhere; its connection here had this number."""
+
+    key: str
+    serial: int
+
+
+class Changed(msgspec.Struct, array_like=True, tag="i"):
+    """Members of these conversations, or devices, blocks or preferences of these users have changed; to be confirmed to
+    ``node``."""
+
+    node: str
+    number: int
+    conversations: list[str]
+    users: list[str]
+
+
+class Confirmed(msgspec.Struct, array_like=True, tag="c"):
+    """What was changed with these numbers is believed no more by ``node``, and nothing is being committed by it."""
+
+    node: str
+    numbers: list[int]
+
+
+class Seen(msgspec.Struct, array_like=True, tag="p"):
+    """These users came, left or fell silent; with when they were last heard (ms), or 0."""
+
+    users: list[tuple[str, int]]
+
+
+class Recheck(msgspec.Struct, array_like=True, tag="k"):
+    """Who may see these people, or whom they may see, has changed."""
+
+    users: list[str]
+
+
+class Quiet(msgspec.Struct, array_like=True, tag="q"):
+    """Whether others shall be told what this user receives has changed."""
+
+    user: str
+    quiet: bool
+
+
+class Beat(msgspec.Struct, array_like=True, tag="b"):
+    """The channel works."""
+
+
+Hint = Message | Released | Told | Replaced | Changed | Confirmed | Seen | Recheck | Quiet | Beat
+
+
+class Parcel(msgspec.Struct, array_like=True):
+    """What one node sends; ``at`` is the time of Redis (ms), 0 when the sender does not know it."""
+
+    node: str
+    at: int
+    hints: list[Hint]
+
+
+Unreadable: Final = msgspec.DecodeError
+encode: Final = msgspec.msgpack.Encoder().encode
+decode: Final = msgspec.msgpack.Decoder(Parcel).decode

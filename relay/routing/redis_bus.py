@@ -1,0 +1,382 @@
+"""The bus over Redis: a directory of devices, a channel for each node, and one for all.
+
+Whatever is to be told gathers while the last group is on its way: one look-up in the directory and one publication for each
+node that is concerned. While Redis does not answer nothing gathers; connections are entered into the directory again when
+it does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from time import monotonic
+from typing import Final, Protocol
+
+import structlog
+
+from relay.metrics import Metrics
+from relay.redis_client import TROUBLE, close, connect
+from relay.routing import hints
+from relay.routing.bus import Event, serials
+from relay.routing.channels import Channel
+from relay.routing.directory import Directory, Entry, Line, Outcome
+from relay.routing.gathering import Gathered, packed
+from relay.routing.hints import Hint, Parcel, Told
+from relay.routing.hub import Hub
+from relay.routing.registrations import Registrations
+from relay.wire.envelope import Envelope
+from relay.wire.ids import device_key, user_of
+
+ANSWER_SECONDS: Final = 1.0
+_CONNECTIONS: Final = 8
+_PAUSE_SECONDS: Final = 0.5
+_BEAT_SECONDS: Final = 1.0
+_STALE_MS: Final = 5000
+_PARCELS: Final = 500
+_CLOSE_POLLS: Final = 100
+
+log = structlog.get_logger(__name__)
+
+
+class Receiver(Protocol):
+    """What is done with the hints of other nodes."""
+
+    def take(self, node: str, hints: Iterable[Hint]) -> None:
+        """Hints that are not old. Never raises."""
+
+
+Others = Callable[[], Awaitable[Collection[str]]]
+
+
+class RedisBus:
+    """``node`` is this node's id, ``prefix`` what all names in Redis begin with, ``others`` asks the store which other nodes
+    live. ``start`` and ``close`` it. ``resumed`` is called when hints may have been lost, and come again."""
+
+    def __init__(
+        self, url: str, hub: Hub, metrics: Metrics, *, node: str, prefix: str, others: Others
+    ) -> None:
+        """Connects at the start. Raises ValueError for what is no URL of Redis."""
+        self._redis = connect(url, connections=_CONNECTIONS, seconds=ANSWER_SECONDS)
+        self._hub = hub
+        self._node = node
+        self._prefix = prefix
+        self._others = others
+        self._dropped = metrics.bus_dropped
+        self._directory = Directory(self._redis, prefix=prefix, node=node)
+        self._serials = serials()
+        self._registrations = Registrations(
+            self._directory,
+            hub,
+            seconds=ANSWER_SECONDS,
+            works=lambda: self._works,
+            fails=self._fails,
+            noted=self._noted,
+        )
+        self._channels = [Channel(self._redis, name, self._take) for name in (self._channel(node), self._all)]
+        self._receiver: Receiver | None = None
+        self.resumed: Callable[[], None] = _nothing
+        self._works = True
+        self._ask_at = 0.0
+        self._ahead = 0.0
+        self._wake = asyncio.Event()
+        self._gathered = Gathered()
+        self._numbers = 0
+        self._unconfirmed: dict[int, tuple[set[str], asyncio.Future[bool]]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._again: asyncio.Task[None] | None = None
+
+    # -- life
+
+    @property
+    def shared(self) -> bool:
+        """Whether Redis answered last, and its channels are heard."""
+        return self._works and all(channel.heard for channel in self._channels)
+
+    @property
+    def problem(self) -> str | None:
+        """What does not work, for people."""
+        if self.shared:
+            return None
+        return "it does not carry what nodes tell each other; other nodes' devices get messages by the sweep"
+
+    async def start(self, receiver: Receiver) -> None:
+        """Listens, and waits until it hears itself, for at most a second or two."""
+        self._receiver = receiver
+        self._tasks = [asyncio.create_task(channel.run(), name=channel.name) for channel in self._channels]
+        self._tasks += [
+            asyncio.create_task(self._publish_all(), name="bus publish"),
+            asyncio.create_task(self._registrations.run(), name="bus directory"),
+            asyncio.create_task(self._beat_all(), name="bus beat"),
+            asyncio.create_task(self._registrations.renew(), name="bus renew"),
+        ]
+        try:
+            async with asyncio.timeout(2 * ANSWER_SECONDS):
+                await asyncio.gather(*(channel.ready.wait() for channel in self._channels))
+        except TimeoutError:
+            log.warning("Redis does not answer; other nodes are not told of messages")
+
+    async def close(self) -> None:
+        """Ends, after what is to be said has been, for at most a second."""
+        for _ in range(_CLOSE_POLLS):
+            if not (self._works and (self._gathered.items or self._registrations)):
+                break
+            await asyncio.sleep(ANSWER_SECONDS / _CLOSE_POLLS)
+        tasks = self._tasks if self._again is None else [*self._tasks, self._again]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._registrations.close()
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                await close(self._redis)
+        except TROUBLE:
+            return
+
+    # -- what is told
+
+    def deliver(self, envelope: Envelope, keys: list[str]) -> None:
+        """See ``Bus``."""
+        if self._takes(len(keys), envelope.size):
+            self._gathered.messages.append((envelope, keys))
+
+    def release(self, doc_id: str, key: str) -> None:
+        """See ``Bus``."""
+        if self._takes(1):
+            self._gathered.released.append((doc_id, key))
+
+    def tell(self, event: Event, users: Iterable[str], frame: str, but: str | None) -> None:
+        """See ``Bus``."""
+        wanted = list(users)
+        if wanted and self._takes(len(wanted), len(frame)):
+            self._gathered.told.append(Told(event, frame, wanted, but))
+
+    def tell_device(self, key: str, frame: str) -> None:
+        """See ``Bus``."""
+        if self._takes(1, len(frame)):
+            self._gathered.told.append(Told("keys", frame, [user_of(key)], only=key))
+
+    def seen(self, user: str, moment: int) -> None:
+        """See ``Bus``."""
+        seen = self._gathered.seen
+        if user in seen or self._takes(1):
+            seen[user] = max(moment, seen.get(user, 0))
+
+    def recheck(self, users: Iterable[str]) -> None:
+        """See ``Bus``."""
+        self._announce(hints.Recheck(list(users)))
+
+    def quiet(self, user: str, quiet: bool) -> None:
+        """See ``Bus``."""
+        self._announce(hints.Quiet(user, quiet))
+
+    def confirm(self, node: str, numbers: list[int]) -> None:
+        """What that node has changed is believed here no more."""
+        if self._takes(1):
+            self._gathered.for_node.append((node, hints.Confirmed(self._node, numbers)))
+
+    def confirmed(self, node: str, numbers: Iterable[int]) -> None:
+        """Another node has confirmed."""
+        for number in numbers:
+            found = self._unconfirmed.get(number)
+            if found is not None:
+                found[0].discard(node)
+                if not found[0] and not found[1].done():
+                    found[1].set_result(True)
+
+    async def invalidate(self, conversations: list[str], users: list[str], seconds: float) -> bool:
+        """See ``Bus``."""
+        others = set(await self._others())
+        if not others:
+            return True
+        if not self.shared:
+            return False
+        self._numbers += 1
+        number = self._numbers
+        done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._unconfirmed[number] = (others, done)
+        try:
+            self._announce(hints.Changed(self._node, number, conversations, users))
+            async with asyncio.timeout(seconds):
+                return await done
+        except TimeoutError:
+            return False
+        finally:
+            del self._unconfirmed[number]
+
+    # -- the directory
+
+    async def enter(self, user: str, device: str) -> int:
+        """See ``Bus``."""
+        serial = next(self._serials)
+        await self._registrations.enter(user, device, serial)
+        return serial
+
+    def leave(self, user: str, device: str, serial: int) -> None:
+        """See ``Bus``."""
+        self._registrations.note(Entry("leave", user, device, serial))
+
+    def silent(self, user: str, device: str, serial: int, silent: bool) -> None:
+        """See ``Bus``."""
+        self._registrations.note(Entry("keep", user, device, serial, silent))
+
+    async def online(self, users: Collection[str]) -> dict[str, set[str]]:
+        """See ``Bus``."""
+        if not self._works or not users:
+            return {}
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                found = await self._directory.find(list(users))
+        except TROUBLE as error:
+            self._fails(error)
+            return {}
+        online: dict[str, set[str]] = {}
+        for user, lines in found.items():
+            for line in lines:
+                if line.node != self._node and not line.silent:
+                    online.setdefault(user, set()).add(line.device)
+        return online
+
+    def _noted(self, entry: Entry, outcome: Outcome) -> None:
+        key = device_key(entry.user, entry.device)
+        before = outcome.before
+        if outcome.written:
+            if before is not None and before.node != self._node:
+                self._replace(before, key)
+        elif before is not None and entry.way in ("keep", "late") and before.node != self._node:
+            # The device has connected elsewhere since; the message that said so is lost or under way.
+            self._take(Parcel(before.node, 0, [hints.Replaced(key, entry.serial)]))
+
+    def _replace(self, before: Line, key: str) -> None:
+        if self._takes(1):
+            self._gathered.for_node.append((before.node, hints.Replaced(key, before.serial)))
+
+    async def renew(self) -> None:
+        """Renews the lines of all connections in the directory, as is done every half minute."""
+        await self._registrations.renew_all()
+
+    # -- channels
+
+    @property
+    def _all(self) -> str:
+        return f"{self._prefix}:all"
+
+    def _channel(self, node: str) -> str:
+        return f"{self._prefix}:node:{node}"
+
+    def _announce(self, hint: Hint) -> None:
+        if self._takes(1):
+            self._gathered.for_all.append(hint)
+
+    def _takes(self, items: int, size: int = 0) -> bool:
+        if not self._works:
+            return False
+        if not self._gathered.takes(items, size):
+            self._dropped.inc(items)
+            return False
+        self._wake.set()
+        return True
+
+    def _fails(self, error: BaseException) -> None:
+        self._ask_at = monotonic() + _PAUSE_SECONDS * random.uniform(0.5, 1.5)
+        if self._works:
+            self._works = False
+            self._dropped.inc(self._gathered.items)
+            self._gathered = Gathered()
+            log.warning("Redis does not answer; other nodes are told nothing", error=type(error).__name__)
+
+    async def _beat_all(self) -> None:
+        """Each channel is heard at least once a second, or it does not work; and Redis is asked for its time."""
+        while True:
+            try:
+                if self._works or monotonic() >= self._ask_at:
+                    async with asyncio.timeout(ANSWER_SECONDS):
+                        await self._beat()
+                    if not self._works:
+                        self._works = True
+                        log.info("Redis answers again; other nodes are told")
+                        self._came_back()
+            except TROUBLE as error:
+                self._fails(error)
+            for channel in self._channels:
+                if channel.came_back():
+                    self._came_back()
+            await asyncio.sleep(_BEAT_SECONDS * random.uniform(0.8, 1.0))
+
+    def _came_back(self) -> None:
+        if self._again is None or self._again.done():
+            self._again = asyncio.create_task(self._registrations.renew_all(), name="bus enter again")
+        self.resumed()
+
+    async def _beat(self) -> None:
+        beat = hints.encode(Parcel(self._node, 0, [hints.Beat()]))
+        asked = monotonic()
+        async with self._redis.pipeline(transaction=False) as pipe:
+            # The time of the server that carries this node's channel; TIME itself is no command of a cluster's pipeline.
+            pipe.eval("return redis.call('TIME')", 1, self._channel(self._node))
+            pipe.execute_command("SPUBLISH", self._channel(self._node), beat)
+            if self._channels[1].quiet_for(_BEAT_SECONDS):
+                pipe.execute_command("SPUBLISH", self._all, beat)
+            answers = await pipe.execute()
+        seconds, microseconds = answers[0]
+        took = monotonic() - asked
+        self._ahead = int(seconds) + int(microseconds) / 1_000_000 - (asked + took / 2)
+
+    def _now(self) -> int:
+        return int((monotonic() + self._ahead) * 1000) if self._ahead else 0
+
+    def _take(self, data: bytes | Parcel) -> None:
+        try:
+            parcel = data if isinstance(data, Parcel) else hints.decode(data)
+        except hints.Unreadable:
+            log.warning("what another node told cannot be read")
+            return
+        now = self._now()
+        if parcel.at and now and now - parcel.at > _STALE_MS:
+            self._dropped.inc(len(parcel.hints))
+            return
+        if self._receiver is not None:
+            self._receiver.take(parcel.node, parcel.hints)
+
+    # -- publishing
+
+    async def _publish_all(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._gathered.items:
+                try:
+                    await self._publish()
+                except TROUBLE as error:
+                    self._fails(error)
+                except Exception:
+                    log.exception("what was to be told to other nodes is lost")
+
+    async def _publish(self) -> None:
+        group, self._gathered = self._gathered, Gathered()
+        began = self._now()
+        users = group.users()
+        lines: dict[str, list[Line]] = {}
+        if users:
+            async with asyncio.timeout(2 * ANSWER_SECONDS):
+                lines = await self._directory.find(users)
+        parcels, for_all = group.sort(lines, self._node)
+        out = [
+            (self._channel(node), payload)
+            for node, its in parcels.items()
+            for payload in packed(self._node, began, its)
+        ]
+        out += [(self._all, payload) for payload in packed(self._node, began, for_all)]
+        for start in range(0, len(out), _PARCELS):
+            await self._send(out[start : start + _PARCELS])
+
+    async def _send(self, out: Sequence[tuple[str, bytes]]) -> None:
+        async with asyncio.timeout(2 * ANSWER_SECONDS):
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for channel, payload in out:
+                    pipe.execute_command("SPUBLISH", channel, payload)
+                await pipe.execute()
+
+
+def _nothing() -> None:
+    return None
