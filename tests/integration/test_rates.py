@@ -226,7 +226,7 @@ async def test_a_redis_that_hangs_is_named_as_a_problem_until_it_counts_again_an
             return status, problems, 'relay_problem{part="redis"} 1.0' in await response.text()
 
     async def hurt() -> bool:
-        return await told() == (200, ["redis"], True)
+        return await told() == (200, ["redis", "bus"], True)
 
     async def well() -> bool:
         return await told() == (200, [], False)
