@@ -15,6 +15,8 @@ from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_va
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 _CLIENT_VARIABLES = frozenset({"RELAY_URL", "RELAY_TOKEN", "RELAY_PASSWORD"})
+# A worker's readiness is told to its supervisor through this file descriptor.
+READY_VARIABLE = "RELAY_WORKER_READY"
 
 _RATE = re.compile(r"[1-9][0-9]{0,6}/([1-9][0-9]{0,3} )?(second|minute|hour|day)s?")
 Positive = Annotated[int, Field(gt=0)]
@@ -53,6 +55,23 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    workers: int = Field(
+        1,
+        ge=1,
+        le=256,
+        description="Processes that serve the port together. Several need Redis: without `RELAY_REDIS_URL` the relay runs "
+        "its own Valkey.",
+    )
+    worker_port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="Loopback port on which the first worker can be asked alone, for its `/metrics`; the second has the "
+        "next, and so on. 0: none.",
+    )
+    worker: int = Field(
+        0, ge=0, le=256, description="Which of several workers a process is; their supervisor sets it."
+    )
     data_dir: Path = Field(
         Path("var"), description="Where the embedded MongoDB and the generated secret live."
     )
@@ -286,6 +305,12 @@ class Settings(BaseSettings):
     def _fits(self) -> Settings:
         if self.max_body_bytes * 2 > self.max_frame_bytes:
             raise ValueError("RELAY_MAX_BODY_BYTES must be at most half of RELAY_MAX_FRAME_BYTES")
+        own = range(self.worker_port, self.worker_port + self.workers) if self.worker_port else range(0)
+        if self.port in own or (own and own[-1] > 65535):
+            raise ValueError(
+                f"RELAY_WORKER_PORT: workers would listen on {own[0]} to {own[-1]}; "
+                "these must be below 65536 and leave out RELAY_PORT"
+            )
         return self
 
 
@@ -307,4 +332,5 @@ def load() -> Settings:
 def unknown_variables() -> list[str]:
     """Names in the environment that look like settings and are none: usually a typing mistake."""
     known = {f"RELAY_{name}".upper() for name in Settings.model_fields} | _CLIENT_VARIABLES
+    known |= {READY_VARIABLE}
     return sorted(name for name in os.environ if name.startswith("RELAY_") and name not in known)

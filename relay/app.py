@@ -18,13 +18,16 @@ from config.settings import Settings
 from handlers.context import Context, Health
 from handlers.http.routes import ROUTES
 from relay.configured import (
+    LOOPBACK,
     StartError,
+    cannot_listen,
     keys_of,
     limits_of,
     live_of,
     make_data_dir,
     pseudonyms_of,
     rate_rules,
+    url_of,
 )
 from relay.jobs.doubts import Doubts
 from relay.jobs.expiry import Expiry
@@ -136,7 +139,7 @@ async def start(settings: Settings) -> Relay:
 async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
     verifier, issuer = keys_of(settings)
     pseudonyms = pseudonyms_of(settings)
-    embedded, uri = await _database(settings, stack)
+    embedded, uri = await database(settings, stack)
     ttl_seconds = max(1, round(settings.message_ttl_days * 86_400))
     try:
         mongo = Mongo(uri, settings.mongo_database)
@@ -306,7 +309,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
     await runner.setup()
     stack.push_async_callback(_drain, context, gateway, jobs, runner, settings.drain_seconds, accounts)
     jobs.start()
-    url = await _listen(runner, settings)
+    url = await _listen(runner, settings, stack)
     # What is alive now stays: the collector need not look at it again.
     gc.collect()
     gc.freeze()
@@ -377,21 +380,29 @@ async def _close_quickly(mongo: Mongo) -> None:
     await asyncio.to_thread(closing.join, _CLOSE_SECONDS)
 
 
-async def _listen(runner: web.AppRunner, settings: Settings) -> str:
-    site = web.TCPSite(runner, settings.host, settings.port, backlog=4096)
+async def _listen(runner: web.AppRunner, settings: Settings, stack: contextlib.AsyncExitStack) -> str:
+    shared = settings.worker > 0
+    site = web.TCPSite(runner, settings.host, settings.port, backlog=4096, reuse_port=shared)
     try:
         await site.start()
     except OSError as error:
-        raise StartError(
-            f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}; "
-            "is another relay running? RELAY_PORT chooses another port"
-        ) from None
+        raise StartError(cannot_listen(settings.host, settings.port, error)) from None
+    if shared:
+        # First of all when it stops: the kernel gives new connections to the other workers. A node of its own goes on
+        # listening while it drains, for a load balancer to hear it from /readyz.
+        stack.push_async_callback(site.stop)
     port = runner.addresses[0][1]
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    return f"http://{host}:{port}"
+    if settings.worker_port:
+        own = settings.worker_port + max(0, settings.worker - 1)
+        try:
+            await web.TCPSite(runner, LOOPBACK, own, reuse_port=shared).start()
+        except OSError as error:
+            raise StartError(cannot_listen(LOOPBACK, own, error, "RELAY_WORKER_PORT")) from None
+    return url_of(settings.host, port)
 
 
-async def _database(settings: Settings, stack: contextlib.AsyncExitStack) -> tuple[EmbeddedMongo | None, str]:
+async def database(settings: Settings, stack: contextlib.AsyncExitStack) -> tuple[EmbeddedMongo | None, str]:
+    """The MongoDB there is, and where: the relay's own (stopped with the stack) when none is configured. Raises StartError."""
     if settings.mongo_uri is not None:
         return None, settings.mongo_uri.get_secret_value()
     make_data_dir(settings.data_dir)

@@ -21,6 +21,7 @@ from relay.wire.frames import MAX_OPERATIONS
 
 SECRET_FILE: Final = "jwt-secret"
 PSEUDONYM_FILE: Final = "pseudonym-key"
+LOOPBACK: Final = "127.0.0.1"
 _RATE: Final = "rate_"
 
 
@@ -34,6 +35,19 @@ def make_data_dir(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StartError(f"RELAY_DATA_DIR: {path} cannot be made: {error.strerror}") from None
+
+
+def url_of(host: str, port: int) -> str:
+    """Where a relay that listens there is reached."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def cannot_listen(host: str, port: int, error: OSError, setting: str = "RELAY_PORT") -> str:
+    """Why the relay cannot listen there, in one line; ``setting`` is the one that says where."""
+    return (
+        f"cannot listen on {host}:{port}: {error.strerror or error}; "
+        f"is another relay running? {setting} chooses another port"
+    )
 
 
 def rate_rules(settings: Settings) -> dict[str, str]:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from redis.asyncio import Redis
 
@@ -24,7 +25,7 @@ async def valkey_cluster(directory: Path, masters: int = 3) -> AsyncIterator[lis
             own.mkdir()
             servers.append(Valkey(own, clustered=True))
         await asyncio.gather(*(server.start() for server in servers))
-        clients = [Redis(port=server.port) for server in servers]
+        clients: list[Any] = [Redis(port=server.port) for server in servers]
         try:
             for number, client in enumerate(clients):
                 first, last = (_SLOTS * number // masters, _SLOTS * (number + 1) // masters - 1)
@@ -44,6 +45,6 @@ async def valkey_cluster(directory: Path, masters: int = 3) -> AsyncIterator[lis
             await server.kill()
 
 
-async def _serves_all(client: Redis, masters: int) -> bool:
+async def _serves_all(client: Any, masters: int) -> bool:
     info = await client.execute_command("CLUSTER INFO")
-    return info["cluster_state"] == "ok" and int(info["cluster_known_nodes"]) == masters
+    return bool(info["cluster_state"] == "ok" and int(info["cluster_known_nodes"]) == masters)

@@ -92,6 +92,9 @@ def test_a_variable_sets_its_field(
         ("RELAY_PORT", "-1"),
         ("RELAY_PORT", "http"),
         ("RELAY_PORT", ""),
+        ("RELAY_WORKERS", "0"),
+        ("RELAY_WORKERS", "two"),
+        ("RELAY_WORKER_PORT", "70000"),
         ("RELAY_LOG_FORMAT", "xml"),
         ("RELAY_LOG_LEVEL", "loud"),
         ("RELAY_MONGO_DATABASE", "a b"),
@@ -229,3 +232,13 @@ def test_the_script_is_a_valid_shell_script_that_can_be_run() -> None:
     assert shell is not None
     assert os.access(script, os.X_OK)
     assert subprocess.run([shell, "-n", str(script)], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("first", "port"), [("9000", "9001"), ("65535", "8080")])
+def test_the_workers_own_ports_exist_and_leave_out_the_one_they_share(
+    monkeypatch: pytest.MonkeyPatch, first: str, port: str
+) -> None:
+    ports = {"RELAY_WORKER_PORT": first, "RELAY_PORT": port}
+    assert "RELAY_WORKER_PORT" in wrong(monkeypatch, RELAY_WORKERS="2", **ports)
+    monkeypatch.setenv("RELAY_WORKERS", "1")
+    assert load().worker_port == int(first)
