@@ -200,6 +200,32 @@ async def test_a_removal_is_confirmed_by_the_other_node_in_milliseconds(two: tup
     assert document is not None and sorted(document["awaiting"]) == ["ann/phone"]
 
 
+async def test_a_conversation_has_one_order_though_the_clocks_of_its_nodes_are_an_hour_apart(
+    two: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, ahead = two
+    clock = ahead.relay.context.clock
+    wall = clock.now
+    monkeypatch.setattr(clock, "_now", lambda: int(time.time() * 1000) + 3_600_000)
+    assert clock.now() - one.relay.context.clock.now() > 3_000_000 and wall() > 0
+    ann, bob = await one.connect("ann"), await ahead.connect("bob")
+    conv = await one.direct("ann", "bob")
+    said: list[str] = []
+    seen = 0
+    for n in range(6):
+        sender, reader = (bob, ann) if n % 2 == 0 else (ann, bob)
+        sent = await sender.sent(conv, str(n), after=seen)
+        assert sent["seq"] > seen, "a reply sorts behind what its sender had received"
+        arrived = await reader.expect("msg", id=sent["id"])
+        seen = arrived["seq"]
+        said.append(sent["id"])
+        await reader.ack(conv, sent["id"])
+    tablet = await one.connect("ann", "tablet")
+    unread = await bob.sent(conv, "for the tablet too")
+    assert (await tablet.expect("msg", id=unread["id"]))["seq"] == unread["seq"]
+    assert await one.db.messages.count_documents({}) == 1
+
+
 async def test_while_redis_is_away_everything_goes_on_here_and_resumes_there(
     nodes: NodeFactory, tmp_path: Path
 ) -> None:

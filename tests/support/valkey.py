@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import subprocess
 from collections.abc import AsyncIterator
@@ -21,6 +22,7 @@ class Valkey:
     def __init__(self, directory: Path, *, password: str | None = None, clustered: bool = False) -> None:
         self.port = free_port()
         self.socket = directory / "valkey.sock"
+        self.cluster_port = free_port() if clustered else 0
         self._password = password
         self._clustered = clustered
         self._directory = directory
@@ -37,7 +39,8 @@ class Valkey:
         arguments = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
         arguments += ["--dir", str(self._directory), "--unixsocket", str(self.socket)]
         if self._clustered:
-            arguments += ["--cluster-enabled", "yes", "--cluster-node-timeout", "2000"]
+            # Else the servers talk to each other on this port + 10,000, which there may not be.
+            arguments += ["--cluster-enabled", "yes", "--cluster-port", str(self.cluster_port)]
         if self._password is not None:
             arguments += ["--requirepass", self._password]
         self._process = await asyncio.create_subprocess_exec(
@@ -70,7 +73,8 @@ class Valkey:
     async def kill(self) -> None:
         """It dies at once and forgets everything."""
         if self._process is not None:
-            self._process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
             await self._process.wait()
             self._process = None
 

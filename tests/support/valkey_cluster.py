@@ -32,7 +32,9 @@ async def valkey_cluster(directory: Path, masters: int = 3) -> AsyncIterator[lis
                 await client.execute_command("CLUSTER ADDSLOTSRANGE", first, last)
                 await client.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
             for server in servers[1:]:
-                await clients[0].execute_command("CLUSTER MEET", "127.0.0.1", server.port)
+                await clients[0].execute_command(
+                    "CLUSTER MEET", "127.0.0.1", server.port, server.cluster_port
+                )
             async with asyncio.timeout(20):
                 while not all([await _serves_all(client, masters) for client in clients]):
                     await asyncio.sleep(0.05)
