@@ -32,6 +32,7 @@ ANSWER_SECONDS: Final = 1.0
 _CONNECTIONS: Final = 8
 _PAUSE_SECONDS: Final = 0.5
 _BEAT_SECONDS: Final = 1.0
+_FIRST_BEAT_SECONDS: Final = 0.05
 _STALE_MS: Final = 5000
 _PARCELS: Final = 500
 _CLOSE_POLLS: Final = 100
@@ -301,7 +302,9 @@ class RedisBus:
             for channel in self._channels:
                 if channel.came_back():
                     self._came_back()
-            await asyncio.sleep(_BEAT_SECONDS * random.uniform(0.8, 1.0))
+            # A node that starts waits until it hears itself.
+            begun = all(channel.ready.is_set() for channel in self._channels) or not self._works
+            await asyncio.sleep(_BEAT_SECONDS * random.uniform(0.8, 1.0) if begun else _FIRST_BEAT_SECONDS)
 
     def _came_back(self) -> None:
         if self._again is None or self._again.done():
