@@ -18,7 +18,7 @@ Processes = Callable[..., RelayProcess]
 async def processes(tmp_path: Path) -> AsyncIterator[Processes]:
     """Makes relay processes, not started yet; keyword arguments are settings."""
     made: list[RelayProcess] = []
-    async with aiohttp.ClientSession() as http:
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
 
         def make(**settings: Any) -> RelayProcess:
             home = tmp_path / f"relay{len(made)}"
