@@ -1,6 +1,6 @@
 # Everything a newcomer needs. Each target sets up what it needs by itself.
 .DEFAULT_GOAL := help
-.PHONY: help run test test-faults check bench format lock clean
+.PHONY: help run test test-cluster test-faults check bench format lock clean
 
 help: ## show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -12,6 +12,10 @@ run: ## start the relay on 127.0.0.1:8080, with its own MongoDB
 test: ## run the tests, against a real MongoDB
 	@scripts/setup dev
 	@.venv/bin/python -m pytest -m "not faults" -n 3 --dist loadfile
+
+test-cluster: ## run those that need a database on a real sharded cluster instead
+	@scripts/setup dev
+	@RELAY_TEST_MONGO=cluster .venv/bin/python -m pytest tests/integration tests/contract -m "not faults" -n 2 --dist loadfile
 
 test-faults: ## run the slow tests that kill, pause and fail real processes
 	@scripts/setup dev

@@ -1,4 +1,7 @@
-"""Fixtures that the suites share: a real mongod for the whole run, relay nodes on it, devices that speak the protocol."""
+"""Fixtures that the suites share: a real mongod for the whole run, relay nodes on it, devices that speak the protocol.
+
+With ``RELAY_TEST_MONGO=cluster`` in the environment the mongod is a sharded cluster of two (tests/support/on_cluster.py).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,15 @@ import uvloop
 from relay.store.embedded import EmbeddedMongo
 from tests.support.databases import Databases
 from tests.support.node import Node, NodeFactory
+from tests.support.on_cluster import (
+    ON_CLUSTER,
+    ClusterServer,
+    open_cluster,
+    pytest_collection_modifyitems,
+    pytest_runtest_call,
+)
+
+__all__ = ["pytest_collection_modifyitems", "pytest_runtest_call"]
 
 TEST_COMMANDS = {"enableTestCommands": "1", "ttlMonitorSleepSecs": "1"}
 
@@ -22,9 +34,13 @@ def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEv
 
 
 @pytest.fixture(scope="session")
-async def mongod(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EmbeddedMongo]:
+async def mongod(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EmbeddedMongo | ClusterServer]:
     """One real mongod, with test commands (fail points), for every test of the run."""
     directory: Path = tmp_path_factory.mktemp("mongod")
+    if ON_CLUSTER:
+        async with open_cluster(directory, TEST_COMMANDS) as cluster:
+            yield cluster
+        return
     server = EmbeddedMongo(directory, server_parameters=TEST_COMMANDS, cache_gb=0.5)
     await server.start()
     yield server
@@ -32,9 +48,9 @@ async def mongod(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Embe
 
 
 @pytest.fixture(scope="session")
-def databases() -> Databases:
+async def databases(mongod: EmbeddedMongo | ClusterServer) -> Databases:
     """The databases of that mongod that tests use one after the other."""
-    return Databases()
+    return Databases() if isinstance(mongod, EmbeddedMongo) else await mongod.databases()
 
 
 @pytest.fixture

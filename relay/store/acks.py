@@ -19,6 +19,7 @@ from typing import Any, Final
 import structlog
 
 from relay.metrics import Metrics
+from relay.store.deleting import delete_messages
 from relay.store.ending_plan import EndingGroup, Expectation, entry_of, parts_of
 from relay.store.endings import Acknowledged, Ending, Release, Settlement
 from relay.store.fates import Fates
@@ -52,6 +53,7 @@ class Acks:
         now: Callable[[], int],
         settled: Callable[[Settlement], None],
     ) -> None:
+        self._mongo = mongo
         self._collection = mongo.messages
         self._messages = messages
         self._fates = fates
@@ -244,16 +246,8 @@ class Acks:
             return await self._delete(parts) + await self._delete(
                 [one for one in wanted if not is_part(one[0])]
             )
-        doc_ids = [doc_id for doc_id, _ in wanted]
         with time_limit(self._timeout):
-            result = await self._collection.delete_many(
-                {
-                    "_id": {"$in": doc_ids},
-                    "conversationId": {"$in": list({doc_id.partition(" ")[0] for doc_id in doc_ids})},
-                    "seq": {"$in": list({seq for _, seq in wanted})},
-                }
-            )
-        return int(result.deleted_count)
+            return await delete_messages(self._mongo, wanted)
 
     async def _finish_emptied(self, group: EndingGroup) -> None:
         """Another node may have settled the rest of what this group only shrank."""

@@ -13,7 +13,8 @@ from typing import Any, Final
 import structlog
 from bson.datetime_ms import DatetimeMS
 
-from relay.store.mongo import time_limit
+from relay.store.deleting import delete_messages
+from relay.store.mongo import Mongo, time_limit
 from relay.wire.envelope import Envelope
 from relay.wire.ids import PARTS_KEY, head_id, is_part, new_writing, part_ids
 
@@ -29,8 +30,9 @@ log = structlog.get_logger(__name__)
 class Heads:
     """Which heads there are, and the claims among them."""
 
-    def __init__(self, collection: Any, *, timeout: float) -> None:
-        self._collection = collection
+    def __init__(self, mongo: Mongo, *, timeout: float) -> None:
+        self._mongo = mongo
+        self._collection = mongo.messages
         self._timeout = timeout
         # A head that was there once makes its parts messages for good, so what is known stays true.
         self._known: OrderedDict[tuple[str, str], None] = OrderedDict()
@@ -196,10 +198,9 @@ class Heads:
     async def remove_parts(self, stored_ids: Sequence[str]) -> None:
         """Removes parts that never became a message."""
         for start in range(0, len(stored_ids), _IDS):
-            some = list(stored_ids[start : start + _IDS])
             with time_limit(self._timeout):
-                await self._collection.delete_many(
-                    {"_id": {"$in": some}, "conversationId": {"$in": _conversations(some)}}
+                await delete_messages(
+                    self._mongo, ((name, None) for name in stored_ids[start : start + _IDS])
                 )
 
     async def count_claimed(self) -> int:

@@ -81,7 +81,7 @@ class Messages:
         self._timeout = timeout
         self._readers = asyncio.Semaphore(_READERS)
         self.ttl_ms = ttl_seconds * 1000
-        self.heads = Heads(mongo.messages, timeout=timeout)
+        self.heads = Heads(mongo, timeout=timeout)
         # Ids of documents that are no messages. Left out of later queries, or a window full of them would hide all else.
         self._unreadable: dict[str, None] = {}
 

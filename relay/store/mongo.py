@@ -109,6 +109,8 @@ class Mongo:
             read_preference=ReadPreference.PRIMARY,
             read_concern=ReadConcern("local"),
         )
+        self.is_sharded = False
+        """Whether it is a sharded cluster; known once ``prepare`` is done."""
         self.messages: Any = self._plain(MESSAGES)
         self.fates: Any = self._plain(FATES)
         self.committed_messages: Any = self.messages.with_options(read_concern=ReadConcern("majority"))
@@ -120,7 +122,8 @@ class Mongo:
         """Makes collections and indexes; changes the times to live of existing ones. Raises MongoUnavailable."""
         try:
             hello = await self.client.admin.command("hello")
-            if "setName" not in hello and hello.get("msg") != "isdbgrid":
+            self.is_sharded = hello.get("msg") == "isdbgrid"
+            if "setName" not in hello and not self.is_sharded:
                 raise MongoUnavailable(
                     "MongoDB runs standalone, which can lose acknowledged writes on a crash; "
                     "make it a replica set (of one member, if need be)"

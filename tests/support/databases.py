@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from pymongo import AsyncMongoClient
 from pymongo.asynchronous.database import AsyncDatabase
 
 Shape = tuple[frozenset[str], int]
+
+makers: dict[str, Callable[[str], Awaitable[str]]] = {}
+"""By URI: how a database is made where that takes more than naming it. A cluster's collections are sharded before they are used."""
+
+
+async def make_database(uri: str, name: str) -> str:
+    """A database of this name may be used; returns the name."""
+    maker = makers.get(uri)
+    return name if maker is None else await maker(name)
 
 
 class Databases:
@@ -29,15 +39,18 @@ class Databases:
         shape = await _shape(database)
         if self._usual is None and shape[1]:
             self._usual = shape
-        if shape != self._usual or await _is_busy(client, name):
+        if shape != self._usual or await self._is_busy(client, name):
             await client.drop_database(name)
             return
         for collection in await database.list_collection_names():
             await database[collection].delete_many({})
         self._spare.append(name)
 
+    async def _is_busy(self, client: AsyncMongoClient[dict[str, Any]], name: str) -> bool:
+        return await is_busy(client, name)
 
-async def _is_busy(client: AsyncMongoClient[dict[str, Any]], name: str) -> bool:
+
+async def is_busy(client: AsyncMongoClient[dict[str, Any]], name: str) -> bool:
     """Whether an operation that its client no longer waits for goes on, and may still write."""
     found = await client.admin.command({"currentOp": 1, "ns": {"$regex": f"^{name}[.]"}})
     return bool(found["inprog"])

@@ -67,6 +67,8 @@ NOT_A_ROUTERS: Final = (
     "compression",
 )
 MAJORITY: Final = {"w": "majority", "wtimeout": 60_000}
+FAIL_POINT: Final = b"configureFailPoint"
+NO_FAIL_POINTS: Final = "a router has no fail points: set them on a shard"
 
 Address = tuple[str, int]
 
@@ -275,6 +277,10 @@ class Client(asyncio.Protocol):
         name = data[_NAME_AT:name_end]
         if name in HELLO:
             self.hellos.add(request)
+        if name == FAIL_POINT and len(data) >= size:
+            # On the primary shard alone it would half work.
+            self.answer(packed(0, request, {"ok": 0.0, "errmsg": NO_FAIL_POINTS, "code": 59}))
+            return size
         if name in SLOW:
             if len(data) < size:
                 return 0

@@ -32,6 +32,7 @@ from relay.wire.clock import Clock
 from relay.wire.envelope import Envelope
 from relay.wire.errors import RelayError
 from relay.wire.ids import device_key, new_id
+from tests.support.databases import make_database
 
 AnyCommits = TypeVar("AnyCommits", bound=Commits)
 TTL_SECONDS = 30 * 86_400
@@ -201,7 +202,7 @@ class Store:
 @asynccontextmanager
 async def open_store(uri: str) -> AsyncIterator[Store]:
     """A store in a database of its own, which is dropped afterwards."""
-    store = Store(uri, f"s{uuid.uuid4().hex[:20]}")
+    store = Store(uri, await make_database(uri, f"s{uuid.uuid4().hex[:20]}"))
     try:
         await store.mongo.prepare(TTL_SECONDS, 72 * 3600)
         yield store

@@ -1,0 +1,42 @@
+"""Deleting several messages at once.
+
+On a replica set that is one statement. On a sharded cluster it is one for each conversation: MongoDB lets a statement that names
+many documents on several shards pass without looking at the routing table's version, and such a statement misses what is moving
+from one shard to another. A statement that names one value of the shard key goes to one shard, and is tried again when it came to
+the wrong one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pymongo import DeleteMany
+
+from relay.store.mongo import Mongo
+
+
+async def delete_messages(mongo: Mongo, wanted: Iterable[tuple[str, int | None]]) -> int:
+    """Deletes documents of ``messages`` by ``_id``, and by ``seq`` where it is given (of all of them or of none); returns how many
+    there were. The caller sets the time limit. Raises PyMongoError."""
+    by_conversation: dict[str, list[tuple[str, int | None]]] = {}
+    for stored_id, seq in wanted:
+        by_conversation.setdefault(stored_id.partition(" ")[0], []).append((stored_id, seq))
+    if not by_conversation:
+        return 0
+    if not mongo.is_sharded:
+        everything = [one for some in by_conversation.values() for one in some]
+        result = await mongo.messages.delete_many(_query(list(by_conversation), everything))
+    else:
+        statements = [DeleteMany(_query([name], some)) for name, some in by_conversation.items()]
+        result = await mongo.messages.bulk_write(statements, ordered=False)
+    return int(result.deleted_count)
+
+
+def _query(conversations: list[str], wanted: list[tuple[str, int | None]]) -> Mapping[str, Any]:
+    query: dict[str, Any] = {
+        "_id": {"$in": [stored_id for stored_id, _ in wanted]},
+        "conversationId": {"$in": conversations} if len(conversations) > 1 else conversations[0],
+    }
+    seqs = {seq for _, seq in wanted if seq is not None}
+    return {**query, "seq": {"$in": list(seqs)}} if seqs else query
