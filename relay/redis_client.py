@@ -13,8 +13,19 @@ from redis.exceptions import ConnectionError, RedisClusterException, RedisError
 SCHEMES: Final = ("redis://", "rediss://", "unix://", "redis+cluster://", "rediss+cluster://")
 _CLUSTER: Final = "+cluster://"
 
-# What answers without speaking its language has the driver raise the last two.
-TROUBLE: Final = (RedisError, RedisClusterException, OSError, TimeoutError, ValueError, TypeError)
+# What answers without speaking its language has the driver raise ValueError and TypeError; a connection that ends between its
+# steps the last three (uvloop: RuntimeError, when a closed transport is written to).
+TROUBLE: Final = (
+    RedisError,
+    RedisClusterException,
+    OSError,
+    TimeoutError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    AttributeError,
+    LookupError,
+)
 
 AnyRedis = Redis | RedisCluster
 

@@ -21,6 +21,7 @@ from relay.wire.ids import any_device_key
 
 _PAGE: Final = 1000
 _KEYS: Final = 500
+_MOST_PAGES: Final = 20
 _GRACE_MS: Final = 5000
 # Each holds a window of messages at most.
 _STARVED: Final = 64
@@ -50,10 +51,15 @@ class Sweep:
         self._soon: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
-        """One round."""
-        await self.remove_leftovers()
-        await self.feed_starved()
-        await self.find_missed()
+        """One round. What one part cannot do keeps no other from its work. Raises PyMongoError."""
+        failed: PyMongoError | None = None
+        for part in (self.find_missed, self.feed_starved, self.remove_leftovers):
+            try:
+                await part()
+            except PyMongoError as error:
+                failed = error
+        if failed is not None:
+            raise failed
 
     def hurry(self) -> None:
         """Hints of other nodes may have been lost: looks for what they were about soon, once it is old enough to be found."""
@@ -110,7 +116,7 @@ class Sweep:
                     connection.delivery.release(stored_id)
 
     async def find_missed(self) -> None:
-        """Marks connections behind when something waits for them that is not in flight. One bounded query for many
+        """Marks connections behind when something waits for them that is not in flight. Few bounded queries for many
         devices: those with nothing in flight. A busy connection looks for itself when it next falls behind."""
         keys: list[str] = []
         for connection in self._hub:
@@ -123,12 +129,18 @@ class Sweep:
                 keys += [connection.key, any_device_key(connection.user)]
         before = self._now() - _GRACE_MS
         for start in range(0, len(keys), _KEYS):
-            found = await self._messages.keys_with_waiting(keys[start : start + _KEYS], before, _PAGE)
-            for key, doc_ids in found.items():
-                for missed in self._hub.serving(key):
-                    if not missed.delivery.holds(doc_ids):
-                        self._metrics.missed.inc(len(doc_ids))
-                        missed.delivery.fall_behind()
+            wanted = keys[start : start + _KEYS]
+            for _ in range(_MOST_PAGES):
+                found = await self._messages.keys_with_waiting(wanted, before, _PAGE)
+                for key, doc_ids in found.items():
+                    for missed in self._hub.serving(key):
+                        if not missed.delivery.holds(doc_ids):
+                            self._metrics.missed.inc(len(doc_ids))
+                            missed.delivery.fall_behind()
+                if len(set[str]().union(*found.values())) < _PAGE:
+                    break
+                # A full page may be of a few devices only: after an outage much waits, and not for them alone.
+                wanted = [key for key in wanted if key not in found]
 
 
 class LastSeen:

@@ -118,5 +118,5 @@ class Alone:
 
 
 def serials() -> itertools.count[int]:
-    """Numbers of connections: they rise, and of two nodes the later one's are higher, as far as their clocks agree."""
+    """Numbers of one node's connections: they rise, over its starts too."""
     return itertools.count(int(time() * 1000) << 10)

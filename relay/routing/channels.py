@@ -15,6 +15,7 @@ from relay.redis_client import TROUBLE, AnyRedis
 
 _POLL_SECONDS: Final = 1.0
 _SILENT_SECONDS: Final = 4.0
+_NO_WAIT_SECONDS: Final = 0.02
 _FIRST_DELAY: Final = 0.1
 _LAST_DELAY: Final = 2.0
 
@@ -60,6 +61,9 @@ class Channel:
             except TROUBLE as error:
                 self._lost = self.ready.is_set()
                 log.debug("a channel is not heard", error=type(error).__name__)
+            except Exception:
+                self._lost = self.ready.is_set()
+                log.exception("a channel is not heard")
             if self._heard_at > began:
                 delay = _FIRST_DELAY
             await asyncio.sleep(delay * random.uniform(0.5, 1.5))
@@ -74,6 +78,7 @@ class Channel:
             get = pubsub.get_sharded_message if clustered else pubsub.get_message
             began = monotonic()
             while True:
+                asked = monotonic()
                 message = await get(timeout=_POLL_SECONDS)
                 if message is not None and message["type"] == "smessage":
                     self._heard_at = monotonic()
@@ -81,6 +86,9 @@ class Channel:
                     self._take(message["data"])
                 elif monotonic() - max(began, self._heard_at) > _SILENT_SECONDS:
                     raise TimeoutError
+                elif monotonic() - asked < _NO_WAIT_SECONDS:
+                    # A cluster's client that has lost its server, or moves to another, answers without waiting.
+                    await asyncio.sleep(_NO_WAIT_SECONDS)
         finally:
             await _close(pubsub)
 

@@ -21,11 +21,12 @@ _AT_ONCE: Final = 1000
 
 Way = Literal["enter", "late", "keep", "leave"]
 
-# What is there of the same device is answered; whether it is replaced depends on the way in. Redis's clock judges all lines.
+# What is there of the same device is answered. Who enters replaces it; who came while Redis was away, and is late, only what is
+# older; and who is kept nothing. Redis's clock judges all lines.
 _SCRIPT: Final = """
 local now = tonumber(redis.call('TIME')[1])
 local way, device, node, serial = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local kept, before, mine, late = {}, false, false, false
+local kept, before, mine, younger = {}, false, false, false
 for line in string.gmatch(redis.call('GET', KEYS[1]) or '', '[^\\n]+') do
   local d, n, s, u, f = string.match(line, '^(%S+) (%S+) (%S+) (%S+) (%S+)$')
   if d and tonumber(u) > now then
@@ -34,15 +35,11 @@ for line in string.gmatch(redis.call('GET', KEYS[1]) or '', '[^\\n]+') do
     elseif n == node and s == serial then
       mine = true
     else
-      before, late = line, string.find(f, 'l', 1, true)
+      before, younger = line, tonumber(s) > tonumber(serial)
     end
   end
 end
-local write = way == 'enter' or (way ~= 'leave' and not before)
-if way == 'late' and before then
-  local s = string.match(before, '^%S+ %S+ (%S+)')
-  write = not late or tonumber(s) < tonumber(serial)
-end
+local write = way == 'enter' or (way ~= 'leave' and not before) or (way == 'late' and not younger)
 if write then
   if #kept >= tonumber(ARGV[6]) then table.remove(kept, 1) end
   kept[#kept + 1] = device .. ' ' .. node .. ' ' .. serial .. ' ' .. (now + tonumber(ARGV[5])) .. ' ' .. ARGV[7]
@@ -100,8 +97,6 @@ class Directory:
             return []
         async with self._redis.pipeline(transaction=False) as pipe:
             for entry in entries:
-                # A late line says so: of two that came while Redis was away, the younger stays.
-                flags = ("s" if entry.silent else "-") + ("l" if entry.way == "late" else "")
                 pipe.eval(
                     _SCRIPT,
                     1,
@@ -112,7 +107,7 @@ class Directory:
                     str(entry.serial),
                     str(KEPT_SECONDS),
                     str(_MOST_OF_USER),
-                    flags,
+                    "s" if entry.silent else "-",
                 )
             answers = await pipe.execute()
         return [Outcome(bool(written), None if not before else _line(before)) for written, before in answers]

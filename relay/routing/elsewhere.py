@@ -75,6 +75,8 @@ class Elsewhere:
                 connection = self._hub.get(hint.key)
                 if connection is not None and connection.serial == hint.serial:
                     connection.shut(errors.REPLACED)
+                    # A dead socket is seconds in closing, and nothing must be pushed into it that the other could have.
+                    self._hub.remove(connection)
             case Confirmed():
                 self._confirmed(hint.node, hint.numbers)
             case Changed() if node != self._own:

@@ -7,7 +7,7 @@ from typing import Final
 
 from relay.routing import hints
 from relay.routing.directory import Line
-from relay.routing.hints import Hint, Message, Parcel, Released, Told
+from relay.routing.hints import Hint, Message, Parcel, Released, Seen, Told
 from relay.wire.envelope import Envelope
 from relay.wire.ids import device_key, user_of
 
@@ -15,6 +15,7 @@ _MOST_BYTES: Final = 33_554_432
 _MOST_ITEMS: Final = 200_000
 _PARCEL_BYTES: Final = 1_000_000
 _ITEM_BYTES: Final = 100
+_PAIRS: Final = 2000
 
 Lines = Mapping[str, Sequence[Line]]
 
@@ -61,7 +62,8 @@ class Gathered:
             parcels.setdefault(node, []).append(hint)
         for_all = [*self.for_all]
         if self.seen:
-            for_all.append(hints.Seen(list(self.seen.items())))
+            seen = list(self.seen.items())
+            for_all += [hints.Seen(seen[start : start + _PAIRS]) for start in range(0, len(seen), _PAIRS)]
         return parcels, for_all
 
     def _sort_messages(self, lines: Lines, own: str, parcels: dict[str, list[Hint]]) -> None:
@@ -87,7 +89,8 @@ class Gathered:
             for node in {line.node for line in _of(key, lines)} - {own}:
                 by_node.setdefault(node, []).append((doc_id, key))
         for node, pairs in by_node.items():
-            parcels.setdefault(node, []).append(Released(pairs))
+            its = parcels.setdefault(node, [])
+            its += [Released(pairs[start : start + _PAIRS]) for start in range(0, len(pairs), _PAIRS)]
 
     def _sort_told(self, lines: Lines, own: str, parcels: dict[str, list[Hint]]) -> None:
         for one in self.told:
@@ -106,10 +109,25 @@ def packed(node: str, at: int, its: Sequence[Hint]) -> Iterator[bytes]:
     """Parcels of about a megabyte at most: a longer one would hold up everybody's."""
     start, size = 0, 0
     for number, hint in enumerate(its):
-        size += _ITEM_BYTES + (len(hint.frame) if isinstance(hint, Message | Told) else 0)
+        size += _size(hint)
         if size >= _PARCEL_BYTES or number == len(its) - 1:
             yield hints.encode(Parcel(node, at, list(its[start : number + 1])))
             start, size = number + 1, 0
+
+
+def _size(hint: Hint) -> int:
+    match hint:
+        case Message():
+            sealed = 0 if hint.sealed is None else sum(map(len, hint.sealed.values()))
+            return len(hint.frame) + sealed + _ITEM_BYTES * (1 + sum(len(keys) for _, keys in hint.copies))
+        case Told():
+            return len(hint.frame) + _ITEM_BYTES * (1 + len(hint.users))
+        case Released():
+            return _ITEM_BYTES * (1 + len(hint.pairs))
+        case Seen():
+            return _ITEM_BYTES * (1 + len(hint.users))
+        case _:
+            return _ITEM_BYTES
 
 
 def _of(key: str, lines: Lines) -> Iterable[Line]:

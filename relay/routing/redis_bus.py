@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
-from time import monotonic
+from time import monotonic, time
 from typing import Final, Protocol
 
 import structlog
@@ -18,7 +18,7 @@ import structlog
 from relay.metrics import Metrics
 from relay.redis_client import TROUBLE, close, connect
 from relay.routing import hints
-from relay.routing.bus import Event, serials
+from relay.routing.bus import Event
 from relay.routing.channels import Channel
 from relay.routing.directory import Directory, Entry, Line, Outcome
 from relay.routing.gathering import Gathered, packed
@@ -65,7 +65,7 @@ class RedisBus:
         self._others = others
         self._dropped = metrics.bus_dropped
         self._directory = Directory(self._redis, prefix=prefix, node=node)
-        self._serials = serials()
+        self._serial = 0
         self._registrations = Registrations(
             self._directory,
             hub,
@@ -209,9 +209,15 @@ class RedisBus:
 
     async def enter(self, user: str, device: str) -> int:
         """See ``Bus``."""
-        serial = next(self._serials)
+        serial = self._next_serial()
         await self._registrations.enter(user, device, serial)
         return serial
+
+    def _next_serial(self) -> int:
+        """By the clock of Redis while it is known: numbers of all nodes say which connection of a device is the younger."""
+        now = self._now() or int(time() * 1000)
+        self._serial = max(self._serial + 1, now << 10)
+        return self._serial
 
     def leave(self, user: str, device: str, serial: int) -> None:
         """See ``Bus``."""
@@ -298,6 +304,9 @@ class RedisBus:
                         log.info("Redis answers again; other nodes are told")
                         self._came_back()
             except TROUBLE as error:
+                self._fails(error)
+            except Exception as error:
+                log.exception("the bus did not beat")
                 self._fails(error)
             for channel in self._channels:
                 if channel.came_back():

@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
+import structlog
+
 from relay.redis_client import TROUBLE
-from relay.routing.directory import KEPT_SECONDS, Directory, Entry, Outcome
+from relay.routing.directory import KEPT_SECONDS, Directory, Entry, Outcome, Way
 from relay.routing.hub import Connected, Hub
 from relay.wire.ids import device_key
 
 _AT_ONCE: Final = 500
 _MOST_WAITING: Final = 20_000
 _PAUSE_SECONDS: Final = 0.05
+
+_Waiting = tuple[Entry, asyncio.Future[Outcome] | None]
+
+log = structlog.get_logger(__name__)
 
 
 class Registrations:
@@ -40,10 +46,11 @@ class Registrations:
         self._works = works
         self._fails = fails
         self._noted = noted
-        self._waiting: list[tuple[Entry, asyncio.Future[Outcome] | None]] = []
+        self._waiting: list[_Waiting] = []
         self._wake = asyncio.Event()
-        # Devices whose connection here is not in the directory, because Redis did not answer when they came.
-        self._unwritten: set[str] = set()
+        # By device key, the number of a connection here that is not in the directory, because Redis did not answer when it came.
+        self._unwritten: dict[str, int] = {}
+        self._silent: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -51,7 +58,7 @@ class Registrations:
     async def enter(self, user: str, device: str, serial: int) -> None:
         """Enters a connection that is about to be registered, or notes that it must be entered later."""
         key = device_key(user, device)
-        self._unwritten.add(key)
+        self._unwritten[key] = serial
         if not self._works() or len(self._waiting) >= _MOST_WAITING:
             return
         outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
@@ -62,12 +69,20 @@ class Registrations:
                 await outcome
         except TimeoutError:
             return
-        self._unwritten.discard(key)
+        except asyncio.CancelledError:
+            # It was never registered: nobody else takes its line away.
+            self.note(Entry("leave", user, device, serial))
+            raise
 
     def note(self, entry: Entry) -> None:
         """Soon. What is dropped here is put right when connections are renewed, or runs out."""
-        if entry.way == "leave" and self._hub.get(device_key(entry.user, entry.device)) is None:
-            self._unwritten.discard(device_key(entry.user, entry.device))
+        key = device_key(entry.user, entry.device)
+        if entry.way == "leave":
+            self._forget(self._unwritten, key, entry.serial)
+        if entry.silent:
+            self._silent[key] = entry.serial
+        else:
+            self._forget(self._silent, key, entry.serial)
         if self._works() and len(self._waiting) < _MOST_WAITING:
             self._waiting.append((entry, None))
             self._wake.set()
@@ -80,18 +95,40 @@ class Registrations:
             while self._waiting:
                 group, self._waiting = self._waiting[:_AT_ONCE], self._waiting[_AT_ONCE:]
                 try:
-                    async with asyncio.timeout(self._seconds):
-                        outcomes = await self._directory.note([entry for entry, _ in group])
+                    await self._note(group)
                 except TROUBLE as error:
-                    self._fails(error)
-                    for _, waiter in group:
-                        if waiter is not None and not waiter.done():
-                            waiter.set_exception(TimeoutError())
-                    continue
-                for (entry, waiter), outcome in zip(group, outcomes, strict=True):
-                    self._noted(entry, outcome)
-                    if waiter is not None and not waiter.done():
-                        waiter.set_result(outcome)
+                    self._give_up(group, error)
+                except Exception as error:
+                    log.exception("devices were not noted in the directory")
+                    self._give_up(group, error)
+
+    async def _note(self, group: Sequence[_Waiting]) -> None:
+        # Who waited for too long is connected already: a device that has moved on since must not be called back.
+        entries = [
+            entry._replace(way="late") if waiter is not None and waiter.done() else entry
+            for entry, waiter in group
+        ]
+        async with asyncio.timeout(self._seconds):
+            outcomes = await self._directory.note(entries)
+        for entry, (_, waiter), outcome in zip(entries, group, outcomes, strict=True):
+            if entry.way in ("enter", "late"):
+                self._forget(self._unwritten, device_key(entry.user, entry.device), entry.serial)
+            self._noted(entry, outcome)
+            if waiter is not None and not waiter.done():
+                waiter.set_result(outcome)
+
+    def _give_up(self, group: Sequence[_Waiting], error: Exception) -> None:
+        """All that waits: written later it would say what is not true any more, and connections are renewed anyway."""
+        self._fails(error)
+        waiting, self._waiting = self._waiting, []
+        for _, waiter in (*group, *waiting):
+            if waiter is not None and not waiter.done():
+                waiter.set_exception(TimeoutError())
+
+    @staticmethod
+    def _forget(of: dict[str, int], key: str, serial: int) -> None:
+        if of.get(key) == serial:
+            del of[key]
 
     async def renew(self) -> None:
         """Renews the lines of all connections, over and over, spread over the time."""
@@ -117,6 +154,7 @@ class Registrations:
                 waiter.cancel()
 
     def _entry(self, connection: Connected) -> Entry:
-        late = connection.key in self._unwritten
-        self._unwritten.discard(connection.key)
-        return Entry("late" if late else "keep", connection.user, connection.device, connection.serial)
+        late = self._unwritten.get(connection.key) == connection.serial
+        silent = self._silent.get(connection.key) == connection.serial
+        way: Way = "late" if late else "keep"
+        return Entry(way, connection.user, connection.device, connection.serial, silent)

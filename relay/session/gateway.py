@@ -122,14 +122,13 @@ class Gateway:
             log.warning("store did not answer a connecting device", error=brief(error))
             await self._refuse(ws, errors.RESTARTING)
             return None
-        if self._ctx.health.draining:
-            await self._refuse(ws, errors.RESTARTING)
-            return None
         # Before its drain begins: what is committed elsewhere from now on is sent here.
         serial = await self._ctx.bus.enter(identity.user, identity.device)
         before = self._ctx.hub.get(device_key(identity.user, identity.device))
-        if before is not None and before.serial > serial:
-            await self._refuse(ws, errors.REPLACED)
+        replaced = before is not None and before.serial > serial
+        if replaced or self._ctx.health.draining:
+            self._ctx.bus.leave(identity.user, identity.device, serial)
+            await self._refuse(ws, errors.REPLACED if replaced else errors.RESTARTING)
             return None
         return self._welcome(request, ws, identity, arrival, serial)
 

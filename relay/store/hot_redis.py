@@ -132,6 +132,9 @@ class HotRedis:
                     await pipe.execute()
         except TROUBLE as error:
             self._pause(error)
+        except Exception as error:
+            log.exception("hot messages were not kept")
+            self._pause(error)
 
 
 def _key(doc_id: str) -> str:

@@ -21,7 +21,7 @@ from relay.routing.bus import Alone
 from relay.routing.hub import Hub
 from relay.security.rates import Rates
 from relay.store.embedded import EmbeddedMongo
-from relay.store.mongo import Mongo
+from relay.store.mongo import Mongo, PyMongoError
 from tests.support.backlog import LocalConnection, MemoryBacklog, message, turns
 from tests.support.store import TTL_SECONDS, Store, open_store
 
@@ -113,6 +113,41 @@ async def test_the_sweep_finds_what_was_not_pushed(store: Store, connect: Connec
     await turns()
     assert [len(one.got("msg")) for one in (bob, cleo, dan)] == [1, 0, 1]
     assert store.metrics.registry.get_sample_value("relay_missed_deliveries_total") == 2
+
+
+async def test_the_sweep_finds_everybody_though_much_waits_for_a_few(
+    store: Store, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.jobs.sweep._PAGE", 3)
+    hub, backlog = Hub(), MemoryBacklog()
+    everybody = [connect(backlog, user=user) for user in ("ann", "bob", "cleo", "dan")]
+    for one in everybody:
+        hub.add(one)
+    await turns()
+    for one in everybody:
+        for _ in range(5):
+            backlog.add(await store.put([one.key]))
+    await sweep(store, hub).find_missed()
+    await turns()
+    assert [len(one.got("msg")) for one in everybody] == [5, 5, 5, 5]
+
+
+async def test_what_the_sweep_cannot_remove_keeps_nobody_waiting(
+    store: Store, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(limit: int) -> list[str]:
+        raise PyMongoError("no answer")
+
+    monkeypatch.setattr(store.messages, "leftovers", fail)
+    hub, backlog = Hub(), MemoryBacklog()
+    bob = connect(backlog)
+    hub.add(bob)
+    await turns()
+    backlog.add(await store.put(["bob/phone"]))
+    with pytest.raises(PyMongoError):
+        await sweep(store, hub).run()
+    await turns()
+    assert len(bob.got("msg")) == 1
 
 
 async def test_the_sweep_leaves_alone_what_is_in_time(store: Store, connect: Connect) -> None:

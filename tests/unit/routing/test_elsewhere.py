@@ -1,0 +1,48 @@
+"""What other nodes tell of a device's connections."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from relay.metrics import Metrics
+from relay.routing.announcer import Announcer
+from relay.routing.elsewhere import Elsewhere
+from relay.routing.hints import Replaced
+from relay.routing.hub import Hub
+from relay.routing.receipts import Receipts
+from relay.routing.redis_bus import RedisBus
+from relay.routing.router import Router
+from relay.wire import errors
+from tests.support.backlog import LocalConnection, MemoryBacklog
+
+
+async def test_nothing_is_pushed_into_a_replaced_connection_while_it_closes() -> None:
+    hub, metrics = Hub(), Metrics()
+    router = Router(hub, metrics, Receipts(Announcer(hub, metrics, "receipt"), max_frame=262_144))
+    nobody: Any = None
+    elsewhere = Elsewhere(hub, metrics, router, nobody, nobody, own="here", confirmed=lambda *_: None)
+    old = LocalConnection(MemoryBacklog(), "bob", "phone")
+    old.serial = 7
+    hub.add(old)
+    elsewhere.take("there", [Replaced("bob/phone", 6)])
+    assert hub.serving("bob/phone") == [old] and old.closes == []
+    elsewhere.take("there", [Replaced("bob/phone", 7)])
+    assert hub.serving("bob/phone") == [] and old.closes == [errors.REPLACED]
+    await old.close()
+
+
+async def test_the_later_connection_has_the_higher_number_whichever_node_started_first() -> None:
+    async def others() -> list[str]:
+        return []
+
+    first, second = (
+        RedisBus("redis://127.0.0.1:1", Hub(), Metrics(), node=node, prefix="relay:test", others=others)
+        for node in ("first", "second")
+    )
+    numbers = []
+    for bus in (first, second, first, second):
+        # Nothing listens: it waits a second at most.
+        numbers.append(await bus.enter("bob", "phone"))
+    assert numbers == sorted(set(numbers))
+    for bus in (first, second):
+        await bus.close()
