@@ -157,6 +157,8 @@ class Cluster:
             for shard in self.shards:
                 await self._tell_config("_configsvrAddShardToZone", shard.name, zone=shard.name)
             await self.config.client.admin.command("_configsvrBalancerStop")
+            # As on a replica set, for clients that do not say.
+            await self._tell_config("setDefaultRWConcern", 1, defaultWriteConcern={"w": "majority"})
             self._progress("sharding database relay")
             await self.create_database("relay")
         except BaseException:

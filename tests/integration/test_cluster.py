@@ -62,6 +62,7 @@ async def test_a_driver_takes_it_for_a_sharded_cluster(cluster: Cluster, db: Dat
 async def test_inserts_spread_over_the_shards(cluster: Cluster, db: Database) -> None:
     await db.messages.insert_many(messages(cluster, 40), ordered=False)
     assert await counts(cluster, db) == [20, 20]
+    assert sorted(await db.messages.distinct("seq", {"seq": {"$gt": 9}})) == list(range(10, 40))
     found = await db.messages.find({"awaiting": "ann/phone"}, batch_size=7).sort("seq").to_list()
     assert [one["seq"] for one in found] == list(range(40))
 

@@ -4,7 +4,7 @@ A shard server answers ``clusterInsert``, ``clusterUpdate``, ``clusterDelete``, 
 ``clusterGetMore`` as a router answers the commands without the prefix. So those six are renamed and go to one shard, whichever data
 they are about: cursors live there. Everything else (indexes, ``findAndModify``, administration) goes to the primary shard as it
 is, where the unsharded collections are; what a router would tell all shards (``collMod``, ``drop``, ``dropDatabase``) goes there as
-the command by which routers hand it in.
+the command by which routers hand it in. ``distinct``, which routers have, is asked as an aggregation.
 
 ``python -m tests.support.forwarder --port 0 --shard HOST:PORT --primary HOST:PORT --config HOST:PORT`` listens on loopback until
 SIGTERM, and prints its port.
@@ -53,7 +53,7 @@ TOLD_ALL: Final[Mapping[str, str]] = {
 HELLO: Final = frozenset({b"hello", b"isMaster", b"ismaster"})
 # Answered by whoever is asked, so that a primary shard that is down does not take a router with it.
 OWN: Final = HELLO | {b"ping", b"buildInfo", b"buildinfo", b"endSessions", b"killCursors"}
-SLOW: Final = frozenset({b"collMod", b"drop", b"dropDatabase", b"create", b"createIndexes"})
+SLOW: Final = frozenset({b"collMod", b"drop", b"dropDatabase", b"create", b"createIndexes", b"distinct"})
 NOT_A_ROUTERS: Final = (
     "setName",
     "hosts",
@@ -81,6 +81,9 @@ class Router:
         self.primary = primary
         self._config: AsyncMongoClient[dict[str, Any]] = AsyncMongoClient(
             *config, directConnection=True, serverSelectionTimeoutMS=10_000
+        )
+        self._shard: AsyncMongoClient[dict[str, Any]] = AsyncMongoClient(
+            *shard, directConnection=True, serverSelectionTimeoutMS=10_000
         )
         self._primary_name = primary_name
         self._created: set[str] = set()
@@ -120,12 +123,24 @@ class Router:
             "writeConcern": MAJORITY,
         }
 
+    async def distinct(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to ``distinct``. Raises PyMongoError."""
+        field = f"${body['key']}"
+        stages = [{"$match": body.get("query", {})}, {"$unwind": field}, {"$group": {"_id": field}}]
+        whole = {"$group": {"_id": None, "values": {"$push": "$_id"}}}
+        found = await self._shard[body["$db"]].command(
+            "clusterAggregate", body["distinct"], pipeline=[*stages, whole], cursor={}
+        )
+        rows = found["cursor"]["firstBatch"]
+        return {"values": rows[0]["values"] if rows else [], "ok": 1.0}
+
     async def close(self) -> None:
         """Ends what is under way."""
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._config.close()
+        await self._shard.close()
 
 
 class Upstream(asyncio.Protocol):
@@ -311,11 +326,13 @@ class Client(asyncio.Protocol):
         request = HEADER.unpack_from(message)[1]
         body = bson.decode(message[_NAME_AT - 5 :])
         try:
-            changed = await self._router.rewritten(body)
+            if "distinct" in body:
+                self.answer(packed(0, request, await self._router.distinct(body)))
+            else:
+                changed = await self._router.rewritten(body)
+                self._primary_upstream().write(packed(request, 0, changed))
         except PyMongoError as error:
             self.answer(packed(0, request, {"ok": 0.0, "errmsg": str(error)[:500], "code": 6}))
-        else:
-            self._primary_upstream().write(packed(request, 0, changed))
         self._is_looking_up = False
         self.data_received(b"")
 
