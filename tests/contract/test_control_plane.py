@@ -346,6 +346,8 @@ async def test_what_is_changed_comes_first_for_everybody_in_it(
     await change(revisions, made[1], "ann", always(Proposal("changed", fields={"name": "new"})))
     for user in ("ann", "bob"):
         assert (await everything(conversations, user, 5))[0][0] == made[1]
+    # Of two changes in one millisecond neither is the later one.
+    await asyncio.sleep(0.005)
     await conversations.set_own(made[2], "bob", {"pinned": True})
     assert (await everything(conversations, "bob", 5))[0][0] == made[2]
     assert (await everything(conversations, "ann", 5))[0][0] == made[1], "a pin is one's own"

@@ -120,7 +120,7 @@ async def test_a_cold_start_gives_a_private_writable_primary_and_a_clean_stop_ke
 
     began = time.monotonic()
     assert await mongo.start() == uri and mongo.port == port
-    assert time.monotonic() - began < 2.5
+    assert time.monotonic() - began < 8, "it does not wait for an election"
     assert await held(uri) == [1, 2, 3]
     assert mongo.restarts == 0
     await mongo.stop()

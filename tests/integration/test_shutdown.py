@@ -86,7 +86,7 @@ async def text_with(socket: RawSocket, part: bytes) -> bytes:
 async def test_every_message_taken_before_the_end_is_stored_or_refused_and_none_is_both(
     nodes: NodeFactory,
 ) -> None:
-    node = await nodes.start(commits_in_flight=1, commit_messages=50)
+    node = await nodes.start(commits_in_flight=1, commit_messages=50, drain_seconds=8)
     conv = await node.direct("ann", "bob")
     ann = await node.connect("ann")
     ids = [new_id() for _ in range(1500)]
