@@ -19,7 +19,7 @@ from tests.cluster import Cluster
 from tests.support.touched import touching
 from tests.support.waiting import until
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
 Database = AsyncDatabase[dict[str, Any]]
 
 

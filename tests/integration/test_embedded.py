@@ -18,6 +18,7 @@ from pymongo import AsyncMongoClient, WriteConcern
 from relay.store.embedded import EmbeddedError, EmbeddedMongo
 from relay.store.embedded_files import LOG_LIMIT, Layout, find_mongod, last_words, trim_log
 from tests.support.frozen import freeze
+from tests.support.waiting import until
 
 ROOT = Path(__file__).parents[2]
 DURABLE = WriteConcern(w="majority", j=True)
@@ -154,8 +155,12 @@ async def test_a_stop_during_the_backoff_leaves_nothing_running(tmp_path: Path) 
     await asyncio.sleep(0.3)
     await mongo.stop()
     ours = str(tmp_path / "data").encode()
-    running_now = [entry for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
-    assert not [entry for entry in running_now if ours in _command_line(entry)]
+
+    async def ended() -> bool:
+        running_now = [entry for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+        return not any(ours in _command_line(entry) for entry in running_now)
+
+    await until(ended, 5, "nothing of it runs; a killed process takes a moment to go")
 
 
 def _command_line(process: Path) -> bytes:

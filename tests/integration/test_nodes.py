@@ -138,7 +138,9 @@ async def test_of_ten_connections_of_a_device_at_once_one_stays_and_gets_message
     found = await asyncio.gather(
         *(device.expect("msg", 5, id=sent["id"]) for device in devices), return_exceptions=True
     )
-    assert [one["seq"] for one in found if isinstance(one, dict)] == [sent["seq"]]
+    # One that is just being replaced may get it too; the last one gets it always.
+    assert {one["seq"] for one in found if isinstance(one, dict)} == {sent["seq"]}
+    await until(one_left, 10, "one connection is left")
 
 
 async def test_credit_comes_back_for_what_is_acknowledged_through_another_node(

@@ -17,7 +17,7 @@ from tests.support.on_cluster import ClusterDatabases
 from tests.support.touched import Touched, touching
 from tests.support.waiting import until
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
 SHARDS = ("s1", "s2")
 
 
