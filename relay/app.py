@@ -168,7 +168,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
     )
     people = People()
     peers = Peers()
-    bus = _bus(settings, hub, metrics, peers)
+    bus = _bus(settings, hub, metrics, peers.id)
     live = live_of(settings, hub, metrics, audiences, people, clock, bus)
     router = Router(hub, metrics, live.receipts, bus)
     ledger.open(await messages.count_waiting())
@@ -346,16 +346,15 @@ async def _drain(
         await asyncio.wait_for(accounts.seen(left), 1)
 
 
-def _bus(settings: Settings, hub: Hub, metrics: Metrics, peers: Peers) -> Bus:
+def _bus(settings: Settings, hub: Hub, metrics: Metrics, node: str) -> Bus:
     if settings.redis_url is None:
         return Alone()
     return RedisBus(
         settings.redis_url.get_secret_value(),
         hub,
         metrics,
-        node=peers.id,
+        node=node,
         prefix=f"relay:{settings.mongo_database}",
-        others=peers.others,
     )
 
 

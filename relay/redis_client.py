@@ -10,7 +10,6 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError, RedisClusterException, RedisError
 
-SCHEMES: Final = ("redis://", "rediss://", "unix://", "redis+cluster://", "rediss+cluster://")
 _CLUSTER: Final = "+cluster://"
 
 # What answers without speaking its language has the driver raise ValueError and TypeError; a connection that ends between its

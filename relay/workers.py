@@ -29,7 +29,7 @@ from relay.configured import (
     pseudonyms_of,
     url_of,
 )
-from relay.store.embedded_valkey import EmbeddedValkey, EmbeddedValkeyError
+from relay.store.embedded_valkey import EmbeddedError, EmbeddedValkey
 from relay.worker import Worker, gone, killed
 
 Welcome = Callable[[str, bool], None]
@@ -190,7 +190,7 @@ class Workers:
         valkey = EmbeddedValkey(self._settings.data_dir / "valkey")
         try:
             url = await valkey.start()
-        except EmbeddedValkeyError as error:
+        except EmbeddedError as error:
             raise StartError(str(error)) from None
         self._beneath.push_async_callback(valkey.stop)
         return url

@@ -19,11 +19,10 @@ from tests.support.on_cluster import (
     ON_CLUSTER,
     ClusterServer,
     open_cluster,
-    pytest_collection_modifyitems,
     pytest_runtest_call,
 )
 
-__all__ = ["pytest_collection_modifyitems", "pytest_runtest_call"]
+__all__ = ["pytest_runtest_call"]
 
 TEST_COMMANDS = {"enableTestCommands": "1", "ttlMonitorSleepSecs": "1"}
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable
-from time import time
+from collections.abc import Collection
 from typing import Literal, Protocol
 
 from relay.wire.envelope import Envelope
@@ -29,7 +28,7 @@ class Bus(Protocol):
     def release(self, doc_id: str, key: str) -> None:
         """The document is not awaited by this mailbox any more, which no connection of this node serves."""
 
-    def tell(self, event: Event, users: Iterable[str], frame: str, but: str | None) -> None:
+    def tell(self, event: Event, users: list[str], frame: str, but: str | None) -> None:
         """A live frame for all devices of these users on other nodes, but the one with the key ``but``."""
 
     def tell_device(self, key: str, frame: str) -> None:
@@ -48,14 +47,15 @@ class Bus(Protocol):
     def confirm(self, node: str, numbers: list[int]) -> None:
         """What that node has told of, by these numbers, is believed here no more."""
 
-    async def invalidate(self, conversations: list[str], users: list[str], seconds: float) -> bool:
-        """Tells every living node what has changed. True when all have confirmed, within at most so long; what the store
-        raises when it does not say who lives."""
+    async def invalidate(
+        self, others: Collection[str], conversations: list[str], users: list[str], seconds: float
+    ) -> bool:
+        """Tells all nodes what has changed. True when these ``others``, one or more, have confirmed, within at most so long."""
 
     def seen(self, user: str, moment: int) -> None:
         """Whether this user is online may have changed; ``moment`` (ms) is when they were last heard here, or 0."""
 
-    def recheck(self, users: Iterable[str]) -> None:
+    def recheck(self, users: list[str]) -> None:
         """Who may see these people, or whom they may see, has changed."""
 
     def quiet(self, user: str, quiet: bool) -> None:
@@ -72,7 +72,7 @@ class Alone:
     problem = None
 
     def __init__(self) -> None:
-        self._serials = serials()
+        self._serials = itertools.count(1)
 
     def deliver(self, envelope: Envelope, keys: list[str]) -> None:
         """There is nobody."""
@@ -80,7 +80,7 @@ class Alone:
     def release(self, doc_id: str, key: str) -> None:
         """There is nobody."""
 
-    def tell(self, event: Event, users: Iterable[str], frame: str, but: str | None) -> None:
+    def tell(self, event: Event, users: list[str], frame: str, but: str | None) -> None:
         """There is nobody."""
 
     def tell_device(self, key: str, frame: str) -> None:
@@ -99,14 +99,16 @@ class Alone:
     def confirm(self, node: str, numbers: list[int]) -> None:
         """There is nobody."""
 
-    async def invalidate(self, conversations: list[str], users: list[str], seconds: float) -> bool:
-        """Whoever else lives cannot be told."""
+    async def invalidate(
+        self, others: Collection[str], conversations: list[str], users: list[str], seconds: float
+    ) -> bool:
+        """They cannot be told."""
         return False
 
     def seen(self, user: str, moment: int) -> None:
         """There is nobody."""
 
-    def recheck(self, users: Iterable[str]) -> None:
+    def recheck(self, users: list[str]) -> None:
         """There is nobody."""
 
     def quiet(self, user: str, quiet: bool) -> None:
@@ -115,8 +117,3 @@ class Alone:
     async def online(self, users: Collection[str]) -> dict[str, set[str]]:
         """There is nobody."""
         return {}
-
-
-def serials() -> itertools.count[int]:
-    """Numbers of one node's connections: they rise, over its starts too."""
-    return itertools.count(int(time() * 1000) << 10)

@@ -78,10 +78,9 @@ class Gathered:
                 name = (node, envelope.doc_id, envelope.seq)
                 found = known.get(name)
                 if found is None:
-                    found = known[name] = Message.of(envelope, its)
+                    found = known[name] = Message.of(envelope)
                     parcels.setdefault(node, []).append(found)
-                else:
-                    found.add(envelope, its)
+                found.add(envelope, its)
 
     def _sort_released(self, lines: Lines, own: str, parcels: dict[str, list[Hint]]) -> None:
         by_node: dict[str, list[tuple[str, str]]] = {}
@@ -119,7 +118,8 @@ def _size(hint: Hint) -> int:
     match hint:
         case Message():
             sealed = 0 if hint.sealed is None else sum(map(len, hint.sealed.values()))
-            return len(hint.frame) + sealed + _ITEM_BYTES * (1 + sum(len(keys) for _, keys in hint.copies))
+            keys = sum(len(keys) for _, keys in hint.copies)
+            return len(hint.framed.frame) + sealed + _ITEM_BYTES * (1 + keys)
         case Told():
             return len(hint.frame) + _ITEM_BYTES * (1 + len(hint.users))
         case Released():

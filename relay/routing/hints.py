@@ -13,65 +13,35 @@ import msgspec
 
 from relay.routing.bus import Event
 from relay.wire.envelope import Envelope
-from relay.wire.ids import split_document_id
+from relay.wire.framed import Framed
 
 
 class Message(msgspec.Struct, array_like=True, tag="m"):
     """A committed message for devices of the node; ``copies`` are the documents in which their mailboxes await it."""
 
-    doc_id: str
-    user: str
-    device: str
-    seq: int
-    at: int
-    kind: str
-    size: int
+    framed: Framed
     shared: bool
     parts: int
-    frame: str
     sealed: dict[str, str] | None
     copies: list[tuple[str, list[str]]]
 
     @classmethod
-    def of(cls, envelope: Envelope, keys: list[str]) -> Message:
-        """For these mailboxes of one envelope."""
-        sealed = envelope.sealed
-        return cls(
-            doc_id=envelope.doc_id,
-            user=envelope.user,
-            device=envelope.device,
-            seq=envelope.seq,
-            at=envelope.at,
-            kind=envelope.kind,
-            size=envelope.size,
-            shared=envelope.shared,
-            parts=envelope.parts,
-            frame=envelope.frame_for(""),
-            sealed=None if sealed is None else {key: sealed[key] for key in keys if key in sealed},
-            copies=[(envelope.stored_id, keys)],
-        )
+    def of(cls, envelope: Envelope) -> Message:
+        """For no mailbox yet."""
+        sealed: dict[str, str] | None = None if envelope.sealed is None else {}
+        return cls(Framed.of(envelope), envelope.shared, envelope.parts, sealed, [])
 
     def add(self, envelope: Envelope, keys: list[str]) -> None:
-        """More mailboxes of the same message."""
+        """These mailboxes of one document of the message."""
         self.copies.append((envelope.stored_id, keys))
         if envelope.sealed is not None and self.sealed is not None:
             self.sealed.update((key, envelope.sealed[key]) for key in keys if key in envelope.sealed)
 
     def envelopes(self) -> Iterable[Envelope]:
         """One for each document, as the committing node had it."""
-        conversation, message = split_document_id(self.doc_id)
         for stored_id, keys in self.copies:
-            found = Envelope.of_frame(
-                conversation,
-                message,
-                user=self.user,
-                device=self.device,
-                seq=self.seq,
-                at=self.at,
-                kind=self.kind,
-                frame=self.frame,
-            )
-            found.awaiting, found.sealed, found.size = keys, self.sealed, self.size
+            found = self.framed.envelope()
+            found.awaiting, found.sealed = keys, self.sealed
             found.shared, found.parts, found.stored_id = self.shared, self.parts, stored_id
             yield found
 

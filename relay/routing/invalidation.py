@@ -73,9 +73,8 @@ class Invalidation:
     async def _settled(self, conversations: list[str], users: list[str]) -> bool:
         """Whether no other node lives, or all have confirmed."""
         try:
-            if self._bus.shared:
-                return await self._bus.invalidate(conversations, users, self.lease)
-            return await self._peers.alone()
+            others = await self._peers.others()
+            return not others or await self._bus.invalidate(others, conversations, users, self.lease)
         except PyMongoError:
             # Nobody knows; what may be true is taken for true.
             return False

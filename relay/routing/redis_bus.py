@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from time import monotonic, time
 from typing import Final, Protocol
 
@@ -47,22 +47,14 @@ class Receiver(Protocol):
         """Hints that are not old. Never raises."""
 
 
-Others = Callable[[], Awaitable[Collection[str]]]
-
-
 class RedisBus:
-    """``node`` is this node's id, ``prefix`` what all names in Redis begin with, ``others`` asks the store which other nodes
-    live. ``start`` and ``close`` it. ``resumed`` is called when hints may have been lost, and come again."""
+    """``node`` is this node's id, ``prefix`` what all names in Redis begin with. ``start`` and ``close`` it. ``resumed`` is called when hints may have been lost, and come again."""
 
-    def __init__(
-        self, url: str, hub: Hub, metrics: Metrics, *, node: str, prefix: str, others: Others
-    ) -> None:
+    def __init__(self, url: str, hub: Hub, metrics: Metrics, *, node: str, prefix: str) -> None:
         """Connects at the start. Raises ValueError for what is no URL of Redis."""
         self._redis = connect(url, connections=_CONNECTIONS, seconds=ANSWER_SECONDS)
-        self._hub = hub
         self._node = node
         self._prefix = prefix
-        self._others = others
         self._dropped = metrics.bus_dropped
         self._directory = Directory(self._redis, prefix=prefix, node=node)
         self._serial = 0
@@ -146,11 +138,10 @@ class RedisBus:
         if self._takes(1):
             self._gathered.released.append((doc_id, key))
 
-    def tell(self, event: Event, users: Iterable[str], frame: str, but: str | None) -> None:
+    def tell(self, event: Event, users: list[str], frame: str, but: str | None) -> None:
         """See ``Bus``."""
-        wanted = list(users)
-        if wanted and self._takes(len(wanted), len(frame)):
-            self._gathered.told.append(Told(event, frame, wanted, but))
+        if users and self._takes(len(users), len(frame)):
+            self._gathered.told.append(Told(event, frame, users, but))
 
     def tell_device(self, key: str, frame: str) -> None:
         """See ``Bus``."""
@@ -163,9 +154,9 @@ class RedisBus:
         if user in seen or self._takes(1):
             seen[user] = max(moment, seen.get(user, 0))
 
-    def recheck(self, users: Iterable[str]) -> None:
+    def recheck(self, users: list[str]) -> None:
         """See ``Bus``."""
-        self._announce(hints.Recheck(list(users)))
+        self._announce(hints.Recheck(users))
 
     def quiet(self, user: str, quiet: bool) -> None:
         """See ``Bus``."""
@@ -185,17 +176,16 @@ class RedisBus:
                 if not found[0] and not found[1].done():
                     found[1].set_result(True)
 
-    async def invalidate(self, conversations: list[str], users: list[str], seconds: float) -> bool:
+    async def invalidate(
+        self, others: Collection[str], conversations: list[str], users: list[str], seconds: float
+    ) -> bool:
         """See ``Bus``."""
-        others = set(await self._others())
-        if not others:
-            return True
         if not self.shared:
             return False
         self._numbers += 1
         number = self._numbers
         done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._unconfirmed[number] = (others, done)
+        self._unconfirmed[number] = (set(others), done)
         try:
             self._announce(hints.Changed(self._node, number, conversations, users))
             async with asyncio.timeout(seconds):
@@ -252,7 +242,7 @@ class RedisBus:
                 self._replace(before, key)
         elif before is not None and entry.way in ("keep", "late") and before.node != self._node:
             # The device has connected elsewhere since; the message that said so is lost or under way.
-            self._take(Parcel(before.node, 0, [hints.Replaced(key, entry.serial)]))
+            self._hand(before.node, [hints.Replaced(key, entry.serial)])
 
     def _replace(self, before: Line, key: str) -> None:
         if self._takes(1):
@@ -337,9 +327,9 @@ class RedisBus:
     def _now(self) -> int:
         return int((monotonic() + self._ahead) * 1000) if self._ahead else 0
 
-    def _take(self, data: bytes | Parcel) -> None:
+    def _take(self, data: bytes) -> None:
         try:
-            parcel = data if isinstance(data, Parcel) else hints.decode(data)
+            parcel = hints.decode(data)
         except hints.Unreadable:
             log.warning("what another node told cannot be read")
             return
@@ -347,8 +337,11 @@ class RedisBus:
         if parcel.at and now and now - parcel.at > _STALE_MS:
             self._dropped.inc(len(parcel.hints))
             return
+        self._hand(parcel.node, parcel.hints)
+
+    def _hand(self, node: str, its: Iterable[Hint]) -> None:
         if self._receiver is not None:
-            self._receiver.take(parcel.node, parcel.hints)
+            self._receiver.take(node, its)
 
     # -- publishing
 

@@ -35,34 +35,26 @@ class Router:
         for envelope in envelopes:
             if envelope.parts > 1:
                 self.fanout.put(envelope)
-                if shared:
-                    self._hand_over(envelope)
             else:
-                self._deliver(envelope, shared=shared)
+                self._deliver(envelope)
+            if shared:
+                self._hand_over(envelope)
 
     def handed(self, envelopes: Iterable[Envelope]) -> None:
         """Another node has committed these, for devices that are connected here."""
         for envelope in envelopes:
             if envelope.parts == 1:
-                self._deliver(envelope, shared=False)
+                self._deliver(envelope)
             elif self.fanout.full:
                 self.found(envelope.awaiting)
             else:
                 self.fanout.put(envelope)
 
-    def _deliver(self, envelope: Envelope, *, shared: bool) -> None:
+    def _deliver(self, envelope: Envelope) -> None:
         serving = self._hub.serving
-        missing: list[str] | None = None
         for key in envelope.awaiting:
-            found = serving(key)
-            for connection in found:
+            for connection in serving(key):
                 connection.delivery.push(envelope)
-            if shared and not found and not key.endswith("/!"):
-                if missing is None:
-                    missing = []
-                missing.append(key)
-        if missing is not None:
-            self._bus.deliver(envelope, missing)
 
     def _hand_over(self, envelope: Envelope) -> None:
         serving = self._hub.serving

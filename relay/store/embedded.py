@@ -22,6 +22,7 @@ from pymongo.errors import OperationFailure, PyMongoError
 
 from relay.store import embedded_files as files
 from relay.store.embedded_files import EmbeddedError, Layout, Leftover, PortTakenError, State
+from relay.store.restarting import Restarting
 
 __all__ = ["EmbeddedError", "EmbeddedMongo"]
 
@@ -29,9 +30,6 @@ ADOPT_PATIENCE = 2.0
 END_PATIENCE = 3.5
 KILL_PATIENCE = 5.0
 START_DEADLINE = 180.0
-FIRST_BACKOFF = 0.1
-LAST_BACKOFF = 5.0
-STEADY = 30.0
 PORT_TRIES = 5
 # How long a member may take to see by itself that its configuration names another address (see `_correct_member`).
 SELF_CHECK_PATIENCE = 0.5
@@ -160,27 +158,16 @@ class EmbeddedMongo:
 
     async def _supervise(self, node: "_Node") -> None:
         loop = asyncio.get_running_loop()
-        delay = FIRST_BACKOFF
+        restarting = Restarting("MongoDB")
         while True:
             since = loop.time()
             await asyncio.wait({node.gone})
             _log.error(
                 "the embedded MongoDB died; it is started again", pid=node.pid, log=str(self._layout.log)
             )
-            if loop.time() - since > STEADY:
-                delay = FIRST_BACKOFF
-            while True:
-                await asyncio.sleep(delay)
-                delay = min(delay * 2, LAST_BACKOFF)
-                try:
-                    node = self._node = await self._launch(self.port)
-                    break
-                except (EmbeddedError, OSError) as error:
-                    _log.error(
-                        "the embedded MongoDB could not be started; trying again",
-                        reason=str(error),
-                        retry_in_s=delay,
-                    )
+            node = self._node = await restarting.again(
+                lambda: self._launch(self.port), lived=loop.time() - since
+            )
             self.restarts += 1
             _log.info("the embedded MongoDB runs again", pid=node.pid, port=node.port, restarts=self.restarts)
 

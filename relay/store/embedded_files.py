@@ -42,7 +42,7 @@ _VAGUE = re.compile(r"WT_PANIC|Fatal assertion|Terminating|process must exit")
 
 
 class EmbeddedError(Exception):
-    """The embedded MongoDB cannot run; the text is one line for people: what happened, to what, what to do."""
+    """An embedded server cannot run; the text is one line for people: what happened, to what, what to do."""
 
 
 class PortTakenError(EmbeddedError):
@@ -236,8 +236,8 @@ def port_is_free(port: int) -> bool:
     return True
 
 
-def choose_port(preferred: int | None) -> int:
-    """`preferred` when it is free, else a free one. EmbeddedError when none is found.
+def choose_port(preferred: int | None, server: str = "MongoDB") -> int:
+    """`preferred` when it is free, else a free one. EmbeddedError, which names `server`, when none is found.
 
     Chosen below the kernel's ephemeral range: there, an outgoing connection of anybody could sit on the port while
     mongod restarts, and a driver that keeps dialling it could even connect to itself.
@@ -255,7 +255,7 @@ def choose_port(preferred: int | None) -> int:
     for port in random.sample(range(10000, ceiling), 200):
         if port_is_free(port):
             return port
-    raise EmbeddedError("no free port on 127.0.0.1 for the embedded MongoDB; close what listens there")
+    raise EmbeddedError(f"no free port on 127.0.0.1 for the embedded {server}; close what listens there")
 
 
 def trim_log(layout: Layout) -> int:

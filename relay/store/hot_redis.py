@@ -17,6 +17,7 @@ import structlog
 
 from relay.redis_client import TROUBLE, close, connect
 from relay.wire.envelope import Envelope
+from relay.wire.framed import Framed
 from relay.wire.ids import split_document_id
 
 _SECONDS: Final = 300
@@ -30,20 +31,8 @@ _AT_ONCE: Final = 100
 log = structlog.get_logger(__name__)
 
 
-class _Kept(msgspec.Struct, array_like=True):
-    """A message as Redis keeps it; ``frame`` is what devices get."""
-
-    seq: int
-    user: str
-    device: str
-    at: int
-    kind: str
-    size: int
-    frame: str
-
-
 _encode: Final = msgspec.msgpack.Encoder().encode
-_decode: Final = msgspec.msgpack.Decoder(_Kept).decode
+_decode: Final = msgspec.msgpack.Decoder(Framed).decode
 
 
 class HotRedis:
@@ -101,7 +90,7 @@ class HotRedis:
             for (doc_id, seq), value in zip(wanted, values, strict=True):
                 kept = None if value is None else _decode(value)
                 if kept is not None and kept.seq == seq:
-                    found[doc_id] = _envelope(doc_id, kept)
+                    found[doc_id] = kept.envelope()
         except (*TROUBLE, msgspec.DecodeError) as error:
             self._pause(error)
         return found
@@ -128,7 +117,7 @@ class HotRedis:
                         if isinstance(one, str):
                             pipe.unlink(_key(one))
                         else:
-                            pipe.set(_key(one.doc_id), _encode(_kept(one)), ex=_SECONDS)
+                            pipe.set(_key(one.doc_id), _encode(Framed.of(one)), ex=_SECONDS)
                     await pipe.execute()
         except TROUBLE as error:
             self._pause(error)
@@ -140,31 +129,3 @@ class HotRedis:
 def _key(doc_id: str) -> str:
     conversation, message = split_document_id(doc_id)
     return f"relay:hot:{{{conversation}}}:{message}"
-
-
-def _kept(envelope: Envelope) -> _Kept:
-    return _Kept(
-        seq=envelope.seq,
-        user=envelope.user,
-        device=envelope.device,
-        at=envelope.at,
-        kind=envelope.kind,
-        size=envelope.size,
-        frame=envelope.frame_for(""),
-    )
-
-
-def _envelope(doc_id: str, kept: _Kept) -> Envelope:
-    conversation, message = split_document_id(doc_id)
-    found = Envelope.of_frame(
-        conversation,
-        message,
-        user=kept.user,
-        device=kept.device,
-        seq=kept.seq,
-        at=kept.at,
-        kind=kept.kind,
-        frame=kept.frame,
-    )
-    found.size = kept.size
-    return found

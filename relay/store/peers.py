@@ -28,11 +28,6 @@ class Peers:
         """This node stops: nobody need wait for it."""
         await Node.get_motor_collection().delete_one({"_id": self.id})
 
-    async def alone(self) -> bool:
-        """Whether no other node lives."""
-        query = {"_id": {"$ne": self.id}, "$expr": _ALIVE}
-        return await Node.get_motor_collection().find_one(query, {"_id": 1}) is None
-
     async def others(self) -> list[str]:
         """The other nodes that live."""
         query = {"_id": {"$ne": self.id}, "$expr": _ALIVE}

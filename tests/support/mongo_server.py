@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -17,11 +16,10 @@ from pymongo import AsyncMongoClient
 from pymongo import timeout as time_limit
 from pymongo.errors import OperationFailure, PyMongoError
 
+from relay.tied import tied
 from tests.support.frozen import send_signal
 from tests.support.process import free_port
 
-_LIBC: Final = ctypes.CDLL(None)
-_SET_DEATH_SIGNAL: Final = 1
 _PORT_TRIES: Final = 3
 _NOT_YET_INITIALIZED: Final = 94
 _START_SECONDS: Final = 60.0
@@ -36,19 +34,14 @@ def spawn(arguments: Sequence[str], output: Path, **options: Any) -> subprocess.
     the main thread: a thread's end would be taken for it."""
     with output.open("ab") as log:
         return subprocess.Popen(
-            arguments,
+            tied(arguments),
             stdin=subprocess.DEVNULL,
             stdout=options.pop("stdout", log),
             stderr=log,
             env={**os.environ, "LC_ALL": "C"},
             start_new_session=True,
-            preexec_fn=_end_with_parent,  # one call of an already loaded library
             **options,
         )
-
-
-def _end_with_parent() -> None:
-    _LIBC.prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
 
 
 async def end(process: subprocess.Popen[bytes], patience: float = 5) -> None:

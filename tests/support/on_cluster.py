@@ -1,4 +1,5 @@
-"""The suites on a sharded cluster, and which of their tests have no meaning there: ``RELAY_TEST_MONGO=cluster``."""
+"""The suites on a sharded cluster, ``RELAY_TEST_MONGO=cluster``. Tests that set a fail point or stop the one mongod are left out
+by themselves."""
 
 from __future__ import annotations
 
@@ -17,9 +18,6 @@ from tests.support.databases import Databases, is_busy, makers
 from tests.support.forwarder import NO_FAIL_POINTS
 
 ON_CLUSTER: Final = os.environ.get("RELAY_TEST_MONGO") == "cluster"
-SKIPPED: Final[Mapping[str, str]] = {}
-"""Why tests are left out on a cluster, by what their id contains. Those that set a fail point or stop the one mongod are left out
-by themselves."""
 _SPARE: Final = 3
 
 
@@ -72,16 +70,6 @@ async def open_cluster(directory: Path, parameters: Mapping[str, str]) -> AsyncI
             yield ClusterServer(cluster)
         finally:
             del makers[cluster.uri]
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what is left out."""
-    if not ON_CLUSTER:
-        return
-    for item in items:
-        for part, reason in SKIPPED.items():
-            if part in item.nodeid:
-                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -32,11 +32,8 @@ async def test_nothing_is_pushed_into_a_replaced_connection_while_it_closes() ->
 
 
 async def test_the_later_connection_has_the_higher_number_whichever_node_started_first() -> None:
-    async def others() -> list[str]:
-        return []
-
     first, second = (
-        RedisBus("redis://127.0.0.1:1", Hub(), Metrics(), node=node, prefix="relay:test", others=others)
+        RedisBus("redis://127.0.0.1:1", Hub(), Metrics(), node=node, prefix="relay:test")
         for node in ("first", "second")
     )
     numbers = []
