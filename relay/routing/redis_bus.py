@@ -25,6 +25,7 @@ from relay.routing.gathering import Gathered, packed
 from relay.routing.hints import Hint, Parcel, Told
 from relay.routing.hub import Hub
 from relay.routing.registrations import Registrations
+from relay.tasks import ended
 from relay.wire.envelope import Envelope
 from relay.wire.ids import device_key, user_of
 
@@ -115,10 +116,7 @@ class RedisBus:
             if not (self._works and (self._gathered.items or self._registrations)):
                 break
             await asyncio.sleep(ANSWER_SECONDS / _CLOSE_POLLS)
-        tasks = self._tasks if self._again is None else [*self._tasks, self._again]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await ended(self._tasks if self._again is None else [*self._tasks, self._again])
         self._registrations.close()
         try:
             async with asyncio.timeout(ANSWER_SECONDS):

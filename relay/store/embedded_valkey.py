@@ -18,6 +18,7 @@ import structlog
 
 from relay.store.embedded_files import EmbeddedError, PortTakenError, choose_port
 from relay.store.restarting import Restarting
+from relay.tasks import ended
 from relay.tied import tied
 
 __all__ = ["EmbeddedError", "EmbeddedValkey"]
@@ -77,8 +78,7 @@ class EmbeddedValkey:
         """Ends the server, within about 2 s. Idempotent."""
         supervisor, self._supervisor = self._supervisor, None
         if supervisor is not None:
-            supervisor.cancel()
-            await asyncio.wait({supervisor})
+            await ended([supervisor])
         await self._end()
 
     async def _begin(self) -> tuple[asyncio.subprocess.Process, int]:

@@ -16,6 +16,7 @@ import msgspec
 import structlog
 
 from relay.redis_client import TROUBLE, close, connect
+from relay.tasks import ended
 from relay.wire.envelope import Envelope
 from relay.wire.framed import Framed
 from relay.wire.ids import split_document_id
@@ -54,8 +55,7 @@ class HotRedis:
     async def close(self) -> None:
         """Drops what is not written yet, and closes the connections."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await ended([self._task])
         try:
             async with asyncio.timeout(_ANSWER_SECONDS):
                 await close(self._redis)
