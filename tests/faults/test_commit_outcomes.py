@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from pymongo import AsyncMongoClient
 
+from relay.store import commits
 from tests.support.device import Closed, WireDevice, new_id
 from tests.support.failpoints import MAJORITY_TIMEOUT, failing
 from tests.support.node import Node, NodeFactory
@@ -47,6 +48,12 @@ async def settled(node: Node, accepted: int) -> None:
     await until(booked, 6, "the ledger is settled")
     ledger = await ledger_of(node)
     assert (ledger["accepted"], ledger["acknowledged"], ledger["waiting"]) == (accepted, accepted, 0)
+
+
+@pytest.fixture
+def _unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries leave time between two fail points: one that came through would find out that the message is written."""
+    monkeypatch.setattr(commits, "_FIRST_DELAY", 1.0)
 
 
 UNKNOWN: dict[str, dict[str, Any]] = {
@@ -136,6 +143,7 @@ async def test_what_stays_unknown_is_unavailable_at_the_deadline_and_a_resend_su
     await settled(node, 1)
 
 
+@pytest.mark.usefixtures("_unhurried")
 async def test_what_was_written_unnoticed_and_refused_as_unavailable_is_accounted_when_it_is_sent_again(
     nodes: NodeFactory,
 ) -> None:
@@ -152,6 +160,7 @@ async def test_what_was_written_unnoticed_and_refused_as_unavailable_is_accounte
     await settled(node, 1)
 
 
+@pytest.mark.usefixtures("_unhurried")
 async def test_what_was_written_unnoticed_and_never_sent_again_is_delivered_and_accounted(
     nodes: NodeFactory,
 ) -> None:
@@ -166,6 +175,7 @@ async def test_what_was_written_unnoticed_and_never_sent_again_is_delivered_and_
     await settled(node, 1)
 
 
+@pytest.mark.usefixtures("_unhurried")
 async def test_a_resend_of_what_was_written_unnoticed_reaches_a_connected_device_at_once(
     nodes: NodeFactory,
 ) -> None:
@@ -209,6 +219,7 @@ async def test_nothing_is_stored_before_a_majority_has_it(mongods: Mongods, node
         await nodes.stop(node)
 
 
+@pytest.mark.usefixtures("_unhurried")
 async def test_a_message_acknowledged_by_one_device_before_its_outcome_is_known_is_accounted_in_full(
     nodes: NodeFactory,
 ) -> None:
@@ -231,6 +242,7 @@ async def test_a_message_acknowledged_by_one_device_before_its_outcome_is_known_
     await settled(node, 2)
 
 
+@pytest.mark.usefixtures("_unhurried")
 async def test_a_message_acknowledged_and_gone_before_its_outcome_is_known_is_stored_and_accounted(
     nodes: NodeFactory,
 ) -> None:
