@@ -75,6 +75,7 @@ from relay.store.releases import Releases
 from relay.store.revisions import Revisions
 from relay.store.rosters import Rosters
 from relay.store.sessions import Sessions
+from relay.store.shards import CHECK_SECONDS, Shards
 from relay.wire import errors, replies
 from relay.wire.clock import Clock
 from relay.wire.frames import AnyOperation
@@ -141,10 +142,11 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
     pseudonyms = pseudonyms_of(settings)
     embedded, uri = await database(settings, stack)
     ttl_seconds = max(1, round(settings.message_ttl_days * 86_400))
+    fate_seconds = max(1, round(settings.fate_hours * 3600))
     try:
         mongo = Mongo(uri, settings.mongo_database)
         stack.push_async_callback(_close_quickly, mongo)
-        await mongo.prepare(ttl_seconds, max(1, round(settings.fate_hours * 3600)))
+        await mongo.prepare(ttl_seconds, fate_seconds)
     except MongoUnavailable as error:
         raise StartError(str(error)) from None
 
@@ -157,14 +159,18 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
     clock = Clock()
     hub = Hub()
     timeout = settings.commit_timeout_seconds
-    messages = Messages(mongo, metrics, ttl_seconds=ttl_seconds, timeout=timeout, hot=_hot(settings, stack))
-    fates = Fates(mongo, timeout=timeout)
+    shards = Shards(mongo, fate_seconds=fate_seconds)
+    await shards.load()
+    messages = Messages(
+        mongo, shards, metrics, ttl_seconds=ttl_seconds, timeout=timeout, hot=_hot(settings, stack)
+    )
+    fates = Fates(mongo, shards, timeout=timeout)
     accounts = Accounts(inactive=timedelta(days=settings.device_inactive_days), pseudonyms=pseudonyms)
     conversations = Conversations()
     rosters = Rosters(inactive=timedelta(days=settings.device_inactive_days), timeout=timeout)
     audiences = Audiences(rosters.load)
     quotas = Quotas(
-        hub, Mailboxes(mongo, timeout=timeout), audiences, metrics, quota=settings.mailbox_messages
+        hub, Mailboxes(mongo, shards, timeout=timeout), audiences, metrics, quota=settings.mailbox_messages
     )
     people = People()
     peers = Peers()
@@ -184,6 +190,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
     path = message_path(
         settings,
         mongo,
+        shards,
         messages,
         fates,
         audiences,
@@ -194,7 +201,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
         now=clock.now,
         dead=dead,
     )
-    acks, sends, endings = path.acks, path.sends, path.endings
+    sends, endings = path.sends, path.endings
     router.fanout.start()
     stack.push_async_callback(router.fanout.close)
     await peers.beat()
@@ -251,6 +258,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
         registration=settings.registration,
         provision=settings.auto_provision,
     )
+    shards.returned = hub.complete
     sweep = Sweep(hub, messages, endings, metrics, clock.now)
     stack.push_async_callback(sweep.close)
     if isinstance(bus, RedisBus):
@@ -284,14 +292,15 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
             Job("quotas", quotas.run, _QUOTA_SECONDS, 0.2),
             Job("time to live", TimeToLive(mongo, messages).run, _TTL_SECONDS, 0.1),
             Job("revocations", Revocations(hub, accounts).run, _REVOCATIONS_SECONDS, 0.1),
-            Job("doubts", Doubts(sends, acks).run, _DOUBTS_SECONDS, 0.1),
-            Job("parts", Parts(messages, acks, clock.now).run, settings.sweep_seconds, 0.2),
+            Job("doubts", Doubts(sends, endings).run, _DOUBTS_SECONDS, 0.1),
+            Job("parts", Parts(messages, endings, clock.now).run, settings.sweep_seconds, 0.2),
             Job("erasures", InterruptedErasures(context).run, _ERASURES_SECONDS, 0.2),
             Job("peers", peers.beat, BEAT_SECONDS),
             Job("releases", Released(context).run, _REPAIR_SECONDS, 0.2),
             Job("repair", Repair(context).run, _REPAIR_SECONDS, 0.2),
             Job("audit head", audit.tell_end, _AUDIT_HEAD_SECONDS, 0.1),
-            Job("health", HealthCheck(mongo, rates, bus, health, metrics).run, _HEALTH_SECONDS),
+            Job("shards", shards.run, CHECK_SECONDS, 0.2),
+            Job("health", HealthCheck(mongo, shards, rates, bus, health, metrics).run, _HEALTH_SECONDS),
         ]
     )
     admission = Admission(context, verifier)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 from time import monotonic
 from typing import Final
+
+import structlog
 
 from config.settings import Settings
 from relay.metrics import Metrics
@@ -15,19 +18,20 @@ from relay.routing.router import Router
 from relay.store.acks import Acks
 from relay.store.audience import Audiences
 from relay.store.batcher import Batcher, BatcherClosed
+from relay.store.breaker import Breaker
+from relay.store.chunks import WHOLE
 from relay.store.commits import Commits
 from relay.store.endings import Ending, Settlement
 from relay.store.fates import Fates
-from relay.store.lanes import EndingLanes, SendLanes
+from relay.store.lanes import EndingLane, EndingLanes, SendLane, SendLanes
 from relay.store.large import LargeCommits
 from relay.store.ledger import Ledger
 from relay.store.messages import Messages
 from relay.store.mongo import Mongo
+from relay.store.shards import Shards
 from relay.store.submissions import Submission
 from relay.wire.envelope import Envelope
 
-# One lane on a replica set; measured, two share the same groups out into twice as many calls.
-_ACK_LANES: Final = 1
 # A group of acknowledgements holds so many times as many as one of messages. Two groups may wait; then sockets are not
 # read, so that messages do not come faster than they can be ended.
 _ACK_GROUP: Final = 4
@@ -35,6 +39,7 @@ _ACK_SPACING: Final = 0.015
 # Parts of messages to many devices that wait to be committed: so many groups, then their senders are not read.
 _LARGE_GROUPS: Final = 2
 
+log = structlog.get_logger(__name__)
 Commit = Callable[[list[Submission]], Awaitable[None]]
 
 
@@ -42,7 +47,6 @@ Commit = Callable[[list[Submission]], Awaitable[None]]
 class MessagePath:
     """Where messages and their endings are handed in."""
 
-    acks: Acks
     sends: SendLanes
     endings: EndingLanes
 
@@ -50,6 +54,7 @@ class MessagePath:
 def message_path(
     settings: Settings,
     mongo: Mongo,
+    shards: Shards,
     messages: Messages,
     fates: Fates,
     audiences: Audiences,
@@ -61,33 +66,57 @@ def message_path(
     now: Callable[[], int],
     dead: Callable[[BaseException], None],
 ) -> MessagePath:
-    """Makes and starts it. ``dead`` is told when a committer died; ``now`` is the wall clock (ms)."""
+    """Makes it; the lane of a shard starts when it is first needed. ``dead`` is told when a committer died; ``now`` is the wall
+    clock (ms)."""
     timeout = settings.commit_timeout_seconds
+    patience = settings.send_deadline_seconds
 
     def settled(settlement: Settlement) -> None:
         router.settled(settlement)
         quotas.settled(settlement)
 
-    acks = Acks(mongo, messages, fates, ledger, metrics, timeout=timeout, now=now, settled=settled)
+    def ending_lane(shard: str) -> EndingLane:
+        def pressed() -> bool:
+            return few.full or crowd.full
 
-    def ending_lane(name: str) -> Batcher[Ending]:
-        return Batcher[Ending](
-            name,
-            acks.commit,
-            acks.abandon,
-            metrics=metrics,
-            max_items=_ACK_GROUP * settings.commit_messages,
-            max_bytes=settings.commit_bytes,
-            queue_items=min(settings.queue_messages, 2 * _ACK_GROUP * settings.commit_messages),
-            queue_bytes=settings.queue_bytes,
-            workers=1,
-            dead=dead,
-            spacing=_ACK_SPACING,
+        def opened() -> None:
+            _warn("acknowledgements", shard)
+            for queue in (few, crowd):
+                queue.refuse(acks.abandon)
+
+        # Nobody waits for these: as long as there is room they are tried until their deadlines.
+        breaker = Breaker(patience=inf, haste=timeout, pressed=pressed, opened=opened)
+        acks = Acks(
+            mongo,
+            messages,
+            fates,
+            ledger,
+            metrics,
+            timeout=timeout,
+            breaker=breaker,
+            now=now,
+            settled=settled,
         )
 
-    endings = EndingLanes(
-        [ending_lane(f"ack-{number}") for number in range(_ACK_LANES)], ending_lane("ack-large")
-    )
+        def queue(name: str) -> Batcher[Ending]:
+            return Batcher[Ending](
+                _named(name, shard),
+                acks.commit,
+                acks.abandon,
+                metrics=metrics,
+                max_items=_ACK_GROUP * settings.commit_messages,
+                max_bytes=settings.commit_bytes,
+                queue_items=min(settings.queue_messages, 2 * _ACK_GROUP * settings.commit_messages),
+                queue_bytes=settings.queue_bytes,
+                workers=1,
+                dead=dead,
+                spacing=_ACK_SPACING,
+            )
+
+        few, crowd = queue("ack"), queue("ack-large")
+        return EndingLane(few, crowd, acks, breaker)
+
+    endings = EndingLanes(shards.lane_of, ending_lane)
 
     def committed(envelopes: Sequence[Envelope]) -> None:
         messages.hot.committed(envelopes)
@@ -103,46 +132,67 @@ def message_path(
         with contextlib.suppress(BatcherClosed):
             endings.drop(stored_id, keys, deadline=monotonic() + timeout)
 
-    def commits_of(kind: type[Commits]) -> Commits:
-        return kind(
-            mongo,
-            messages,
-            fates,
-            audiences,
-            ledger,
-            metrics,
-            timeout=timeout,
-            accepted=quotas.committed,
-            committed=committed,
-            found=router.found,
-            strayed=strayed,
-        )
+    def send_lane(shard: str) -> SendLane:
+        def pressed() -> bool:
+            return small_queue.full or large_queue.full
 
-    def lane(name: str, commits: Commits, commit: Commit, queue_items: int) -> Batcher[Submission]:
-        return Batcher[Submission](
-            name,
-            commit,
-            commits.abandon,
-            metrics=metrics,
-            max_items=settings.commit_messages,
-            max_bytes=settings.commit_bytes,
-            queue_items=queue_items,
-            queue_bytes=settings.queue_bytes,
-            workers=settings.commits_in_flight,
-            dead=dead,
-        )
+        def opened() -> None:
+            _warn("messages", shard)
+            for queue in (small_queue, large_queue):
+                queue.refuse(small.refuse)
 
-    small, large = commits_of(Commits), commits_of(LargeCommits)
+        breaker = Breaker(patience=patience, haste=timeout, pressed=pressed, opened=opened)
 
-    async def commit_large(batch: list[Submission]) -> None:
-        # No more are stored than can be handed out.
-        await router.fanout.room()
-        await large.commit(batch)
+        def commits_of(kind: type[Commits]) -> Commits:
+            return kind(
+                mongo,
+                messages,
+                fates,
+                audiences,
+                ledger,
+                metrics,
+                timeout=timeout,
+                breaker=breaker,
+                accepted=quotas.committed,
+                committed=committed,
+                found=router.found,
+                strayed=strayed,
+            )
 
-    sends = SendLanes(
-        lane("send", small, small.commit, settings.queue_messages),
-        lane("send-large", large, commit_large, _LARGE_GROUPS * settings.commit_messages),
-        [small, large],
-    )
+        def queue(name: str, commits: Commits, commit: Commit, queue_items: int) -> Batcher[Submission]:
+            return Batcher[Submission](
+                _named(name, shard),
+                commit,
+                commits.abandon,
+                metrics=metrics,
+                max_items=settings.commit_messages,
+                max_bytes=settings.commit_bytes,
+                queue_items=queue_items,
+                queue_bytes=settings.queue_bytes,
+                workers=settings.commits_in_flight,
+                dead=dead,
+            )
+
+        small, large = commits_of(Commits), commits_of(LargeCommits)
+
+        async def commit_large(batch: list[Submission]) -> None:
+            # No more are stored than can be handed out.
+            await router.fanout.room()
+            await large.commit(batch)
+
+        small_queue = queue("send", small, small.commit, settings.queue_messages)
+        large_queue = queue("send-large", large, commit_large, _LARGE_GROUPS * settings.commit_messages)
+        return SendLane(small_queue, large_queue, [small, large], breaker)
+
+    sends = SendLanes(shards.lane_of, send_lane)
     router.others = sends.small_under_way
-    return MessagePath(acks, sends, endings)
+    return MessagePath(sends, endings)
+
+
+def _named(queue: str, shard: str) -> str:
+    """A queue's name in metrics: on a replica set there is one of each."""
+    return queue if shard == WHOLE else f"{queue}-{shard}"
+
+
+def _warn(what: str, shard: str) -> None:
+    log.warning("nothing comes through; refused at once until the store answers", what=what, shard=shard)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from relay.store.acks import Acks
-from relay.store.lanes import SendLanes
+from relay.store.lanes import EndingLanes, SendLanes
 
 
 class Doubts:
     """Asks the store what became of messages and acknowledgements that ran over their deadline."""
 
-    def __init__(self, sends: SendLanes, acks: Acks) -> None:
+    def __init__(self, sends: SendLanes, endings: EndingLanes) -> None:
         self._sends = sends
-        self._acks = acks
+        self._endings = endings
 
     async def run(self) -> None:
         """One look."""
-        await self._sends.settle_given_up()
-        await self._acks.settle_doubts()
+        try:
+            await self._sends.settle_given_up()
+        finally:
+            await self._endings.settle_doubts()

@@ -11,6 +11,7 @@ from relay.metrics import Metrics
 from relay.routing.bus import Bus
 from relay.security.rates import Rates
 from relay.store.mongo import Mongo
+from relay.store.shards import Shards
 
 log = structlog.get_logger(__name__)
 
@@ -18,9 +19,12 @@ log = structlog.get_logger(__name__)
 class HealthCheck:
     """Asks MongoDB for its primary, and Redis to count, and notes the answers; changes are logged."""
 
-    def __init__(self, mongo: Mongo, rates: Rates, bus: Bus, health: Health, metrics: Metrics) -> None:
+    def __init__(
+        self, mongo: Mongo, shards: Shards, rates: Rates, bus: Bus, health: Health, metrics: Metrics
+    ) -> None:
         self._bus = bus
         self._mongo = mongo
+        self._shards = shards
         self._rates = rates
         self._health = health
         self._metrics = metrics
@@ -33,6 +37,7 @@ class HealthCheck:
                 log.info("MongoDB answers again")
             else:
                 log.warning("MongoDB does not answer; messages wait with their senders")
+        self._note("shards", self._shards.problem)
         self._note("redis", None if redis else "it does not count; rate limits hold for each node by itself")
         self._note("bus", self._bus.problem)
 

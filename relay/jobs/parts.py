@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from relay.store.acks import Acks
+from relay.store.lanes import EndingLanes
 from relay.store.messages import Messages
 
 _PAGE: Final = 1000
@@ -17,10 +17,10 @@ class Parts:
     was gone; ends messages whose last part ended unseen. Every round is bounded; the next one goes on."""
 
     def __init__(
-        self, messages: Messages, acks: Acks, now: Callable[[], int], *, claim_seconds: float = 60
+        self, messages: Messages, endings: EndingLanes, now: Callable[[], int], *, claim_seconds: float = 60
     ) -> None:
         self._messages = messages
-        self._acks = acks
+        self._endings = endings
         self._now = now
         self._claim_ms = int(claim_seconds * 1000)
         self._after = 0
@@ -32,4 +32,4 @@ class Parts:
         await self._messages.heads.remove_orphans(self._now() - _LATE * self._claim_ms)
         heads, self._after = await self._messages.heads.waiting_for_parts(_PAGE, self._after)
         if heads:
-            await self._acks.end_heads(heads)
+            await self._endings.end_heads(heads)

@@ -107,10 +107,13 @@ class Sweep:
         if len(starved) > _STARVED:
             starved = random.sample(starved, _STARVED)
         held = {one: [flying.stored_id for flying in one.delivery.in_flight.values()] for one in starved}
-        documents = await self._messages.read([stored_id for ids in held.values() for stored_id in ids])
+        asked = {name for names in held.values() for name in names if not self._messages.is_away(name)}
+        documents = await self._messages.read(list(asked))
         for connection, stored_ids in held.items():
             mailboxes = {connection.key, any_device_key(connection.user)}
             for stored_id in stored_ids:
+                if stored_id not in asked:
+                    continue
                 document = documents.get(stored_id)
                 if document is None or mailboxes.isdisjoint(document.get("awaiting", ())):
                     connection.delivery.release(stored_id)

@@ -73,6 +73,7 @@ class Delivery:
         "_credit",
         "_dirty",
         "_drained",
+        "_incomplete",
         "_initial",
         "_initial_count",
         "_key",
@@ -133,6 +134,7 @@ class Delivery:
         self._redelivered = 0
         self._needs = 1
         self._read_to_mark = False
+        self._incomplete = False
         self._initial: AbstractSet[str] = set()
         self._initial_count = 0
 
@@ -162,6 +164,11 @@ class Delivery:
         self.behind = True
         self._count_behind(1)
         self._task = asyncio.create_task(self._drain(), name="drain")
+
+    def complete(self) -> None:
+        """A part of the store answers again: what waits there may not have been looked at."""
+        if self._incomplete or self.behind:
+            self.fall_behind()
 
     def release(self, doc_id: str) -> None:
         """The message, or the part of it, needs no credit any more: acknowledged durably, by whatever path, or gone."""
@@ -247,13 +254,16 @@ class Delivery:
             self._broken()
 
     async def _set_mark(self, page: Page) -> None:
-        """What waited at connect is the first page when that is all there was; else everything up to the highest ``seq``."""
+        """What waited at connect is the first page when that is all there was; else everything up to the highest ``seq``. Not
+        known before the whole store answers."""
+        if not page.complete:
+            return
         if page.exhausted:
             self._mark = page.envelopes[-1].seq if page.envelopes else None
         else:
             self._mark = await self._backlog.last_waiting(self._keys)
         self._marked = True
-        self._read_to_mark = self._mark is None
+        self._read_to_mark = self._mark is None and not self._initial
 
     async def _wait_for_room(self) -> None:
         """Waits for a fair part of the window, so that pages are worth a query; a little credit is used soon too."""
@@ -306,16 +316,23 @@ class Delivery:
                 return False
             self._needs = 1
             self._deliver(envelope)
-            if not self._told and self._mark is not None and envelope.seq <= self._mark:
+            if not self._told and self._waited_at_connect(envelope):
                 self._initial |= {envelope.doc_id}
                 self._initial_count += 1
         if not self._told:
             past = bool(page.envelopes) and self._mark is not None and page.envelopes[-1].seq > self._mark
             # A query that left out what must come again now has not seen all up to the mark.
-            if (page.exhausted or past) and redelivered == self._redelivered:
+            if page.complete and (page.exhausted or past) and redelivered == self._redelivered:
                 self._read_to_mark = True
             self._tell_drained()
+        self._incomplete = not page.complete
         return page.exhausted and not self._dirty
+
+    def _waited_at_connect(self, envelope: Envelope) -> bool:
+        if not self._marked:
+            # While a part of the store is away nobody knows what waited: all that is read counts.
+            return True
+        return self._mark is not None and envelope.seq <= self._mark
 
     def _tell_drained(self) -> None:
         if self._told or not self._read_to_mark or self._initial:

@@ -113,6 +113,11 @@ class Hub:
         if self._empty is not None and not self._connections:
             self._empty.set()
 
+    def complete(self) -> None:
+        """A part of the store answers again: connections look for what waits there."""
+        for connection in self:
+            connection.delivery.complete()
+
     async def empty(self) -> None:
         """Waits until the last connection has gone."""
         if self._connections:

@@ -55,10 +55,10 @@ async def dispatch(ctx: Context, peer: Peer, operations: Sequence[Operation | Re
             waiting = HANDLERS[type(op)](ctx, peer, op)
             if waiting is not None:
                 await waiting
-            if peer.crowded:
+            if peer.crowded and isinstance(op, Send):
                 # One to many devices is work for milliseconds: others are served before this frame's next.
                 peer.crowded = False
-                await ctx.sends.large_room()
+                await ctx.sends.large_room(op.conv)
                 await asyncio.sleep(0)
         except RelayError as error:
             _fail(ctx, peer, error, _about(op))

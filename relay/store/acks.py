@@ -19,6 +19,7 @@ from typing import Any, Final
 import structlog
 
 from relay.metrics import Metrics
+from relay.store.breaker import Breaker
 from relay.store.deleting import delete_messages
 from relay.store.ending_plan import EndingGroup, Expectation, entry_of, parts_of
 from relay.store.endings import Acknowledged, Ending, Release, Settlement
@@ -50,6 +51,7 @@ class Acks:
         metrics: Metrics,
         *,
         timeout: float,
+        breaker: Breaker,
         now: Callable[[], int],
         settled: Callable[[Settlement], None],
     ) -> None:
@@ -61,6 +63,7 @@ class Acks:
         self._retries = metrics.retries.labels("ack")
         self._poison = metrics.poison
         self._timeout = timeout
+        self._breaker = breaker
         self._now = now
         self._settled = settled
         # Messages of which a part has ended: the last one ends the head.
@@ -82,12 +85,14 @@ class Acks:
                 self._retries.inc()
                 attempt += 1
                 self._doubt(group)
+                self._breaker.failed()
                 if monotonic() >= deadline:
                     self.abandon(batch)
                     return
                 await asyncio.sleep(delay * random.uniform(0.5, 1))
                 delay = min(delay * 2, _LAST_DELAY)
                 continue
+            self._breaker.succeeded()
             break
         await self._tell(group.settlement)
         if self._headless:

@@ -95,6 +95,15 @@ class Batcher(Generic[Item]):
         """Waits until the queue is at most half full again, or the batcher has closed."""
         await self._room.wait()
 
+    def refuse(self, refuse: Callable[[list[Item]], None]) -> None:
+        """Takes everything out of the queue and hands it to ``refuse``; what is being committed goes on."""
+        rest = [item for item, _, _ in self._queue]
+        self._queue.clear()
+        self._count = self._bytes = 0
+        self._room.set()
+        if rest:
+            refuse(rest)
+
     async def barrier(self) -> None:
         """Waits until every group that is being committed now is done."""
         if self._flying:
@@ -169,8 +178,4 @@ class Batcher(Generic[Item]):
         return batch
 
     def _give_up(self) -> None:
-        rest = [item for item, _, _ in self._queue]
-        self._queue.clear()
-        self._count = self._bytes = 0
-        if rest:
-            self._abandon(rest)
+        self.refuse(self._abandon)

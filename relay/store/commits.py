@@ -20,12 +20,13 @@ import structlog
 
 from relay.metrics import Metrics
 from relay.store.audience import Audiences
+from relay.store.breaker import Breaker
 from relay.store.documents import owner
 from relay.store.fates import Fates
 from relay.store.ledger import Ledger
 from relay.store.messages import Messages
 from relay.store.mongo import BulkWriteError, Mongo, PyMongoError, brief, time_limit
-from relay.store.submissions import GivenUp, Stored, Submission, conflict, stranger
+from relay.store.submissions import GivenUp, Stored, Submission, conflict, stranger, unreachable
 from relay.wire.envelope import Envelope
 from relay.wire.errors import RelayError
 from relay.wire.ids import RELAY_USER, user_of
@@ -58,6 +59,7 @@ class Commits:
         metrics: Metrics,
         *,
         timeout: float,
+        breaker: Breaker,
         accepted: Callable[[Sequence[Envelope]], None],
         committed: Callable[[Sequence[Envelope]], None],
         found: Callable[[Iterable[str]], None],
@@ -70,6 +72,7 @@ class Commits:
         self._ledger = ledger
         self._retries = metrics.retries.labels("send")
         self._timeout = timeout
+        self._breaker = breaker
         self._accepted = accepted
         self._committed = committed
         self._found = found
@@ -89,6 +92,11 @@ class Commits:
             submission.settle(
                 RelayError("unavailable", "the relay is stopping; send again", retry_after=1000)
             )
+
+    def refuse(self, batch: list[Submission]) -> None:
+        """Tells the senders of messages that were not tried, because the store does not answer."""
+        for submission in batch:
+            submission.settle(unreachable())
 
     async def barrier(self) -> None:
         """Waits until every attempt that is under way now is over. The next one of a retry resolves what has changed since."""
@@ -153,6 +161,10 @@ class Commits:
                     self._attempts.discard(over)
                     over.set_result(None)
                 unknown = [submission for submission in pending if not submission.settled]
+                if len(unknown) < len(pending):
+                    self._breaker.succeeded()
+                else:
+                    self._breaker.failed()
                 if unknown:
                     self._retries.inc()
                     unknown = self._drop_late(unknown)

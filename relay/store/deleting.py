@@ -14,6 +14,7 @@ from typing import Any
 from pymongo import DeleteMany
 
 from relay.store.mongo import Mongo
+from relay.wire.ids import conversation_of
 
 
 async def delete_messages(mongo: Mongo, wanted: Iterable[tuple[str, int | None]]) -> int:
@@ -21,7 +22,7 @@ async def delete_messages(mongo: Mongo, wanted: Iterable[tuple[str, int | None]]
     there were. The caller sets the time limit. Raises PyMongoError."""
     by_conversation: dict[str, list[tuple[str, int | None]]] = {}
     for stored_id, seq in wanted:
-        by_conversation.setdefault(stored_id.partition(" ")[0], []).append((stored_id, seq))
+        by_conversation.setdefault(conversation_of(stored_id), []).append((stored_id, seq))
     if not by_conversation:
         return 0
     if not mongo.is_sharded:

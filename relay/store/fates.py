@@ -15,10 +15,9 @@ from bson.datetime_ms import DatetimeMS
 from models.messages import FateEntry
 from relay.store.ledger import Fate
 from relay.store.mongo import Mongo, time_limit
-from relay.wire.ids import any_device_key
+from relay.store.shards import Shards
+from relay.wire.ids import any_device_key, conversation_of
 
-# Entries of one shard's deletions stay on that shard. A replica set is one lane.
-LANE: Final = "0"
 _ENTRY_BYTES: Final = 700
 _NAME_BYTES: Final = 12
 _PART_BYTES: Final = 4_000_000
@@ -73,15 +72,23 @@ def _parts(entries: Sequence[FateEntry]) -> list[list[FateEntry]]:
 
 
 class Fates:
-    """The ``fates`` collection."""
+    """The ``fates`` collection. What becomes of a shard's messages is recorded in its lane, on that shard."""
 
-    def __init__(self, mongo: Mongo, *, timeout: float) -> None:
+    def __init__(self, mongo: Mongo, shards: Shards, *, timeout: float) -> None:
         self._collection = mongo.fates
+        self._shards = shards
         self._timeout = timeout
 
     async def record(self, entries: Sequence[FateEntry], now: int) -> None:
         """Writes the fates of one group of deletions, durably. ``now`` in milliseconds."""
-        documents = [{"lane": LANE, "at": DatetimeMS(now), "entries": part} for part in _parts(entries)]
+        lanes: dict[str, list[FateEntry]] = {}
+        for entry in entries:
+            lanes.setdefault(self._shards.lane_of(conversation_of(entry["id"])), []).append(entry)
+        documents = [
+            {"lane": lane, "at": DatetimeMS(now), "entries": part}
+            for lane, some in lanes.items()
+            for part in _parts(some)
+        ]
         with time_limit(self._timeout):
             if len(documents) == 1:
                 await self._collection.insert_one(documents[0])
@@ -89,18 +96,30 @@ class Fates:
                 await self._collection.insert_many(documents)
 
     async def find(self, doc_ids: Sequence[str]) -> dict[str, Gone]:
-        """The fates of these messages, as far as they are on record."""
+        """The fates of these messages, as far as they are on record: of each asked where it can be, which is one shard unless its
+        conversation has moved lately."""
+        by_lanes: dict[tuple[str, ...] | None, list[str]] = {}
+        for doc_id in doc_ids:
+            by_lanes.setdefault(self._shards.lanes_of_fates(conversation_of(doc_id)), []).append(doc_id)
+        found: dict[str, Gone] = {}
         with time_limit(self._timeout):
-            return await find_in(self._collection, doc_ids)
+            for lanes, some in by_lanes.items():
+                found.update(await find_in(self._collection, some, lanes=lanes))
+        return found
 
 
-async def find_in(collection: Any, doc_ids: Sequence[str]) -> dict[str, Gone]:
-    """The fates of these messages that are on record in this ``fates`` collection."""
+async def find_in(
+    collection: Any, doc_ids: Sequence[str], *, lanes: Sequence[str] | None = None
+) -> dict[str, Gone]:
+    """The fates of these messages that are on record in this ``fates`` collection, in these lanes when named."""
     wanted = list(doc_ids)
     if not wanted:
         return {}
+    match: dict[str, Any] = {"entries.id": {"$in": wanted}}
+    if lanes is not None:
+        match["lane"] = {"$in": list(lanes)} if len(lanes) > 1 else lanes[0]
     pipeline: list[Mapping[str, Any]] = [
-        {"$match": {"entries.id": {"$in": wanted}}},
+        {"$match": match},
         {"$sort": {"at": 1}},
         {
             "$project": {

@@ -15,8 +15,9 @@ from bson.datetime_ms import DatetimeMS
 
 from relay.store.deleting import delete_messages
 from relay.store.mongo import Mongo, time_limit
+from relay.store.shards import Shards
 from relay.wire.envelope import Envelope
-from relay.wire.ids import PARTS_KEY, head_id, is_part, new_writing, part_ids
+from relay.wire.ids import PARTS_KEY, conversation_of, head_id, is_part, new_writing, part_ids
 
 _MAX_KNOWN: Final = 20_000
 _IDS: Final = 1000
@@ -30,8 +31,9 @@ log = structlog.get_logger(__name__)
 class Heads:
     """Which heads there are, and the claims among them."""
 
-    def __init__(self, mongo: Mongo, *, timeout: float) -> None:
+    def __init__(self, mongo: Mongo, shards: Shards, *, timeout: float) -> None:
         self._mongo = mongo
+        self._shards = shards
         self._collection = mongo.messages
         self._timeout = timeout
         # A head that was there once makes its parts messages for good, so what is known stays true.
@@ -57,7 +59,7 @@ class Heads:
         doc_ids = list({doc_id for doc_id, _ in asked})
         query = {
             "_id": {"$in": doc_ids},
-            "conversationId": {"$in": list({doc_id.partition(" ")[0] for doc_id in doc_ids})},
+            "conversationId": {"$in": _conversations(doc_ids)},
             "claimedAt": None,
         }
         with time_limit(self._timeout):
@@ -116,7 +118,7 @@ class Heads:
     async def waiting_for_parts(self, limit: int, after: int) -> tuple[dict[str, tuple[str, int]], int]:
         """Heads that nothing keeps but their parts, with a ``seq`` above ``after``: candidates for an end that a crash has left
         undone. The second value is where to go on, 0 at the end."""
-        query = {"awaiting": [PARTS_KEY], "seq": {"$gt": after}}
+        query = {"awaiting": [PARTS_KEY], "seq": {"$gt": after}, **self._shards.reachable}
         fields = {"writing": 1, "parts": 1, "seq": 1}
         found: dict[str, tuple[str, int]] = {}
         last = count = 0
@@ -130,7 +132,7 @@ class Heads:
 
     async def clear_claims(self, before: int) -> int:
         """Removes what was claimed before that time (ms) and never became a message; returns how many claims."""
-        query = {"claimedAt": {"$lt": DatetimeMS(before)}}
+        query = {"claimedAt": {"$lt": DatetimeMS(before)}, **self._shards.reachable}
         with time_limit(self._timeout):
             claims = await self._collection.find(query).limit(_PAGE).to_list(_PAGE)
         for claim in claims:
@@ -143,7 +145,7 @@ class Heads:
     async def remove_orphans(self, before: int) -> int:
         """Removes parts, accepted before that time (ms), that drains have met and that no head or claim knows: their writer was
         held up until its claim was gone. Returns how many."""
-        some = list(self._suspects)[:_IDS]
+        some = [name for name in self._suspects if not self._shards.is_down(conversation_of(name))][:_IDS]
         for name in some:
             del self._suspects[name]
         if not some:
@@ -207,7 +209,9 @@ class Heads:
         """How many deliveries are in parts of claims: they are no messages, and may never be."""
         count = 0
         with time_limit(None):
-            async for claim in self._collection.find({"claimedAt": {"$exists": True}}):
+            async for claim in self._collection.find(
+                {"claimedAt": {"$exists": True}, **self._shards.reachable}
+            ):
                 stored_ids = abandoned(claim)
                 for start in range(0, len(stored_ids), _IDS):
                     some = stored_ids[start : start + _IDS]
@@ -236,4 +240,4 @@ def _place(claim: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _conversations(stored_ids: Sequence[str]) -> list[str]:
-    return list({stored_id.partition(" ")[0] for stored_id in stored_ids})
+    return list({conversation_of(stored_id) for stored_id in stored_ids})

@@ -1,7 +1,8 @@
-"""Lanes of group commit. All endings of one conversation's messages go through one lane, in order; messages to many
-devices have a lane of their own, so that they hold up nobody else's.
+"""Lanes of group commit, one a shard: a group never goes to two shards, and a shard that does not answer holds up its own
+conversations only. On a replica set there is one lane.
 
-On a replica set the lanes only share out the work; on a sharded cluster a lane would be a shard's.
+In a lane messages to many devices, and what ends them, have a queue of their own, so that they hold up nobody else's. All endings of
+one conversation's messages go through one queue, in order. Which shard a conversation lies on is a hint: the router knows.
 """
 
 from __future__ import annotations
@@ -9,41 +10,70 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from time import monotonic
-from zlib import crc32
+from typing import Final
 
+import structlog
+
+from relay.store.acks import Acks
 from relay.store.batcher import Batcher
+from relay.store.breaker import Breaker
 from relay.store.commits import Commits
 from relay.store.endings import Ack, Ending, Release, Removal, Sole
 from relay.store.ledger import Fate
-from relay.store.submissions import Submission
-from relay.wire.ids import split_document_id
+from relay.store.mongo import PyMongoError, brief
+from relay.store.submissions import Submission, unreachable
+from relay.wire.ids import conversation_of
 
-_BYTES_EACH = 200
-_MOMENT = 0.05
-_MAX_CROWDS = 10_000
+_BYTES_EACH: Final = 200
+_MOMENT: Final = 0.05
+_MAX_CROWDS: Final = 10_000
+_REFUSAL_SECONDS: Final = 1.0
+
+log = structlog.get_logger(__name__)
+LaneOf = Callable[[str], str]
+"""The lane of a conversation."""
+
+
+@dataclass(frozen=True, slots=True)
+class SendLane:
+    """Where messages of one shard are committed."""
+
+    small: Batcher[Submission]
+    large: Batcher[Submission]
+    commits: Sequence[Commits]
+    breaker: Breaker
+
+
+@dataclass(frozen=True, slots=True)
+class EndingLane:
+    """Where messages of one shard end: ``crowd`` is for conversations of many devices."""
+
+    few: Batcher[Ending]
+    crowd: Batcher[Ending]
+    acks: Acks
+    breaker: Breaker
 
 
 class SendLanes:
-    """Where messages are handed in."""
+    """Where messages are handed in. ``make`` makes and starts the lane of a shard, when it is first needed."""
 
-    def __init__(
-        self,
-        small: Batcher[Submission],
-        large: Batcher[Submission],
-        commits: Sequence[Commits],
-    ) -> None:
-        self._small = small
-        self._large = large
-        self._commits = commits
+    def __init__(self, lane_of: LaneOf, make: Callable[[str], SendLane]) -> None:
+        self._lane_of = lane_of
+        self._make = make
+        self._lanes: dict[str, SendLane] = {}
         self._small_at = 0.0
 
     def submit(self, submission: Submission) -> None:
-        """Queues one message. Raises BatcherClosed."""
-        if submission.large:
-            self._large.submit(submission, submission.size, len(submission.pieces))
+        """Queues one message; refuses it at once when its shard is known not to answer. Raises BatcherClosed."""
+        lane = self._lane(submission.envelope.conversation)
+        if not lane.breaker.admits():
+            submission.settle(unreachable())
+        elif submission.large:
+            lane.large.submit(submission, submission.size, len(submission.pieces))
         else:
-            self._small.submit(submission, submission.size)
+            lane.small.submit(submission, submission.size)
             self._small_at = monotonic()
 
     def small_under_way(self) -> bool:
@@ -53,48 +83,65 @@ class SendLanes:
     @property
     def full(self) -> bool:
         """Whether sources should be held back now."""
-        return self._small.full
+        return any(lane.small.full for lane in self._lanes.values())
 
     @property
     def large_full(self) -> bool:
         """Whether sources of messages to many devices should be held back now."""
-        return self._large.full
+        return any(lane.large.full for lane in self._lanes.values())
 
     async def room(self) -> None:
         """Waits until there is room."""
-        await self._small.room()
+        for lane in list(self._lanes.values()):
+            await lane.small.room()
 
-    async def large_room(self) -> None:
-        """Waits until there is room for messages to many devices."""
-        await self._large.room()
+    async def large_room(self, conversation: str) -> None:
+        """Waits until there is room for messages to many devices where this conversation's are committed."""
+        await self._lane(conversation).large.room()
 
     async def barrier(self) -> None:
         """Waits until every attempt that is under way now is over. The next one of a retry resolves what has changed since."""
-        await asyncio.gather(*(commits.barrier() for commits in self._commits))
+        await asyncio.gather(
+            *(commits.barrier() for lane in self._lanes.values() for commits in lane.commits)
+        )
 
     async def settle_given_up(self) -> None:
-        """Books and delivers what was stored after all, though its sender was told `unavailable`. Call now and then."""
-        for commits in self._commits:
-            await commits.settle_given_up()
+        """Books and delivers what was stored after all, though its sender was told `unavailable`. Call now and then. Raises
+        PyMongoError, when every lane has been asked."""
+        await _each([commits.settle_given_up for lane in self._lanes.values() for commits in lane.commits])
 
     async def close(self, timeout: float) -> None:
         """Commits what is queued for at most ``timeout`` seconds, and ends the retries that are under way."""
-        await asyncio.gather(self._small.close(timeout), self._large.close(timeout))
-        for commits in self._commits:
-            await commits.close()
+        lanes = self._lanes.values()
+        await asyncio.gather(*(queue.close(timeout) for lane in lanes for queue in (lane.small, lane.large)))
+        for lane in lanes:
+            for commits in lane.commits:
+                await commits.close()
+
+    def queues(self) -> list[Batcher[Submission]]:
+        """The queues of every lane."""
+        return [queue for lane in self._lanes.values() for queue in (lane.small, lane.large)]
+
+    def _lane(self, conversation: str) -> SendLane:
+        name = self._lane_of(conversation)
+        lane = self._lanes.get(name)
+        if lane is None:
+            lane = self._lanes[name] = self._make(name)
+        return lane
 
 
 class EndingLanes:
-    """Where acknowledgements and removals are handed in. ``deadline`` is a reading of the monotonic clock.
+    """Where acknowledgements and removals are handed in. ``deadline`` is a reading of the monotonic clock. ``make`` makes and starts
+    the lane of a shard, when it is first needed.
 
-    What ends in conversations of many devices goes through ``crowd``, when there is one: thousands of acknowledgements of one
-    message hold up nobody else's, and nobody's socket but their own.
+    What ends in conversations of many devices has a queue of its own: thousands of acknowledgements of one message hold up nobody
+    else's, and nobody's socket but their own.
     """
 
-    def __init__(self, lanes: Sequence[Batcher[Ending]], crowd: Batcher[Ending] | None = None) -> None:
-        self._few = lanes
-        self._crowd = crowd
-        self._lanes = list(lanes) if crowd is None else [*lanes, crowd]
+    def __init__(self, lane_of: LaneOf, make: Callable[[str], EndingLane]) -> None:
+        self._lane_of = lane_of
+        self._make = make
+        self._lanes: dict[str, EndingLane] = {}
         self._crowds: OrderedDict[str, None] = OrderedDict()
 
     def note_crowd(self, conversation: str) -> None:
@@ -117,19 +164,15 @@ class EndingLanes:
     ) -> None:
         """Queues one device's acknowledgement of messages of one conversation. Raises BatcherClosed."""
         ack = Ack(user, device, messages, at=at, deadline=deadline, done=done, quiet=quiet)
-        self._lane(conversation).submit(ack, _BYTES_EACH * len(messages), len(messages))
+        self._submit(conversation, ack, len(messages))
 
     def discard(self, doc_id: str, fate: Fate, *, deadline: float) -> None:
         """Ends one message for everybody who still awaits it, without waiting for it. Raises BatcherClosed."""
-        self._lane(split_document_id(doc_id)[0]).submit(
-            Removal([doc_id], fate, deadline=deadline, whole=True), _BYTES_EACH
-        )
+        self._submit(conversation_of(doc_id), Removal([doc_id], fate, deadline=deadline, whole=True))
 
     def drop(self, doc_id: str, keys: Sequence[str], *, deadline: float) -> None:
         """Takes mailboxes off one message, without waiting for it. Raises BatcherClosed."""
-        self._lane(split_document_id(doc_id)[0]).submit(
-            Release([doc_id], keys, deadline=deadline, done=_nothing), _BYTES_EACH
-        )
+        self._submit(conversation_of(doc_id), Release([doc_id], keys, deadline=deadline, done=_nothing))
 
     async def remove(self, doc_ids: Sequence[str], fate: Fate, *, deadline: float) -> bool:
         """Ends messages for everybody who still awaits them. True once that is durable. Raises BatcherClosed."""
@@ -143,47 +186,91 @@ class EndingLanes:
             doc_ids, lambda wanted, done: Release(wanted, keys, deadline=deadline, done=done)
         )
 
-    async def _end(
-        self, doc_ids: Sequence[str], make: Callable[[list[str], Callable[[bool], None]], Ending]
-    ) -> bool:
-        loop = asyncio.get_running_loop()
-        by_lane: dict[int, list[str]] = {}
-        for doc_id in doc_ids:
-            by_lane.setdefault(self._number(split_document_id(doc_id)[0]), []).append(doc_id)
-        waiters: list[asyncio.Future[bool]] = []
-        for number, wanted in by_lane.items():
-            waiter = loop.create_future()
-            waiters.append(waiter)
-            self._lanes[number].submit(make(wanted, _setter(waiter)), _BYTES_EACH * len(wanted), len(wanted))
-        return all(await asyncio.gather(*waiters))
+    async def end_heads(self, heads: Mapping[str, tuple[str, int]]) -> None:
+        """Ends the messages, given with their writing and number of documents, of which no part waits any more. Raises
+        PyMongoError, when every lane has been asked."""
+        by_lane: dict[str, dict[str, tuple[str, int]]] = {}
+        for doc_id, head in heads.items():
+            by_lane.setdefault(self._lane_of(conversation_of(doc_id)), {})[doc_id] = head
+        await _each([_ends(self._lane(name).acks, some) for name, some in by_lane.items()])
+
+    async def settle_doubts(self) -> None:
+        """Books what abandoned groups brought about after all. Call now and then. Raises PyMongoError, when every lane has been
+        asked."""
+        await _each([lane.acks.settle_doubts for lane in self._lanes.values()])
 
     @property
     def full(self) -> bool:
         """Whether sources should be held back now."""
-        return any(lane.full for lane in self._few)
+        return any(lane.few.full for lane in self._lanes.values())
 
     async def room(self) -> None:
         """Waits until there is room for what ends between few devices."""
-        for lane in self._few:
-            await lane.room()
+        for lane in list(self._lanes.values()):
+            await lane.few.room()
 
     def crowd_room(self, conversation: str) -> Awaitable[None] | None:
         """What a device of this conversation waits for before it ends more there; None when there is room."""
-        if self._crowd is None or not self._crowd.full or conversation not in self._crowds:
+        if conversation not in self._crowds:
             return None
-        return self._crowd.room()
+        crowd = self._lane(self._lane_of(conversation)).crowd
+        return crowd.room() if crowd.full else None
 
     async def close(self, timeout: float) -> None:
         """Commits what is queued for at most ``timeout`` seconds."""
-        await asyncio.gather(*(lane.close(timeout) for lane in self._lanes))
+        await asyncio.gather(*(queue.close(timeout) for queue in self.queues()))
 
-    def _lane(self, conversation: str) -> Batcher[Ending]:
-        return self._lanes[self._number(conversation)]
+    def queues(self) -> list[Batcher[Ending]]:
+        """The queues of every lane."""
+        return [queue for lane in self._lanes.values() for queue in (lane.few, lane.crowd)]
 
-    def _number(self, conversation: str) -> int:
-        if self._crowd is not None and conversation in self._crowds:
-            return len(self._few)
-        return crc32(conversation.encode()) % len(self._few)
+    async def _end(
+        self, doc_ids: Sequence[str], make: Callable[[list[str], Callable[[bool], None]], Ending]
+    ) -> bool:
+        loop = asyncio.get_running_loop()
+        by_queue: dict[tuple[str, bool], list[str]] = {}
+        for doc_id in doc_ids:
+            conversation = conversation_of(doc_id)
+            place = (self._lane_of(conversation), conversation in self._crowds)
+            by_queue.setdefault(place, []).append(doc_id)
+        waiters: list[asyncio.Future[bool]] = []
+        for wanted in by_queue.values():
+            waiter = loop.create_future()
+            waiters.append(waiter)
+            self._submit(conversation_of(wanted[0]), make(wanted, _setter(waiter)), len(wanted))
+        return all(await asyncio.gather(*waiters))
+
+    def _submit(self, conversation: str, ending: Ending, weight: int = 1) -> None:
+        lane = self._lane(self._lane_of(conversation))
+        if not lane.breaker.admits():
+            # Not at once: what was acknowledged may be delivered again, and acknowledged again.
+            asyncio.get_running_loop().call_later(_REFUSAL_SECONDS, ending.done, False)
+            return
+        queue = lane.crowd if conversation in self._crowds else lane.few
+        queue.submit(ending, _BYTES_EACH * weight, weight)
+
+    def _lane(self, name: str) -> EndingLane:
+        lane = self._lanes.get(name)
+        if lane is None:
+            lane = self._lanes[name] = self._make(name)
+        return lane
+
+
+async def _each(calls: Sequence[Callable[[], Awaitable[None]]]) -> None:
+    """One after the other; what fails keeps no other from its turn."""
+    failed: PyMongoError | None = None
+    for call in calls:
+        try:
+            await call()
+        except PyMongoError as error:
+            log.debug("a lane could not be asked", error=brief(error))
+            failed = error
+    if failed is not None:
+        raise failed
+
+
+def _ends(acks: Acks, heads: Mapping[str, tuple[str, int]]) -> Callable[[], Awaitable[None]]:
+    return lambda: acks.end_heads(heads)
 
 
 def _setter(waiter: asyncio.Future[bool]) -> Callable[[bool], None]:

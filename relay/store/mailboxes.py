@@ -15,6 +15,7 @@ from pymongo import UpdateOne
 
 from models.accounts import Device, User
 from relay.store.mongo import Mongo, time_limit
+from relay.store.shards import Shards
 from relay.wire.ids import any_device_key, is_placeholder, user_of
 
 _COUNTERS: Final = 2
@@ -31,16 +32,19 @@ class LeftOut(NamedTuple):
 class Mailboxes:
     """Counts, latches and unlatches. ``timeout`` (s) is for one call."""
 
-    def __init__(self, mongo: Mongo, *, timeout: float) -> None:
+    def __init__(self, mongo: Mongo, shards: Shards, *, timeout: float) -> None:
         self._messages = mongo.messages
+        self._shards = shards
         self._timeout = timeout
         self._counters = asyncio.Semaphore(_COUNTERS)
 
     async def count(self, key: str, most: int) -> int:
-        """How many messages wait in a mailbox; ``most`` when there are as many or more. Raises PyMongoError."""
+        """How many messages wait in a mailbox, on the shards that answer; ``most`` when there are as many or more. Raises
+        PyMongoError."""
+        query = {"awaiting": key, **self._shards.reachable}
         async with self._counters:
             with time_limit(self._timeout):
-                return int(await self._messages.count_documents({"awaiting": key}, limit=most))
+                return int(await self._messages.count_documents(query, limit=most))
 
     async def latch(self, keys: Sequence[str], now: datetime) -> None:
         """Marks mailboxes as full, with a gap. May be repeated."""

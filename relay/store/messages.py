@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import structlog
@@ -17,8 +17,9 @@ from relay.store.ending_plan import Strayed
 from relay.store.heads import Heads
 from relay.store.hot import HotMessages
 from relay.store.mongo import Mongo, time_limit
+from relay.store.shards import ShardDown, Shards
 from relay.wire.envelope import Envelope
-from relay.wire.ids import PARTS_KEY, head_id
+from relay.wire.ids import PARTS_KEY, conversation_of, head_id
 
 _PAGE: Final = 128
 _READERS: Final = 16
@@ -56,10 +57,12 @@ def _is_id(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Messages in ``(seq, _id)`` order. ``exhausted``: nothing more waited when the query ran."""
+    """Messages in ``(seq, _id)`` order. ``exhausted``: nothing more waited when the query ran; unless ``complete``, on the shards
+    that answer."""
 
     envelopes: list[Envelope]
     exhausted: bool
+    complete: bool = True
 
 
 class Messages:
@@ -68,6 +71,7 @@ class Messages:
     def __init__(
         self,
         mongo: Mongo,
+        shards: Shards,
         metrics: Metrics,
         *,
         ttl_seconds: int,
@@ -75,13 +79,14 @@ class Messages:
         hot: HotMessages | None = None,
     ) -> None:
         self.hot = hot or HotMessages(0)
+        self._shards = shards
         self._collection = mongo.messages
         self._committed = mongo.committed_messages
         self._metrics = metrics
         self._timeout = timeout
         self._readers = asyncio.Semaphore(_READERS)
         self.ttl_ms = ttl_seconds * 1000
-        self.heads = Heads(mongo, timeout=timeout)
+        self.heads = Heads(mongo, shards, timeout=timeout)
         # Ids of documents that are no messages. Left out of later queries, or a window full of them would hide all else.
         self._unreadable: dict[str, None] = {}
 
@@ -108,11 +113,20 @@ class Messages:
             "createdAt": {"$gt": DatetimeMS(self._cutoff(now))},
             "$or": [{"expiresAt": None}, {"expiresAt": {"$gt": DatetimeMS(now)}}],
         }
+        conditions: list[Mapping[str, Any]] = []
+        complete = True
         if conversation is not None:
             query["conversationId"] = conversation
+            if self._shards.is_down(conversation):
+                raise ShardDown
+        elif reachable := self._shards.reachable:
+            complete = False
+            conditions.append(reachable)
         if after is not None:
             query["seq"] = {"$gte": after[0]}
-            query["$and"] = [{"$or": [{"seq": {"$gt": after[0]}}, {"_id": {"$gt": after[1]}}]}]
+            conditions.append({"$or": [{"seq": {"$gt": after[0]}}, {"_id": {"$gt": after[1]}}]})
+        if conditions:
+            query["$and"] = conditions
         self._metrics.drains.inc()
         headless: set[str] = set()
         async with self._readers:
@@ -121,19 +135,19 @@ class Messages:
                 left_out = [*exclude, *self._unreadable, *headless]
                 if left_out:
                     query["_id"] = {"$nin": left_out}
-                page = await self._page(query, limit, max_bytes)
+                page = await self._page(query, limit, max_bytes, None if complete else WAITING_INDEX)
                 found = await self.heads.missing(page.envelopes)
                 headless |= found
                 if len(self._unreadable) == known and not found:
-                    return page
+                    return page if complete else replace(page, complete=False)
 
-    async def _page(self, query: Mapping[str, Any], limit: int, max_bytes: int) -> Page:
+    async def _page(self, query: Mapping[str, Any], limit: int, max_bytes: int, hint: str | None) -> Page:
         if self.hot.warm:
-            return await self._page_by_ids(query, limit, max_bytes)
+            return await self._page_by_ids(query, limit, max_bytes, hint)
         found: list[Envelope] = []
         size = hits = total = 0
         with time_limit(self._timeout):
-            cursor = self._collection.find(query, sort=_ORDER, batch_size=min(limit, _PAGE))
+            cursor = self._collection.find(query, sort=_ORDER, batch_size=min(limit, _PAGE), hint=hint)
             async for document in cursor.limit(limit):
                 total += 1
                 envelope = self._hot_or_none(document)
@@ -153,12 +167,14 @@ class Messages:
         self.hot.asked(hits, total)
         return Page(found, exhausted=len(found) < limit)
 
-    async def _page_by_ids(self, query: Mapping[str, Any], limit: int, max_bytes: int) -> Page:
+    async def _page_by_ids(
+        self, query: Mapping[str, Any], limit: int, max_bytes: int, hint: str | None
+    ) -> Page:
         """Reads the content of those messages only that are not hot."""
         found: list[Envelope] = []
         size = hits = 0
         with time_limit(self._timeout):
-            cursor = self._collection.find(query, {"seq": 1}, sort=_ORDER, batch_size=limit)
+            cursor = self._collection.find(query, {"seq": 1}, sort=_ORDER, batch_size=limit, hint=hint)
             places = await cursor.limit(limit).to_list(limit)
             read: dict[str, Envelope] = {}
             for start in range(0, len(places), _CHUNK):
@@ -189,7 +205,7 @@ class Messages:
     async def _read_missing(self, stored_ids: Sequence[str]) -> dict[str, Envelope]:
         query = {
             "_id": {"$in": list(stored_ids)},
-            "conversationId": {"$in": list({stored_id.partition(" ")[0] for stored_id in stored_ids})},
+            "conversationId": {"$in": list({conversation_of(stored_id) for stored_id in stored_ids})},
         }
         found: dict[str, Envelope] = {}
         async for document in self._collection.find(query):
@@ -226,10 +242,12 @@ class Messages:
         """As ``read``, claims included."""
         collection = self._committed if committed else self._collection
         found: dict[str, Mapping[str, Any]] = {}
+        if not committed and any(map(self.is_away, doc_ids)):
+            raise ShardDown
         with time_limit(self._timeout):
             for start in range(0, len(doc_ids), _IDS):
                 some = list(doc_ids[start : start + _IDS])
-                conversations = list({doc_id.partition(" ")[0] for doc_id in some})
+                conversations = list({conversation_of(doc_id) for doc_id in some})
                 query: dict[str, Any] = {"_id": {"$in": some}, "conversationId": {"$in": conversations}}
                 async for document in collection.find(query, _STATE):
                     found[document["_id"]] = document
@@ -259,6 +277,10 @@ class Messages:
                         found[document["_id"]] = document
         return found
 
+    def is_away(self, stored_id: str) -> bool:
+        """Whether it lies, if it does, on a shard that does not answer."""
+        return self._shards.is_down(conversation_of(stored_id))
+
     def is_due(self, document: Mapping[str, Any], now: int) -> bool:
         """Whether a stored message is past its time."""
         expires = document.get("expiresAt")
@@ -274,14 +296,17 @@ class Messages:
                 {"expiresAt": {"$lte": DatetimeMS(now)}},
                 {"createdAt": {"$lte": DatetimeMS(self._cutoff(now))}},
             ):
-                async for document in self._collection.find(query, {"_id": 1}).limit(limit):
+                reachable = {**query, **self._shards.reachable}
+                async for document in self._collection.find(reachable, {"_id": 1}).limit(limit):
                     found.append(document["_id"])
         return [doc_id for doc_id in dict.fromkeys(found) if _is_id(doc_id)]
 
     async def leftovers(self, limit: int) -> list[str]:
         """Ids of messages that nobody awaits any more."""
         with time_limit(self._timeout):
-            cursor = self._collection.find({"awaiting": []}, {"_id": 1}).limit(limit)
+            cursor = self._collection.find({"awaiting": [], **self._shards.reachable}, {"_id": 1}).limit(
+                limit
+            )
             return [document["_id"] async for document in cursor if _is_id(document["_id"])]
 
     async def keys_with_waiting(self, keys: Sequence[str], before: int, limit: int) -> dict[str, set[str]]:
@@ -289,7 +314,11 @@ class Messages:
         wanted = set(keys)
         found: dict[str, set[str]] = {}
         with time_limit(self._timeout):
-            query = {"awaiting": {"$in": list(keys)}, "createdAt": {"$lt": DatetimeMS(before)}}
+            query = {
+                "awaiting": {"$in": list(keys)},
+                "createdAt": {"$lt": DatetimeMS(before)},
+                **self._shards.reachable,
+            }
             async for document in self._collection.find(query, {"awaiting": 1}).limit(limit):
                 for key in wanted.intersection(document["awaiting"]):
                     found.setdefault(key, set()).add(document["_id"])
@@ -324,7 +353,10 @@ class Messages:
     async def count_waiting(self) -> int:
         """How many deliveries (message and device) wait in the store: opens the ledger at a start."""
         mailboxes = {"$setDifference": [{"$ifNull": ["$awaiting", []]}, {"$literal": [PARTS_KEY]}]}
-        pipeline = [{"$group": {"_id": None, "n": {"$sum": {"$size": mailboxes}}}}]
+        pipeline = [
+            {"$match": self._shards.reachable},
+            {"$group": {"_id": None, "n": {"$sum": {"$size": mailboxes}}}},
+        ]
         with time_limit(None):
             async for document in self._collection.aggregate(pipeline):
                 return int(document["n"]) - await self.heads.count_claimed()

@@ -35,7 +35,7 @@ from models.messages import FATES, MESSAGES, fate_indexes, message_indexes, ttl_
 
 # Motor runs each call in a thread of one pool; calls that hang must not starve the others, so there are more threads
 # than calls the relay ever has under way. It is read at import.
-os.environ.setdefault("MOTOR_MAX_WORKERS", "64")
+os.environ.setdefault("MOTOR_MAX_WORKERS", "256")
 
 from motor.motor_asyncio import (
     AsyncIOMotorClient,
@@ -97,7 +97,7 @@ class Mongo:
                 # Every call ends: a connection that hangs must not hold its caller for ever. The message path has
                 # shorter limits of its own.
                 timeoutMS=_CALL_MS,
-                maxPoolSize=64,
+                maxPoolSize=256,
                 # The message path finds unknown outcomes out by itself; the server would write a record for each call.
                 retryWrites=False,
             )

@@ -123,6 +123,13 @@ def stranger(submission: Submission) -> RelayError:
     return refusal_error(refusal) if refusal is not None else RelayError("not_member", "no such conversation")
 
 
+def unreachable() -> RelayError:
+    """What a sender hears while the part of the store that has the conversation does not answer."""
+    return RelayError(
+        "unavailable", "the store does not answer for this conversation; send again", retry_after=1000
+    )
+
+
 def conflict() -> RelayError:
     """What a sender hears whose message has the id of another's."""
     return RelayError("id_conflict", "this id is taken by another message")

@@ -68,6 +68,11 @@ def split_document_id(doc_id: str) -> tuple[str, str]:
     return conversation, message
 
 
+def conversation_of(stored_id: str) -> str:
+    """The conversation of a document, by its ``_id``: a message's, or one of its parts'."""
+    return stored_id.partition(" ")[0]
+
+
 def part_id(doc_id: str, writing: str, number: int) -> str:
     """The ``_id`` of one part of a message; the head is number 0 and has the document id itself."""
     return f"{doc_id} {writing}.{number}" if number else doc_id

@@ -119,7 +119,7 @@ class Life:
 
     def _queued(self) -> int:
         context = self.node.relay.context
-        lanes: list[Batcher[Any]] = [context.sends._small, context.sends._large, *context.endings._lanes]
+        lanes: list[Batcher[Any]] = [*context.sends.queues(), *context.endings.queues()]
         fanout = context.metrics.registry.get_sample_value("relay_queue_items", {"queue": "fanout"})
         return sum(len(one._queue) + len(one._flying) for one in lanes) + int(fanout or 0)
 

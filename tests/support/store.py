@@ -16,17 +16,19 @@ from relay.store.accounts import Accounts
 from relay.store.acks import Acks
 from relay.store.audience import EMPTY, Audience, Audiences
 from relay.store.batcher import Batcher
+from relay.store.breaker import Breaker
 from relay.store.commits import Commits
 from relay.store.conversations import Conversations
 from relay.store.endings import Ending, Settlement, Sole
 from relay.store.fates import Fates
 from relay.store.hot import HotMessages
-from relay.store.lanes import EndingLanes
+from relay.store.lanes import EndingLane, EndingLanes
 from relay.store.large import LargeCommits
 from relay.store.ledger import OUTCOMES, Ledger
 from relay.store.messages import Messages
 from relay.store.mongo import Mongo
 from relay.store.rosters import Rosters
+from relay.store.shards import Shards
 from relay.store.submissions import Stored, Submission
 from relay.wire.clock import Clock
 from relay.wire.envelope import Envelope
@@ -47,10 +49,16 @@ class Store:
         self.mongo = Mongo(uri, database)
         self.ledger = Ledger()
         self.clock = Clock()
+        self.shards = Shards(self.mongo, fate_seconds=72 * 3600)
         self.messages = Messages(
-            self.mongo, self.metrics, ttl_seconds=TTL_SECONDS, timeout=2, hot=HotMessages(1 << 20)
+            self.mongo,
+            self.shards,
+            self.metrics,
+            ttl_seconds=TTL_SECONDS,
+            timeout=2,
+            hot=HotMessages(1 << 20),
         )
-        self.fates = Fates(self.mongo, timeout=2)
+        self.fates = Fates(self.mongo, self.shards, timeout=2)
         self.accounts = Accounts(
             inactive=timedelta(days=30), pseudonyms=Pseudonyms(b"a key for tests only, of 32 bytes.")
         )
@@ -67,12 +75,18 @@ class Store:
             self.ledger,
             self.metrics,
             timeout=2,
+            breaker=_breaker(),
             now=self.clock.now,
             settled=self.settlements.append,
         )
         self.commits = self._commits_of(Commits)
         self.large = self._commits_of(LargeCommits)
-        self.endings = EndingLanes([self._lane(f"ack-{number}") for number in range(2)])
+        self.endings = EndingLanes(
+            self.shards.lane_of,
+            lambda shard: EndingLane(
+                self._queue(f"ack {shard}"), self._queue(f"ack-large {shard}"), self.acks, _breaker()
+            ),
+        )
 
     def _commits_of(self, kind: type[AnyCommits]) -> AnyCommits:
         return kind(
@@ -83,13 +97,14 @@ class Store:
             self.ledger,
             self.metrics,
             timeout=2,
+            breaker=_breaker(),
             found=lambda _: None,
             strayed=lambda doc_id, keys: self.endings.drop(doc_id, keys, deadline=monotonic() + 10),
             accepted=self.accepted.extend,
             committed=self.committed.extend,
         )
 
-    def _lane(self, name: str) -> Batcher[Ending]:
+    def _queue(self, name: str) -> Batcher[Ending]:
         return Batcher[Ending](
             name,
             self.acks.commit,
@@ -199,12 +214,17 @@ class Store:
         return await self.messages.count_waiting()
 
 
+def _breaker() -> Breaker:
+    return Breaker(patience=10, haste=2, pressed=lambda: False, opened=lambda: None)
+
+
 @asynccontextmanager
 async def open_store(uri: str) -> AsyncIterator[Store]:
     """A store in a database of its own, which is dropped afterwards."""
     store = Store(uri, await make_database(uri, f"s{uuid.uuid4().hex[:20]}"))
     try:
         await store.mongo.prepare(TTL_SECONDS, 72 * 3600)
+        await store.shards.load()
         yield store
         await store.commits.close()
         await store.large.close()

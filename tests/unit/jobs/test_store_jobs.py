@@ -22,6 +22,7 @@ from relay.routing.hub import Hub
 from relay.security.rates import Rates
 from relay.store.embedded import EmbeddedMongo
 from relay.store.mongo import Mongo, PyMongoError
+from relay.store.shards import Shards
 from tests.support.backlog import LocalConnection, MemoryBacklog, message, turns
 from tests.support.store import TTL_SECONDS, Store, open_store
 
@@ -226,11 +227,11 @@ async def test_health_tells_when_mongodb_stops_answering_and_when_it_answers_aga
     alive = Mongo(mongod.uri, "relay")
     try:
         with capture_logs() as logs:
-            await HealthCheck(dead, rates, Alone(), health, metrics).run()
+            await HealthCheck(dead, Shards(dead, fate_seconds=1), rates, Alone(), health, metrics).run()
             assert health.problems == {"mongodb": "no primary answers"}
             assert b'relay_problem{part="mongodb"} 1.0' in metrics.render()
-            await HealthCheck(alive, rates, Alone(), health, metrics).run()
-            await HealthCheck(alive, rates, Alone(), health, metrics).run()
+            await HealthCheck(alive, Shards(alive, fate_seconds=1), rates, Alone(), health, metrics).run()
+            await HealthCheck(alive, Shards(alive, fate_seconds=1), rates, Alone(), health, metrics).run()
         assert health.problems == {}
         assert b'relay_problem{part="mongodb"} 0.0' in metrics.render()
         assert b'relay_problem{part="redis"} 0.0' in metrics.render(), "there is none to miss"
