@@ -69,7 +69,8 @@ def message_path(
     """Makes it; the lane of a shard starts when it is first needed. ``dead`` is told when a committer died; ``now`` is the wall
     clock (ms)."""
     timeout = settings.commit_timeout_seconds
-    patience = settings.send_deadline_seconds
+    # From the first failure on, which takes as long as the time limit: the first that is given up opens the lane.
+    patience = max(timeout, settings.send_deadline_seconds - timeout)
 
     def settled(settlement: Settlement) -> None:
         router.settled(settlement)

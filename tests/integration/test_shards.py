@@ -4,70 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
 from tests.cluster import Cluster
-from tests.support.databases import Databases
-from tests.support.device import WireDevice
 from tests.support.node import Node, NodeFactory
-from tests.support.on_cluster import ClusterDatabases
-from tests.support.touched import Touched, touching
+from tests.support.sharded import SHARDS, cluster, devices, nodes, sharded, talk
+from tests.support.touched import touching
 from tests.support.waiting import until
 
+__all__ = ["cluster", "nodes", "sharded"]
+
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
-SHARDS = ("s1", "s2")
-
-
-@pytest.fixture(scope="module")
-async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
-    """Two shards, and a router that is none of them."""
-    async with Cluster(tmp_path_factory.mktemp("cluster"), routers=1) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-async def sharded(cluster: Cluster) -> Databases:
-    """Databases of that cluster."""
-    return ClusterDatabases(cluster)
-
-
-@pytest.fixture
-async def nodes(cluster: Cluster, sharded: ClusterDatabases, tmp_path: Path) -> AsyncIterator[NodeFactory]:
-    """Starts relay nodes on that cluster."""
-    await sharded.fill()
-    factory = NodeFactory(cluster.uri, tmp_path, sharded)
-    yield factory
-    await factory.close()
 
 
 @pytest.fixture
 async def node(nodes: NodeFactory) -> Node:
     """A node whose jobs, which ask all shards, do not come in between."""
     return await nodes.start(sweep_seconds=3600, expiry_seconds=3600, inline_recipients=4)
-
-
-async def talk(node: Node, shard: str, others: int = 1) -> str:
-    """A conversation of ann and so many others that lies on this shard."""
-    members = ["bob", *(f"p{number}" for number in range(others - 1))]
-    while True:
-        name = await node.group("ann", members)
-        if (name < "8") == (shard == "s1"):
-            return name
-
-
-async def devices(node: Node) -> tuple[WireDevice, WireDevice]:
-    """Ann's and bob's, which have nothing to drain."""
-    found = await node.connect("ann"), await node.connect("bob")
-    for device in found:
-        await device.expect("drained")
-    return found
-
-
-def of_messages(touched: Touched) -> set[str]:
-    return touched.shards("messages")
 
 
 @pytest.mark.parametrize("shard", SHARDS)
@@ -95,7 +49,7 @@ async def test_acknowledging_touches_the_conversations_shard_alone(
         await bob.expect("msg")
     async with touching(cluster, node.db.name) as touched:
         await bob.ack(conv, *ids)
-    assert of_messages(touched) == {shard}
+    assert touched.shards() == {shard}
 
 
 @pytest.mark.parametrize("shard", SHARDS)
@@ -109,7 +63,7 @@ async def test_a_message_in_parts_touches_its_conversations_shard_alone(
         await bob.expect("msg")
         await bob.ack(conv, stored["id"])
     assert await node.db.messages.count_documents({"id": stored["id"]}) > 2
-    assert of_messages(touched) == {shard}
+    assert touched.shards() == {shard}
 
 
 @pytest.mark.parametrize("shard", SHARDS)
@@ -130,7 +84,7 @@ async def test_status_resends_and_withdrawals_touch_the_conversations_shard_alon
         )
         await ann.expect("stored")
         await until(lambda: _gone(node, conv, stored["id"]), 5, "the withdrawn message is gone")
-    assert of_messages(touched) == {shard}
+    assert touched.shards() == {shard}
 
 
 async def _gone(node: Node, conv: str, message: str) -> bool:
@@ -147,7 +101,7 @@ async def test_a_page_of_one_conversation_touches_its_shard_alone(
     async with touching(cluster, node.db.name) as touched:
         status, page = await node.request("GET", f"/v1/conversations/{conv}/messages", "bob", "phone")
     assert (status, [one["id"] for one in page["items"]]) == (200, [sent["id"]])
-    assert of_messages(touched) == {shard}
+    assert touched.shards() == {shard}
 
 
 async def test_a_backlog_on_several_shards_is_drained_in_order(cluster: Cluster, node: Node) -> None:
@@ -159,7 +113,7 @@ async def test_a_backlog_on_several_shards_is_drained_in_order(cluster: Cluster,
         bob = await node.connect("bob")
         got = [await bob.expect("msg") for _ in sent]
     assert [one["id"] for one in got] == sent
-    assert of_messages(touched) == set(SHARDS)
+    assert touched.shards("messages") == set(SHARDS)
     for one in got:
         await bob.ack(one["conv"], one["id"], durable=False)
     await bob.expect("drained")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from models.messages import FATES, MESSAGES
+from relay.store.shards import PROBE
 from tests.cluster import Cluster
 
 _PROFILED: Final = "system.profile"
@@ -66,8 +67,11 @@ async def touching(cluster: Cluster, database: str) -> AsyncIterator[Touched]:
 
 
 def _operation(shard: str, row: dict[str, Any]) -> Operation | None:
-    """What a router asked: its commands name the version of the routing table that they were planned with."""
+    """What a router asked: its commands name the version of the routing table that they were planned with. Not whether it
+    answers, which nodes ask every shard."""
     command = row.get("command", {})
+    if command.get("comment") == PROBE:
+        return None
     collection = row["ns"].partition(".")[2]
     if row["op"] in ("update", "remove"):
         # One for each statement, besides the command that held them, which has no entry.

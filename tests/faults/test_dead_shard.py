@@ -1,0 +1,208 @@
+"""One of two shards does not answer: what becomes of its conversations, and that nobody else notices."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from tests.cluster import Cluster
+from tests.support.device import WireDevice, new_id
+from tests.support.node import Node, NodeFactory
+from tests.support.sharded import SHARDS, cluster, devices, nodes, sharded, talk
+from tests.support.waiting import arriving, until
+
+__all__ = ["cluster", "nodes", "sharded"]
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
+
+
+@pytest.fixture
+async def node(nodes: NodeFactory) -> Node:
+    return await nodes.start(send_deadline_seconds=3, commit_timeout_seconds=1, inline_recipients=4)
+
+
+@asynccontextmanager
+async def without_s2(cluster: Cluster, node: Node) -> AsyncIterator[None]:
+    """While this lasts the second shard stands still, and the node knows."""
+    cluster.shards[1].stop()
+    try:
+        await until(lambda: knows(node, True), 15, "the node notices")
+        yield
+    finally:
+        cluster.shards[1].resume()
+    await until(lambda: knows(node, False), 15, "the node notices that it is back")
+
+
+async def knows(node: Node, down: bool) -> bool:
+    async with node.http.get(node.url + "/readyz") as response:
+        found = await response.json()
+    return bool(("shards" in found.get("problems", {})) == down)
+
+
+async def answer(device: WireDevice, message: str, seconds: float) -> dict[str, Any]:
+    """The ``stored`` or ``error`` of this message."""
+    async with asyncio.timeout(seconds):
+        while True:
+            frame = await device.next(seconds)
+            if frame.get("id") == message and frame["t"] in ("stored", "error"):
+                return frame
+
+
+async def test_its_conversations_are_unavailable_and_others_do_not_notice(
+    cluster: Cluster, node: Node
+) -> None:
+    here, there = [await talk(node, shard) for shard in SHARDS]
+    ann, bob = await devices(node)
+    loop = asyncio.get_running_loop()
+    async with without_s2(cluster, node):
+        waiting = await ann.send(there)
+        for _ in range(20):
+            began = loop.time()
+            sent = await ann.sent(here)
+            await bob.expect("msg", id=sent["id"])
+            await bob.ack(here, sent["id"])
+            assert loop.time() - began < 1, "a message of a living shard waits for nothing"
+        first = await answer(ann, waiting, 10)
+        assert (first["t"], first.get("code"), first.get("retry")) == ("error", "unavailable", True)
+        # By now it is known: who sends there is told at once, and the store is not asked but now and then.
+        ids = [new_id() for _ in range(50)]
+        began = loop.time()
+        await ann.put(
+            *({"t": "send", "id": one, "conv": there, "kind": "text", "body": "hello"} for one in ids)
+        )
+        # The first of them finds out whether it still is so.
+        refused = [await ann.expect("error", 10) for _ in ids[1:]]
+        assert {(one["code"], one["retry"]) for one in refused} == {("unavailable", True)}
+        assert loop.time() - began < 1
+    unanswered = {waiting, *ids}
+    while unanswered:
+        await ann.put(
+            *(
+                {"t": "send", "id": one, "conv": there, "kind": "text", "body": "hello", "again": True}
+                for one in unanswered
+            )
+        )
+        unanswered -= {one["id"] for one in await arriving(ann, "stored", 1)}
+    got = {(await bob.expect("msg", 10))["id"] for _ in [waiting, *ids]}
+    assert got == {waiting, *ids}
+    await bob.ack(there, *got)
+    assert not await node.db.messages.count_documents({})
+
+
+async def answer_again(device: WireDevice, conv: str, message: str) -> dict[str, Any]:
+    await device.send(conv, id=message, again=True)
+    return await answer(device, message, 10)
+
+
+async def test_drains_go_on_for_the_others_and_drained_is_withheld(cluster: Cluster, node: Node) -> None:
+    here, there = [await talk(node, shard) for shard in SHARDS]
+    await (await node.connect("bob")).close()
+    ann = await node.connect("ann")
+    waiting = [(await ann.sent(conv))["id"] for conv in (here, there, here, there)]
+    async with without_s2(cluster, node):
+        bob = await node.connect("bob")
+        got = [await bob.expect("msg", 10) for _ in range(2)]
+        assert [one["id"] for one in got] == waiting[::2]
+        await bob.ack(here, *waiting[::2])
+        # It is live for what the others bring.
+        live = await ann.sent(here)
+        await bob.expect("msg", 10, id=live["id"])
+        await bob.ack(here, live["id"])
+        await bob.nothing("drained", 1)
+    got = [await bob.expect("msg", 10) for _ in range(2)]
+    assert [one["id"] for one in got] == waiting[1::2]
+    await bob.nothing("drained")
+    await bob.ack(there, *waiting[1::2])
+    assert (await bob.expect("drained", 10))["count"] == 4
+    assert not await node.db.messages.count_documents({})
+
+
+async def test_a_device_with_nothing_there_is_told_drained_when_the_shard_is_back(
+    cluster: Cluster, node: Node
+) -> None:
+    await (await node.connect("bob")).close()
+    async with without_s2(cluster, node):
+        bob = await node.connect("bob")
+        await bob.nothing("drained", 1.5)
+    assert (await bob.expect("drained", 10))["count"] == 0
+
+
+async def test_what_was_acknowledged_meanwhile_comes_again_or_is_gone(cluster: Cluster, node: Node) -> None:
+    here, there = [await talk(node, shard) for shard in SHARDS]
+    ann, bob = await devices(node)
+    sent = await ann.sent(there)
+    await bob.expect("msg", id=sent["id"])
+    async with without_s2(cluster, node):
+        await bob.ack(there, sent["id"], durable=False)
+        # As long as it is not durable the message is in flight: others come all the same.
+        other = await ann.sent(here)
+        await bob.expect("msg", id=other["id"])
+        await bob.ack(here, other["id"])
+        await asyncio.sleep(4)
+
+    async def gone() -> bool:
+        for again in await arriving(bob, "msg", 0.2):
+            assert again["id"] == sent["id"]
+            await bob.ack(there, sent["id"])
+        return not await node.db.messages.count_documents({})
+
+    await until(gone, 15, "nothing is left")
+    await ann.put({"t": "status", "conv": there, "ids": [sent["id"]], "ref": "s"})
+    found = await ann.expect("status", ref="s")
+    assert (found["items"][0]["fate"], found["items"][0]["delivered"]) == ("delivered", ["bob"])
+
+
+async def test_jobs_go_on_for_the_shards_that_live(cluster: Cluster, nodes: NodeFactory) -> None:
+    node = await nodes.start(expiry_seconds=0.2, sweep_seconds=1, commit_timeout_seconds=1)
+    here, there = [await talk(node, shard) for shard in SHARDS]
+    await (await node.connect("bob")).close()
+    ann = await node.connect("ann")
+    async with without_s2(cluster, node):
+        await ann.sent(here, ttl=1)
+        await ann.sent(here)
+        # Acknowledged, but a node died before it deleted it.
+        found = await cluster.shards[0].client[node.db.name].messages.find_one({"expiresAt": None})
+        assert found is not None
+        await node.db.messages.update_one(
+            {"_id": found["_id"], "conversationId": here}, {"$set": {"awaiting": []}}
+        )
+
+        async def gone() -> bool:
+            return not await cluster.shards[0].client[node.db.name].messages.count_documents({})
+
+        await until(gone, 15, "what was due and what was left over is gone")
+    assert there
+
+
+async def test_a_node_that_starts_meanwhile_serves_the_others(cluster: Cluster, nodes: NodeFactory) -> None:
+    node = await nodes.start(commit_timeout_seconds=1)
+    here = await talk(node, "s1")
+    async with without_s2(cluster, node):
+        other = await nodes.start(commit_timeout_seconds=1)
+        ann, bob = await other.connect("ann"), await other.connect("bob")
+        sent = await ann.sent(here)
+        await bob.expect("msg", id=sent["id"])
+        await bob.ack(here, sent["id"])
+
+
+async def test_a_shard_that_dies_and_starts_again_is_used_again(cluster: Cluster, node: Node) -> None:
+    here, there = [await talk(node, shard) for shard in SHARDS]
+    ann, bob = await devices(node)
+    await cluster.shards[1].kill()
+    try:
+        sent = await ann.sent(here)
+        await bob.expect("msg", id=sent["id"])
+        message = await ann.send(there)
+        assert (await answer(ann, message, 15))["code"] == "unavailable"
+    finally:
+        await cluster.shards[1].start()
+
+    async def stored() -> bool:
+        return (await answer_again(ann, there, message))["t"] == "stored"
+
+    await until(stored, 40, "it is stored again")
+    await bob.expect("msg", 15, id=message)
