@@ -40,7 +40,8 @@ async def without_s2(cluster: Cluster, node: Node) -> AsyncIterator[None]:
 async def knows(node: Node, down: bool) -> bool:
     async with node.http.get(node.url + "/readyz") as response:
         found = await response.json()
-    return bool(("shards" in found.get("problems", {})) == down)
+    problems: dict[str, str] = found.get("problems", {})
+    return ("shards" in problems) == down
 
 
 async def answer(device: WireDevice, message: str, seconds: float) -> dict[str, Any]:
@@ -202,7 +203,7 @@ async def test_a_shard_that_dies_and_starts_again_is_used_again(cluster: Cluster
         await cluster.shards[1].start()
 
     async def stored() -> bool:
-        return (await answer_again(ann, there, message))["t"] == "stored"
+        return bool((await answer_again(ann, there, message))["t"] == "stored")
 
     await until(stored, 40, "it is stored again")
     await bob.expect("msg", 15, id=message)

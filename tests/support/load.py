@@ -1,7 +1,7 @@
 """A bounded load that survives faults as a good client does, remembers everything, and settles the account afterwards.
 
 Each pair is one sender and one recipient in a conversation of their own; every other recipient has two devices, so that
-both ways of ending a message are taken. Senders keep what is not ``stored`` and send it again, with the same id and
+both ways of ending a message are taken. Each group is one sender and a number of recipients with one device. Senders keep what is not ``stored`` and send it again, with the same id and
 ``again``, after every reconnection; recipients acknowledge everything they get.
 """
 
@@ -54,8 +54,8 @@ class Message:
 
 class Load:
     """``start`` it, do harm, then ``settle`` and ``verify``. ``rate`` is messages a second of each sender. Every connection is
-    to ``node``, or to any of ``nodes``, which share its database; the ledger is looked at when ``node`` is the only one, as
-    what a killed one has counted is gone."""
+    to ``node``, or to any of ``nodes``, which share its database; the ledger is looked at when ``node`` is the only one.
+    ``groups`` is how many recipients each group has."""
 
     def __init__(
         self,
@@ -65,16 +65,20 @@ class Load:
         rate: float = 100,
         name: str = "",
         nodes: Sequence[Node] = (),
+        groups: Sequence[int] = (),
     ) -> None:
         self._node = node
         self._nodes = nodes or [node]
         self._pairs = pairs
+        self._groups = groups
         self._rate = rate
         self._name = name
         self._tasks: list[asyncio.Task[None]] = []
         self._senders: list[asyncio.Task[None]] = []
         self._stopping = asyncio.Event()
         self._recipients: dict[str, list[str]] = {}
+        self.places = 0
+        """How often a device was given a place at a relay: connections that were welcomed."""
         self.messages: dict[str, Message] = {}
         self.received: dict[str, dict[str, list[int]]] = {}
         self.bodies_differ: list[str] = []
@@ -84,22 +88,33 @@ class Load:
 
     async def start(self) -> None:
         """Connects everybody and begins to send."""
+        pairs = [f"{self._name}to{number}" for number in range(self._pairs)]
+        crowds = [
+            [f"{self._name}crowd{number}m{member}" for member in range(count)]
+            for number, count in enumerate(self._groups)
+        ]
+        keys = [f"{to}/phone" for to in pairs] + [f"{to}/tablet" for to in pairs[1::2]]
+        keys += [f"{member}/phone" for crowd in crowds for member in crowd]
         waiting: list[asyncio.Event] = []
-        for number in range(self._pairs):
-            to = f"{self._name}to{number}"
-            keys = [f"{to}/phone"] + ([f"{to}/tablet"] if number % 2 else [])
-            for key in keys:
-                connected = asyncio.Event()
-                waiting.append(connected)
-                self.received[key] = {}
-                self._tasks.append(asyncio.create_task(self._receive(key, connected), name=f"load {key}"))
-        async with asyncio.timeout(20):
+        for key in keys:
+            connected = asyncio.Event()
+            waiting.append(connected)
+            self.received[key] = {}
+            self._tasks.append(asyncio.create_task(self._receive(key, connected), name=f"load {key}"))
+        async with asyncio.timeout(20 + len(keys) / 20):
             await asyncio.gather(*(event.wait() for event in waiting))
-        for number in range(self._pairs):
-            sender, to = f"{self._name}from{number}", f"{self._name}to{number}"
+        for number, to in enumerate(pairs):
+            sender = f"{self._name}from{number}"
             conv = await self._node.direct(sender, to)
-            self._recipients[conv] = [key for key in self.received if key.startswith(f"{to}/")]
-            self._senders.append(asyncio.create_task(self._send(sender, conv), name=f"load {sender}"))
+            self._begin(sender, conv, [key for key in keys if key.startswith(f"{to}/")])
+        for number, crowd in enumerate(crowds):
+            sender = f"{self._name}speaker{number}"
+            conv = await self._node.group(sender, crowd, announced=True)
+            self._begin(sender, conv, [f"{member}/phone" for member in crowd])
+
+    def _begin(self, sender: str, conv: str, keys: list[str]) -> None:
+        self._recipients[conv] = keys
+        self._senders.append(asyncio.create_task(self._send(sender, conv), name=f"load {sender}"))
 
     @property
     def stored(self) -> list[Message]:
@@ -256,6 +271,11 @@ class Load:
                 message.resend_at = None
             await _put(socket, [message.operation(again=True) for message in again])
             for frame in await _frames(socket, max(0.01, min(0.1, due - now))):
+                if frame["t"] == "welcome":
+                    self.places += 1
+                elif frame["t"] == "msg":
+                    # A group tells its maker, too, that it was made.
+                    await _put(socket, [{"t": "ack", "conv": frame["conv"], "ids": [frame["id"]]}])
                 self._answered(frame, open_)
 
     def _answered(self, frame: dict[str, Any], open_: dict[str, Message]) -> None:
@@ -283,8 +303,10 @@ class Load:
                         for frame in await _frames(socket, 1):
                             if frame["t"] == "welcome":
                                 connected.set()
+                                self.places += 1
                             elif frame["t"] == "msg":
-                                self._keep(key, frame)
+                                if frame["kind"] != "system":
+                                    self._keep(key, frame)
                                 held.setdefault(frame["conv"], []).append(frame["id"])
                         await _put(
                             socket, [{"t": "ack", "conv": conv, "ids": ids} for conv, ids in held.items()]
