@@ -12,6 +12,7 @@ import contextlib
 import json
 import random
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -77,8 +78,8 @@ class Load:
         self._senders: list[asyncio.Task[None]] = []
         self._stopping = asyncio.Event()
         self._recipients: dict[str, list[str]] = {}
-        self.places = 0
-        """How often a device was given a place at a relay: connections that were welcomed."""
+        self.welcomes: Counter[str] = Counter()
+        """How often each device was welcomed by a relay."""
         self.messages: dict[str, Message] = {}
         self.received: dict[str, dict[str, list[int]]] = {}
         self.bodies_differ: list[str] = []
@@ -272,7 +273,7 @@ class Load:
             await _put(socket, [message.operation(again=True) for message in again])
             for frame in await _frames(socket, max(0.01, min(0.1, due - now))):
                 if frame["t"] == "welcome":
-                    self.places += 1
+                    self.welcomes[f"{sender}/phone"] += 1
                 elif frame["t"] == "msg":
                     # A group tells its maker, too, that it was made.
                     await _put(socket, [{"t": "ack", "conv": frame["conv"], "ids": [frame["id"]]}])
@@ -303,7 +304,7 @@ class Load:
                         for frame in await _frames(socket, 1):
                             if frame["t"] == "welcome":
                                 connected.set()
-                                self.places += 1
+                                self.welcomes[key] += 1
                             elif frame["t"] == "msg":
                                 if frame["kind"] != "system":
                                     self._keep(key, frame)
