@@ -2,9 +2,8 @@
 
 A shard server answers ``clusterInsert``, ``clusterUpdate``, ``clusterDelete``, ``clusterFind``, ``clusterAggregate`` and
 ``clusterGetMore`` as a router answers the commands without the prefix. So those six are renamed and go to one shard, whichever data
-they are about: cursors live there. Everything else (indexes, ``findAndModify``, administration) goes to the primary shard as it
-is, where the unsharded collections are; what a router would tell all shards (``collMod``, ``drop``, ``dropDatabase``) goes there as
-the command by which routers hand it in. ``distinct``, which routers have, is asked as an aggregation.
+they are about: cursors live there. Everything else (``findAndModify``, what concerns unsharded collections) goes to the primary shard
+as it is. What administers the cluster, or concerns all shards, is up to tests/support/router_admin.py.
 
 ``python -m tests.support.forwarder --port 0 --shard HOST:PORT --primary HOST:PORT --config HOST:PORT`` listens on loopback until
 SIGTERM, and prints its port.
@@ -21,8 +20,9 @@ from typing import Any, Final
 
 import bson
 import uvloop
-from pymongo import AsyncMongoClient
-from pymongo.errors import PyMongoError
+from pymongo.errors import OperationFailure, PyMongoError
+
+from tests.support.router_admin import Address, RouterAdmin
 
 HEADER: Final = struct.Struct("<iiii")
 # After the header: flags, the first section's kind, and the size of its document.
@@ -45,15 +45,10 @@ ROUTED: Final[Mapping[bytes, bytes]] = {
     b"aggregate": b"clusterAggregate",
     b"getMore": b"clusterGetMore",
 }
-TOLD_ALL: Final[Mapping[str, str]] = {
-    "collMod": "_shardsvrCollMod",
-    "drop": "_shardsvrDropCollection",
-    "dropDatabase": "_shardsvrDropDatabase",
-}
 HELLO: Final = frozenset({b"hello", b"isMaster", b"ismaster"})
 # Answered by whoever is asked, so that a primary shard that is down does not take a router with it.
 OWN: Final = HELLO | {b"ping", b"buildInfo", b"buildinfo", b"endSessions", b"killCursors"}
-SLOW: Final = frozenset({b"collMod", b"drop", b"dropDatabase", b"create", b"createIndexes", b"distinct"})
+SLOW: Final = RouterAdmin.commands()
 NOT_A_ROUTERS: Final = (
     "setName",
     "hosts",
@@ -66,27 +61,17 @@ NOT_A_ROUTERS: Final = (
     "topologyVersion",
     "compression",
 )
-MAJORITY: Final = {"w": "majority", "wtimeout": 60_000}
 FAIL_POINT: Final = b"configureFailPoint"
 NO_FAIL_POINTS: Final = "a router has no fail points: set them on a shard"
 
-Address = tuple[str, int]
-
 
 class Router:
-    """What the connections of one forwarder share: where to, and what is known of databases."""
+    """What the connections of one forwarder share: where to, and how to administer the cluster."""
 
     def __init__(self, shard: Address, primary: Address, config: Address, primary_name: str) -> None:
         self.shard = shard
         self.primary = primary
-        self._config: AsyncMongoClient[dict[str, Any]] = AsyncMongoClient(
-            *config, directConnection=True, serverSelectionTimeoutMS=10_000
-        )
-        self._shard: AsyncMongoClient[dict[str, Any]] = AsyncMongoClient(
-            *shard, directConnection=True, serverSelectionTimeoutMS=10_000
-        )
-        self._primary_name = primary_name
-        self._created: set[str] = set()
+        self.admin = RouterAdmin(shard, config, primary_name)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def run(self, work: Coroutine[Any, Any, None], name: str) -> None:
@@ -95,52 +80,12 @@ class Router:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def rewritten(self, body: dict[str, Any]) -> dict[str, Any]:
-        """What a router sends to the primary shard for a command that concerns all shards. Raises PyMongoError."""
-        command, database = next(iter(body)), body["$db"]
-        if database in ("admin", "config", "local"):
-            return body
-        if command not in TOLD_ALL:
-            # As a router does: a database exists, with its primary shard, before anything in it.
-            if database not in self._created:
-                await self._config.admin.command(
-                    "_configsvrCreateDatabase",
-                    database,
-                    primaryShardId=self._primary_name,
-                    writeConcern=MAJORITY,
-                )
-                self._created.add(database)
-            return body
-        self._created.discard(database)
-        found = await self._config.config.databases.find_one({"_id": database})
-        if found is None:
-            return body
-        fields = {name: value for name, value in body.items() if name not in (command, "writeConcern")}
-        return {
-            TOLD_ALL[command]: body[command],
-            **fields,
-            "databaseVersion": found["version"],
-            "writeConcern": MAJORITY,
-        }
-
-    async def distinct(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer to ``distinct``. Raises PyMongoError."""
-        field = f"${body['key']}"
-        stages = [{"$match": body.get("query", {})}, {"$unwind": field}, {"$group": {"_id": field}}]
-        whole = {"$group": {"_id": None, "values": {"$push": "$_id"}}}
-        found = await self._shard[body["$db"]].command(
-            "clusterAggregate", body["distinct"], pipeline=[*stages, whole], cursor={}
-        )
-        rows = found["cursor"]["firstBatch"]
-        return {"values": rows[0]["values"] if rows else [], "ok": 1.0}
-
     async def close(self) -> None:
         """Ends what is under way."""
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._config.close()
-        await self._shard.close()
+        await self.admin.close()
 
 
 class Upstream(asyncio.Protocol):
@@ -325,14 +270,17 @@ class Client(asyncio.Protocol):
     async def _look_up(self, message: bytes) -> None:
         request = HEADER.unpack_from(message)[1]
         body = bson.decode(message[_NAME_AT - 5 :])
+        admin = self._router.admin
         try:
-            if "distinct" in body:
-                self.answer(packed(0, request, await self._router.distinct(body)))
-            else:
-                changed = await self._router.rewritten(body)
-                self._primary_upstream().write(packed(request, 0, changed))
+            answer = await admin.answer(body)
+            if answer is None:
+                self._primary_upstream().write(packed(request, 0, await admin.rewritten(body)))
+        except OperationFailure as error:
+            answer = {"ok": 0.0, "errmsg": str(error.details and error.details["errmsg"]), "code": error.code}
         except PyMongoError as error:
-            self.answer(packed(0, request, {"ok": 0.0, "errmsg": str(error)[:500], "code": 6}))
+            answer = {"ok": 0.0, "errmsg": str(error)[:500], "code": 6}
+        if answer is not None:
+            self.answer(packed(0, request, answer))
         self._is_looking_up = False
         self.data_received(b"")
 
