@@ -224,13 +224,12 @@ class Cluster:
     ) -> None:
         """Says to which zone (a shard's name) a range of the shard key belongs, to none when None. It moves nothing: the balancer
         is off. A range that overlaps another's is refused: take that off first."""
-        fields = {"remove": True} if zone is None else {"zone": zone}
         await self._tell_config(
             "_configsvrUpdateZoneKeyRange",
             f"{database}.{collection}",
             min={key: low},
             max={key: high},
-            **fields,
+            zone=zone,
         )
 
     async def move(

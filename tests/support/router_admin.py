@@ -194,14 +194,9 @@ class RouterAdmin:
         )
 
     async def _update_zone_key_range(self, body: Body) -> Body:
-        zone = body["zone"]
+        fields = {name: body[name] for name in ("min", "max", "zone")}
         await self._config.admin.command(
-            "_configsvrUpdateZoneKeyRange",
-            body["updateZoneKeyRange"],
-            min=body["min"],
-            max=body["max"],
-            writeConcern=MAJORITY,
-            **({"remove": True} if zone is None else {"zone": zone}),
+            "_configsvrUpdateZoneKeyRange", body["updateZoneKeyRange"], writeConcern=MAJORITY, **fields
         )
         return {}
 

@@ -1,0 +1,1 @@
+"""``scripts/shard``: what operators do on a sharded cluster, through its routers."""
