@@ -191,6 +191,13 @@ class TestOnACluster:
         after = await known(cluster)
         assert (after["chunks"], after["tags"]) == (made["chunks"], made["tags"])
 
+    async def test_what_test_clusters_make_by_themselves_is_as_the_tool_wants_it(
+        self, cluster: Cluster
+    ) -> None:
+        tool = ShardTool(cluster.uri, "relay")
+        assert "nothing to do" in await tool.done(*SETUP)
+        assert (await tool("status"))[0] == 0
+
     async def test_a_setup_that_was_cut_short_is_finished_by_the_next_run(
         self, cluster: Cluster, db: Database, tool: ShardTool
     ) -> None:

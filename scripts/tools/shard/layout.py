@@ -199,10 +199,13 @@ class Cluster:
 
 def wanted(database: str, ttl_seconds: int, fate_seconds: int) -> tuple[Wanted, Wanted]:
     """What the relay's message path needs."""
-    lane = IndexModel([("lane", ASCENDING)], name="lane")
+    fates = fate_indexes(fate_seconds)
+    if not any(next(iter(index.document["key"])) == "lane" for index in fates):
+        # Without one a collection that has documents cannot be sharded.
+        fates = [*fates, IndexModel([("lane", ASCENDING)], name="lane")]
     return (
         Wanted(database, MESSAGES, "conversationId", message_indexes(ttl_seconds), spread=True),
-        Wanted(database, FATES, "lane", [*fate_indexes(fate_seconds), lane]),
+        Wanted(database, FATES, "lane", fates),
     )
 
 
