@@ -58,7 +58,6 @@ DURABLE: Final = WriteConcern(w="majority", j=True)
 MESSAGE_CODEC: Final[CodecOptions[dict[str, Any]]] = CodecOptions(
     datetime_conversion=DatetimeConversion.DATETIME_MS, unicode_decode_error_handler="replace"
 )
-_INDEX_OPTIONS_CONFLICT: Final = 85
 _CALL_MS: Final = 10_000
 CONTROL: Final = (
     User,
@@ -142,13 +141,15 @@ class Mongo:
             ) from None
 
     async def _ensure(self, name: str, indexes: Sequence[IndexModel]) -> None:
+        # Making what is there already would ask every shard, and a node must start while one is down.
+        known = await self.database[name].index_information()
         for index in indexes:
-            try:
+            there = known.get(index.document["name"])
+            seconds = index.document.get("expireAfterSeconds")
+            if there is None or list(there["key"]) != list(index.document["key"].items()):
                 await self.database[name].create_indexes([index])
-            except OperationFailure as error:
-                if error.code != _INDEX_OPTIONS_CONFLICT or "expireAfterSeconds" not in index.document:
-                    raise
-                await self.set_ttl(name, int(index.document["expireAfterSeconds"]))
+            elif seconds is not None and there.get("expireAfterSeconds") != seconds:
+                await self.set_ttl(name, int(seconds))
 
     async def set_ttl(self, name: str, seconds: int) -> None:
         """Changes the time to live of ``messages`` or ``fates`` at run time."""
