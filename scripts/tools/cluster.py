@@ -1,4 +1,4 @@
-"""``scripts/cluster up``: a real sharded MongoDB on loopback, until Ctrl-C."""
+"""``scripts/cluster up``: relay nodes, a Valkey between them and a real sharded MongoDB beneath, on loopback, until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack, nullcontext
 from pathlib import Path
 from time import monotonic
 from typing import Annotated, Final
@@ -18,17 +18,20 @@ import uvloop
 from pymongo.errors import PyMongoError
 
 from relay.store.embedded_files import EmbeddedError
+from relay.store.embedded_valkey import EmbeddedValkey
+from scripts.tools.cluster_nodes import NodeError, RelayNode
 from tests.cluster import MAX_SHARDS, Cluster
 from tests.support.mongo_server import MongoServer, ServerError
 
 _AGAIN_SECONDS: Final = 15.0
+_MAX_NODES: Final = 8
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="A real sharded MongoDB for trying and testing: a config server, shards, and forwarders that stand for routers. On "
-    "loopback only, without access control.",
+    help="Everything that several relay nodes need, for trying and testing: a real sharded MongoDB (a config server, shards, and "
+    "forwarders that stand for routers), a Valkey, and the nodes. On loopback only; the MongoDB is without access control.",
 )
 
 
@@ -40,12 +43,20 @@ def _commands() -> None:
 @app.command()
 def up(
     shards: Annotated[int, typer.Option(min=1, max=MAX_SHARDS, help="How many shards.")] = 2,
+    nodes: Annotated[
+        int, typer.Option(min=0, max=_MAX_NODES, help="How many relay nodes; 0: the MongoDB alone.")
+    ] = 2,
+    port: Annotated[
+        int, typer.Option(min=1, max=65_000, help="The first node's port; the next ones follow it.")
+    ] = 8080,
     routers: Annotated[
-        int,
+        int | None,
         typer.Option(
-            min=0, max=MAX_SHARDS, help="Routers apart from the shards; 0: each shard is a router, too."
+            min=0,
+            max=MAX_SHARDS,
+            help="Routers apart from the shards; 0: each shard is a router, too. Default: one for each node.",
         ),
-    ] = 0,
+    ] = None,
     directory: Annotated[
         str | None,
         typer.Option(
@@ -53,7 +64,7 @@ def up(
         ),
     ] = None,
 ) -> None:
-    """Starts a cluster, prints how to run a relay on it, and ends it on Ctrl-C."""
+    """Starts all of it, prints what it is and how to use it, and ends it on Ctrl-C."""
     place = None
     if directory is not None:
         place = Path(os.environ.get("CLUSTER_CALLER_DIRECTORY", "."), directory).resolve()
@@ -65,12 +76,12 @@ def up(
             if place is None
             else nullcontext(place) as used
         ):
-            uvloop.run(_run(Path(used), shards, routers))
-    except (EmbeddedError, ServerError, PyMongoError, OSError) as error:
+            uvloop.run(_run(Path(used), shards, nodes if routers is None else routers, nodes, port))
+    except (EmbeddedError, NodeError, ServerError, PyMongoError, OSError) as error:
         sys.exit(f"cluster: {str(error)[:500]}")
 
 
-async def _run(directory: Path, shards: int, routers: int) -> None:
+async def _run(directory: Path, shards: int, routers: int, nodes: int, port: int) -> None:
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
     assert task is not None
@@ -82,14 +93,48 @@ async def _run(directory: Path, shards: int, routers: int) -> None:
         print(f"cluster: {text}", file=sys.stderr, flush=True)
 
     try:
-        async with Cluster(directory, shards, routers=routers, progress=say) as cluster:
+        async with AsyncExitStack() as stack:
+            cluster = await stack.enter_async_context(
+                Cluster(directory, shards, routers=routers, progress=say)
+            )
+            relays = await _start_nodes(stack, cluster, directory, nodes, port, say)
             say(f"ready after {monotonic() - began:.1f} s; its files are in {directory}")
-            print(_instructions(cluster), flush=True)
+            print(_instructions(cluster, relays), flush=True)
             async with asyncio.TaskGroup() as watchers:
                 for server in (cluster.config, *cluster.shards, *cluster.routers):
                     watchers.create_task(_keep(server, say), name=f"watch-{server.name}")
-    except asyncio.CancelledError:
+                for relay in relays:
+                    watchers.create_task(relay.keep(say), name=f"watch-{relay.name}")
+    except* asyncio.CancelledError:
         say("ended")
+    except* (NodeError, ServerError) as failed:
+        raise failed.exceptions[0] from None
+
+
+async def _start_nodes(
+    stack: AsyncExitStack,
+    cluster: Cluster,
+    directory: Path,
+    count: int,
+    port: int,
+    say: Callable[[str], None],
+) -> list[RelayNode]:
+    if not count:
+        return []
+    say(f"starting Valkey and {count} relay nodes")
+    valkey = EmbeddedValkey(directory / "valkey")
+    redis = await valkey.start()
+    stack.push_async_callback(valkey.stop)
+    relays: list[RelayNode] = []
+    for number in range(count):
+        forwarder = cluster.forwarders[number % len(cluster.forwarders)]
+        uri = forwarder.uri if cluster.routers else cluster.uri
+        relay = RelayNode(f"relay{number + 1}", port + number, directory, mongo=uri, redis=redis)
+        stack.push_async_callback(relay.close)
+        # One after the other: the first one makes secrets and indexes.
+        await relay.start()
+        relays.append(relay)
+    return relays
 
 
 async def _keep(server: MongoServer, say: Callable[[str], None]) -> None:
@@ -102,17 +147,20 @@ async def _keep(server: MongoServer, say: Callable[[str], None]) -> None:
         say(f"{server.name} runs again, pid {server.pid}")
 
 
-def _instructions(cluster: Cluster) -> str:
-    shards = "\n".join(f"#   {shard.name}  {shard.uri}  pid {shard.pid}" for shard in cluster.shards)
-    return (
-        f"export RELAY_MONGO_URI='{cluster.uri}'\n"
-        "# A relay on it, from another terminal, after that line:  make run\n"
-        "# A second one:  RELAY_PORT=8081 make run\n"
-        f"# The shards themselves, past the routers:\n{shards}\n"
-        f"#   config  {cluster.config.uri}  pid {cluster.config.pid}\n"
-        f"# kill -9 or kill -STOP one to see what that does; a dead one starts again after {_AGAIN_SECONDS:g} s.\n"
-        "# Ctrl-C ends all of it."
-    )
+def _instructions(cluster: Cluster, relays: Sequence[RelayNode]) -> str:
+    lines = [f"# {relay.name}  {relay.url}  pid {relay.pid}  log {relay.log}" for relay in relays]
+    if relays:
+        lines.append("# Two people at two nodes, each in a terminal of its own:")
+        lines.append(f"scripts/chat --url {relays[0].url} --user ann --to bob")
+        lines.append(f"scripts/chat --url {relays[-1].url} --user bob --to ann")
+    else:
+        lines.append("# A relay on it, from another terminal, after this line:  make run")
+    lines.append(f"export RELAY_MONGO_URI='{cluster.uri}'")
+    lines.append("# The shards themselves, past the routers:")
+    lines += [f"#   {one.name}  {one.uri}  pid {one.pid}" for one in (*cluster.shards, cluster.config)]
+    lines.append("# kill -9 or kill -STOP any of them to see what that does; what died starts again.")
+    lines.append("# Ctrl-C ends all of it.")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
