@@ -121,7 +121,7 @@ async def test_a_cold_start_gives_a_private_writable_primary_and_a_clean_stop_ke
 
     began = time.monotonic()
     assert await mongo.start() == uri and mongo.port == port
-    assert time.monotonic() - began < 8, "it does not wait for an election"
+    assert time.monotonic() - began < 20, "it does not wait for an election"
     assert await held(uri) == [1, 2, 3]
     assert mongo.restarts == 0
     await mongo.stop()
@@ -250,7 +250,7 @@ async def test_a_port_taken_by_a_listener_that_never_answers_costs_seconds_and_n
         squatter.listen()
         began = time.monotonic()
         async with running(tmp_path) as moved:
-            assert time.monotonic() - began < 8
+            assert time.monotonic() - began < 20
             assert moved.port != port
             assert await held(moved.uri) == [1, 2]
             await write(moved.uri, 3)

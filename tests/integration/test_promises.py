@@ -581,8 +581,7 @@ class Promises(RuleBasedStateMachine):
         for life in self.lives:
             await life.job("releases")
         context = self.lives[0].node.relay.context
-        acks = self.lives[0].part("doubts")._acks
-        await Parts(context.messages, acks, context.clock.now, claim_seconds=-1).run()
+        await Parts(context.messages, context.endings, context.clock.now, claim_seconds=-1).run()
         await self.lives[1].job("sweep")
         await self._idle()
         left = await self.world.db.releases.count_documents({})
