@@ -57,6 +57,7 @@ from relay.session.web import Runner, application
 from relay.store.accounts import Accounts
 from relay.store.audience import Audiences
 from relay.store.audit import Audit, check_key
+from relay.store.backlogs import Backlogs
 from relay.store.changes import Changes
 from relay.store.contacts import Contacts
 from relay.store.conversations import Conversations
@@ -216,7 +217,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
         redis_url=None if settings.redis_url is None else settings.redis_url.get_secret_value(),
     )
     stack.push_async_callback(rates.close)
-    invalidation = Invalidation(audiences, sends, peers, bus, commit_seconds=timeout)
+    invalidation = Invalidation(audiences, sends, peers, bus, metrics, commit_seconds=timeout)
     stack.push_async_callback(invalidation.close)
     context = Context(
         clock=clock,
@@ -310,12 +311,14 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
         admission,
         GatewaySettings(settings.max_connections, settings.auth_seconds, settings.outbox_bytes),
         addresses,
+        Backlogs(mongo, timeout=timeout).empty,
     )
     app = application(
         context, admission, gateway, ROUTES, max_body=settings.max_frame_bytes, addresses=addresses
     )
     runner = Runner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
     await runner.setup()
+    stack.push_async_callback(admission.close)
     stack.push_async_callback(_drain, context, gateway, jobs, runner, settings.drain_seconds, accounts)
     jobs.start()
     url = await _listen(runner, settings, stack)

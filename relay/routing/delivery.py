@@ -62,7 +62,8 @@ class InFlight:
 
 class Delivery:
     """The deliveries of one connection. ``start`` begins with the backlog; ``drained`` is told once, ``broken``
-    when a fault of ours has ended the drain, ``used_up`` whenever a live message finds no credit."""
+    when a fault of ours has ended the drain, ``used_up`` whenever a live message finds no credit. Until it has drained for the
+    first time what waits is read from ``first``, when there is one."""
 
     __slots__ = (
         "_backlog",
@@ -73,6 +74,7 @@ class Delivery:
         "_credit",
         "_dirty",
         "_drained",
+        "_first",
         "_incomplete",
         "_initial",
         "_initial_count",
@@ -108,6 +110,7 @@ class Delivery:
         drained: Callable[[], None],
         broken: Callable[[], None] = _nothing,
         used_up: Callable[[], None] = _nothing,
+        first: Backlog | None = None,
     ) -> None:
         self.in_flight: dict[str, InFlight] = {}
         self.behind = True
@@ -115,6 +118,7 @@ class Delivery:
         self._keys = (key, any_device_key(user))
         self._outbox = outbox
         self._backlog = backlog
+        self._first = first or backlog
         self._window = window
         self._window_bytes = window_bytes
         self._bytes = 0
@@ -261,7 +265,7 @@ class Delivery:
         if page.exhausted:
             self._mark = page.envelopes[-1].seq if page.envelopes else None
         else:
-            self._mark = await self._backlog.last_waiting(self._keys)
+            self._mark = await self._first.last_waiting(self._keys)
         self._marked = True
         self._read_to_mark = self._mark is None and not self._initial
 
@@ -294,8 +298,9 @@ class Delivery:
         self._dirty = False
         redelivered = self._redelivered
         limit = max(1, self._free())
+        backlog = self._backlog if self._told else self._first
         try:
-            page = await self._backlog.waiting(
+            page = await backlog.waiting(
                 self._keys,
                 self._now(),
                 limit=limit,

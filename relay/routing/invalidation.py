@@ -3,23 +3,42 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from time import monotonic
+from typing import Final
 
+from relay.metrics import Metrics
 from relay.routing.bus import Bus
 from relay.routing.hints import Changed
 from relay.store.audience import LEASE_SECONDS, Audiences
+from relay.store.gatherer import Gatherer, GathererClosed, GathererFull
 from relay.store.lanes import SendLanes
 from relay.store.mongo import PyMongoError
 from relay.store.peers import Peers
 
+_MOST: Final = 250
+_QUEUE: Final = 50_000
+# A group may take as long as its lease; so many of them are under way then at most.
+_PATIENCE: Final = 0.1
+_BESIDE: Final = 100
+
+_Change = tuple[list[str], list[str]]
+
 
 class Invalidation:
     """This node forgets at once. Other nodes are told over the bus and confirm; while any does not, its leases run out first.
-    ``commit_seconds`` is the time limit of one commit; ``lease`` (s) how long others are waited for."""
+    Changes that come together are told together. ``commit_seconds`` is the time limit of one commit; ``lease`` (s) how long
+    others are waited for."""
 
     def __init__(
-        self, audiences: Audiences, sends: SendLanes, peers: Peers, bus: Bus, *, commit_seconds: float
+        self,
+        audiences: Audiences,
+        sends: SendLanes,
+        peers: Peers,
+        bus: Bus,
+        metrics: Metrics,
+        *,
+        commit_seconds: float,
     ) -> None:
         self._bus = bus
         self._audiences = audiences
@@ -28,6 +47,15 @@ class Invalidation:
         self.lease = LEASE_SECONDS + commit_seconds
         self._unconfirmed: dict[str, list[int]] = {}
         self._confirming: asyncio.Task[None] | None = None
+        self._changes: Gatherer[_Change, bool] = Gatherer(
+            "changes",
+            self._tell,
+            metrics=metrics,
+            most=_MOST,
+            queue=_QUEUE,
+            patience=_PATIENCE,
+            beside=_BESIDE,
+        )
 
     async def tell(self, *, conversations: Iterable[str] = (), users: Iterable[str] = ()) -> None:
         """The members of these conversations, or the devices, blocks or preferences of these users, have changed. When
@@ -35,9 +63,20 @@ class Invalidation:
         changed, of = list(conversations), list(users)
         self.forget(changed, of)
         over = monotonic() + self.lease
-        settled, _ = await asyncio.gather(self._settled(changed, of), self._sends.barrier())
+        try:
+            # What is asked from here on is asked after the change, and after this node has forgotten.
+            settled = await self._changes.answer((changed, of))
+        except (GathererFull, GathererClosed):
+            settled = False
         if not settled:
             await asyncio.sleep(max(0.0, over - monotonic()))
+
+    async def _tell(self, changes: Sequence[_Change]) -> list[bool]:
+        """Whether nobody else can still believe what was before these changes. Nothing here does when this returns."""
+        conversations = list(dict.fromkeys(one for its, _ in changes for one in its))
+        users = list(dict.fromkeys(one for _, its in changes for one in its))
+        settled, _ = await asyncio.gather(self._settled(conversations, users), self._sends.barrier())
+        return [settled] * len(changes)
 
     def forget(self, conversations: Iterable[str], users: Iterable[str]) -> None:
         """Believes no more what was resolved of these."""
@@ -65,7 +104,8 @@ class Invalidation:
             self._confirming = None
 
     async def close(self) -> None:
-        """Confirms nothing more."""
+        """Tells and confirms nothing more."""
+        await self._changes.close()
         if self._confirming is not None:
             self._confirming.cancel()
             await asyncio.gather(self._confirming, return_exceptions=True)

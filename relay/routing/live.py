@@ -62,7 +62,7 @@ class Live:
         return cls(
             Receipts(Announcer(hub, metrics, "receipt", bus), max_frame=max_frame),
             Reads(cursors, audiences, reads),
-            CatchingUp(cursors.since, reads),
+            CatchingUp(cursors.since, cursors.since_for, reads),
             Typing(Announcer(hub, metrics, "typing", bus)),
             presence,
         )

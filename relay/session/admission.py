@@ -8,6 +8,7 @@ from typing import Final
 from handlers.context import Context
 from relay.security.tokens import Identity, TokenError, Verifier
 from relay.store.accounts import Arrival
+from relay.store.arrivals import Arrivals
 from relay.store.mongo import PyMongoError
 from relay.wire.errors import RelayError
 from relay.wire.ids import device_key
@@ -27,6 +28,7 @@ class Admission:
     def __init__(self, ctx: Context, verifier: Verifier) -> None:
         self._ctx = ctx
         self._verifier = verifier
+        self._arrivals = Arrivals(ctx.accounts, ctx.metrics)
         self._seen: dict[str, float] = {}
 
     def verify(self, token: str) -> Identity:
@@ -38,10 +40,11 @@ class Admission:
 
     async def arrive(self, identity: Identity, *, live: bool = False) -> Arrival:
         """Notes that a device connects, ``live`` by a WebSocket. When it is new, or back from inactivity or removal, it counts as a recipient from
-        here on: nothing resolved without it is still on its way. Raises RelayError ``unauthorized``."""
+        here on: nothing resolved without it is still on its way. Raises RelayError ``unauthorized``, and ``unavailable`` when too
+        many come at once."""
         ctx = self._ctx
         try:
-            arrival = await ctx.accounts.arrive(
+            arrival = await self._arrivals.arrive(
                 identity.user,
                 identity.device,
                 provision=ctx.provision,
@@ -64,6 +67,10 @@ class Admission:
         if arrival.changed:
             await ctx.invalidation.tell(users=[identity.user])
         return arrival
+
+    async def close(self) -> None:
+        """Nobody comes in any more."""
+        await self._arrivals.close()
 
     async def admit(self, token: str) -> Identity:
         """For HTTP: verifies, and notes the arrival. Raises RelayError ``unauthorized``."""

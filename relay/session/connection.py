@@ -14,7 +14,7 @@ import structlog
 from aiohttp import WebSocketError, WSMsgType, web
 
 from handlers.context import Context
-from relay.routing.delivery import Delivery
+from relay.routing.delivery import Backlog, Delivery
 from relay.routing.outbox import Outbox
 from relay.security.tokens import Identity
 from relay.session.admission import Admission
@@ -73,6 +73,7 @@ class Connection:
         outbox_bytes: int,
         drained: Callable[[], None],
         serial: int,
+        first: Backlog,
         quiet: bool = False,
     ) -> None:
         self._ctx = ctx
@@ -111,6 +112,7 @@ class Connection:
             used_up=partial(ctx.metrics.reached, Limit.WINDOW),
             drained=drained,
             broken=self._broken,
+            first=first,
         )
 
     async def run(self) -> None:

@@ -12,10 +12,12 @@ import structlog
 from aiohttp import WSMsgType, web
 
 from handlers.context import Context
+from relay.routing.first_drains import Empty, FirstDrains
 from relay.security.tokens import Identity
 from relay.session.addresses import Addresses
 from relay.session.admission import Admission, bearer
 from relay.session.connection import Connection
+from relay.session.turns import Turns
 from relay.store.accounts import Arrival
 from relay.store.mongo import PyMongoError, brief
 from relay.wire import errors, replies
@@ -41,15 +43,23 @@ class GatewaySettings:
 
 
 class Gateway:
-    """Turns upgrade requests into connections. ``entering`` counts those that are not authenticated yet, too."""
+    """Turns upgrade requests into connections. ``entering`` counts those that are not authenticated yet, too. ``empty`` tells
+    in which of many mailboxes nothing waits."""
 
     def __init__(
-        self, ctx: Context, admission: Admission, settings: GatewaySettings, addresses: Addresses
+        self,
+        ctx: Context,
+        admission: Admission,
+        settings: GatewaySettings,
+        addresses: Addresses,
+        empty: Empty,
     ) -> None:
         self._ctx = ctx
         self._admission = admission
         self._settings = settings
         self._addresses = addresses
+        self._first = FirstDrains(ctx.messages, empty, ctx.metrics)
+        self._turns = Turns()
         self._entering = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -67,6 +77,7 @@ class Gateway:
             compress=False,
             timeout=_CLOSE_SECONDS,
         )
+        await self._turns.turn()
         try:
             await ws.prepare(request)
         except web.HTTPBadRequest:
@@ -88,6 +99,7 @@ class Gateway:
 
     async def close(self, timeout: float) -> None:
         """Ends what is still being noted, after at most ``timeout`` seconds."""
+        await self._first.close()
         if self._tasks:
             _, late = await asyncio.wait(set(self._tasks), timeout=timeout)
             for task in late:
@@ -112,8 +124,8 @@ class Gateway:
             if known is None and len(self._ctx.hub) >= self._settings.max_connections:
                 raise FrameError(errors.TOO_MANY)
             arrival = await self._admission.arrive(identity, live=True)
-        except RelayError:
-            await self._refuse(ws, errors.UNAUTHORIZED)
+        except RelayError as failure:
+            await self._refuse(ws, errors.RESTARTING if failure.retry else errors.UNAUTHORIZED)
             return None
         except FrameError as error:
             await self._refuse(ws, error.close)
@@ -124,6 +136,12 @@ class Gateway:
             return None
         # Before its drain begins: what is committed elsewhere from now on is sent here.
         serial = await self._ctx.bus.enter(identity.user, identity.device)
+        try:
+            await self._turns.turn()
+        except asyncio.CancelledError:
+            # It is never registered: nobody else takes its line away.
+            self._ctx.bus.leave(identity.user, identity.device, serial)
+            raise
         before = self._ctx.hub.get(device_key(identity.user, identity.device))
         replaced = before is not None and before.serial > serial
         if replaced or self._ctx.health.draining:
@@ -183,6 +201,7 @@ class Gateway:
             outbox_bytes=self._settings.outbox_bytes,
             drained=drained,
             serial=serial,
+            first=self._first,
             quiet=arrival.quiet,
         )
         limits = self._ctx.limits

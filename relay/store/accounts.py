@@ -21,7 +21,7 @@ _NEW: Final = timedelta(seconds=10)
 _BULK: Final = 1000
 _MAX_STANDINGS: Final = 100_000
 _MOST_ENDED: Final = 100_000
-_PERSON: Final = {"suspendedAt": 1, "erasingAt": 1, "deliveredReceipts": 1, "gap": 1}
+PERSON: Final = {"suspendedAt": 1, "erasingAt": 1, "deliveredReceipts": 1, "gap": 1}
 _DEVICE: Final = {"endedAt": 1, "removedAt": 1, "session.id": 1}
 
 
@@ -65,7 +65,7 @@ class Accounts:
     messages."""
 
     def __init__(self, *, inactive: timedelta, pseudonyms: Pseudonyms) -> None:
-        self._inactive = inactive
+        self.inactive = inactive
         self._pseudonyms = pseudonyms
         self._standings: dict[str, tuple[float, Standing]] = {}
         self._forgotten = 0
@@ -114,13 +114,13 @@ class Accounts:
         now = datetime.now(UTC)
         moment = now if issued is None else datetime.fromtimestamp(issued, UTC)
         may_create = provision and session is None
-        person = await _users().find_one({"_id": user}, _PERSON)
+        person = await _users().find_one({"_id": user}, PERSON)
         if person is None:
             if not may_create or not await self._provision(user, moment):
                 return None
         elif is_barred(person):
             return None
-        cutoff = now - self._inactive
+        cutoff = now - self.inactive
         here = {"$set": {"lastSeen": now, "liveAt": now} if live else {"lastSeen": now}}
         quiet = is_quiet(person or {})
         good: dict[str, Any] = (
@@ -135,7 +135,7 @@ class Accounts:
             return_document=ReturnDocument.BEFORE,
         )
         if before is not None:
-            arrival = _arrival(before.get("gap"), before, changed=is_new(before, now), quiet=quiet)
+            arrival = arrival_of(before.get("gap"), before, changed=is_new(before, now), quiet=quiet)
             arrival = replace(arrival, full=before.get("fullSince") is not None)
             return await self._with_gap_of(person, key, arrival)
         before = await _devices().find_one({"_id": key})
@@ -146,23 +146,23 @@ class Accounts:
                 await _devices().insert_one({"_id": key, "user": user, "createdAt": now, **here["$set"]})
             except DuplicateKeyError:
                 return await self._arrive_beside(user, device, provision, issued, session, live)
-            arrival = await self._with_gap_of(person, key, _arrival(None, {}, changed=True, quiet=quiet))
-            return await self._unless_barred(user, key, arrival)
-        if not _standing({**before, "removedAt": None}).accepts(int(moment.timestamp()), session):
+            arrival = await self._with_gap_of(person, key, arrival_of(None, {}, changed=True, quiet=quiet))
+            return await self.unless_barred(user, key, arrival)
+        if not standing_of({**before, "removedAt": None}).accepts(int(moment.timestamp()), session):
             return None
         if before.get("removedAt") is not None:
             if not may_create:
                 return None
-            return await self._unless_barred(user, key, await self._return(before, now, quiet=quiet))
+            return await self.unless_barred(user, key, await self._return(before, now, quiet=quiet))
         if before.get("lastSeen") is None or before["lastSeen"] >= cutoff:
             return await self._arrive_beside(user, device, provision, issued, session, live)
         # The gap first: should this die in between, the device still counts as away, and the next arrival finds both.
         gap = before.get("gap")
         if gap is None:
-            gap = {"since": before["lastSeen"] + self._inactive, "why": "inactive"}
+            gap = {"since": before["lastSeen"] + self.inactive, "why": "inactive"}
             await _devices().update_one({"_id": key, "gap": None}, {"$set": {"gap": gap}})
         await _devices().update_one({"_id": key}, {"$set": {**here["$set"], "backAt": now}})
-        return _arrival(gap, before, changed=True, quiet=quiet)
+        return arrival_of(gap, before, changed=True, quiet=quiet)
 
     async def _with_gap_of(self, person: Mapping[str, Any] | None, key: str, arrival: Arrival) -> Arrival:
         """Messages for whichever device comes next were left out of a full mailbox: this one takes that gap over."""
@@ -194,12 +194,12 @@ class Accounts:
                 "$unset": {"removedAt": "", "fullSince": ""},
             },
         )
-        return _arrival(gap, {}, changed=True, returned=True, quiet=quiet)
+        return arrival_of(gap, {}, changed=True, returned=True, quiet=quiet)
 
-    async def _unless_barred(self, user: str, key: str, arrival: Arrival) -> Arrival | None:
+    async def unless_barred(self, user: str, key: str, arrival: Arrival) -> Arrival | None:
         """For a device that was made a recipient just now. A suspension names the user first and ends their devices then:
         it has ended this one, or is seen here."""
-        person = await _users().find_one({"_id": user}, _PERSON)
+        person = await _users().find_one({"_id": user}, PERSON)
         if person is not None and not is_barred(person):
             return arrival
         now = datetime.now(UTC)
@@ -208,11 +208,16 @@ class Accounts:
 
     async def _provision(self, user: str, moment: datetime) -> bool:
         """Creates a user whom a token of ``moment`` brings, unless they were erased since."""
-        grave = await Tombstone.get_motor_collection().find_one({"_id": self._pseudonyms.of(user)})
-        if grave is not None and moment <= grave["at"]:
-            return False
-        await self._insert_users([user])
-        return True
+        return user in await self.provision({user: moment})
+
+    async def provision(self, users: Mapping[str, datetime]) -> set[str]:
+        """Creates the users whom tokens of these moments bring, but those who were erased since; returns the former."""
+        named = {self._pseudonyms.of(user): user for user in users}
+        graves = Tombstone.get_motor_collection().find({"_id": {"$in": list(named)}})
+        erased = {named[one["_id"]] async for one in graves if users[named[one["_id"]]] <= one["at"]}
+        created = set(users) - erased
+        await self._insert_users(created)
+        return created
 
     async def _insert_users(self, users: Iterable[str]) -> None:
         now = datetime.now(UTC)
@@ -229,11 +234,11 @@ class Accounts:
         found = self._standings.get(key)
         if found is not None and asked - found[0] < within:
             return found[1]
-        person = await _users().find_one({"_id": user}, _PERSON)
+        person = await _users().find_one({"_id": user}, PERSON)
         row = None if person is None else await _devices().find_one({"_id": key}, _DEVICE)
         if person is None or row is None:
             return None
-        standing = _standing(row, barred=is_barred(person))
+        standing = standing_of(row, barred=is_barred(person))
         # What ended while this was read may be missing from it.
         if forgotten == self._forgotten:
             if len(self._standings) >= _MAX_STANDINGS:
@@ -251,7 +256,7 @@ class Accounts:
         thousand."""
         cursor = _devices().find({"endedAt": {"$gte": moment}}, _DEVICE).limit(_MOST_ENDED)
         async for row in cursor:
-            yield row["_id"], _standing(row)
+            yield row["_id"], standing_of(row)
 
     async def barred_since(self, moment: datetime) -> AsyncIterator[str]:
         """The users who were suspended, or whose erasure began, since then; at most a hundred thousand of each."""
@@ -279,7 +284,7 @@ class Accounts:
 
     async def active_devices(self, users: Sequence[str]) -> Mapping[str, list[str]]:
         """The device keys that get new messages, by user: seen within the time of inactivity, or never connected yet."""
-        cutoff = datetime.now(UTC) - self._inactive
+        cutoff = datetime.now(UTC) - self.inactive
         query: dict[str, Any] = {
             "user": {"$in": list(users)},
             "removedAt": None,
@@ -303,7 +308,7 @@ def gap_of_return(before: Mapping[str, Any]) -> dict[str, Any]:
     return found or {"since": before.get("lastSeen") or before["removedAt"], "why": "reset"}
 
 
-def _arrival(
+def arrival_of(
     gap: Mapping[str, Any] | None,
     before: Mapping[str, Any],
     *,
@@ -311,6 +316,7 @@ def _arrival(
     quiet: bool,
     returned: bool = False,
 ) -> Arrival:
+    """The arrival of a device that was stored as ``before`` (nothing of a new one) and has this gap."""
     live = before.get("liveAt")
     until = None if live is None else milliseconds(live)
     if gap is None:
@@ -318,7 +324,8 @@ def _arrival(
     return Arrival(changed, milliseconds(gap["since"]), str(gap["why"]), returned, until, quiet)
 
 
-def _standing(row: Mapping[str, Any], *, barred: bool = False) -> Standing:
+def standing_of(row: Mapping[str, Any], *, barred: bool = False) -> Standing:
+    """The standing of a stored device; ``barred``: its user may not use the relay."""
     ended = row.get("endedAt")
     return Standing(
         ended=None if ended is None else milliseconds(ended),

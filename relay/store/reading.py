@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -18,6 +18,10 @@ from relay.wire.frames import MAX_LIVE_MEMBERS
 
 _CHUNK: Final = 200
 _CONVERSATIONS: Final = 20_000
+# For several users together.
+_CONVERSATIONS_TOGETHER: Final = 10_000
+_CURSORS_TOGETHER: Final = 10_000
+_CHUNK_TOGETHER: Final = 1000
 _FIELDS: Final = {"conversationId": 1, "user": 1, "readUpTo": 1, "readAt": 1}
 
 Reader = tuple[str, str]
@@ -92,9 +96,75 @@ class ReadCursors:
                 found += await newest.to_list(limit)
                 found += [own[name] for name in large if _moved_since(own[name], moment)]
             hidden = await hidden_readers(user, {row["user"] for row in found} - {user})
-        found = [row for row in found if row["user"] not in hidden]
-        found.sort(key=lambda row: (row["readAt"], row["_id"]))
-        return [cursor_of(row) for row in found[-limit:]]
+        return _oldest_first(found, hidden, limit)
+
+    async def since_for(self, asked: Sequence[tuple[str, int]], limit: int) -> list[list[ReadCursor]] | None:
+        """As ``since``, for several users and their moments, best about the same, with a number of queries that does not grow
+        with the users. None when that is too much to read together."""
+        rows = Membership.get_motor_collection()
+        oldest = datetime.fromtimestamp(min(moment for _, moment in asked) / 1000, UTC)
+        own: dict[str, dict[str, Mapping[str, Any]]] = {user: {} for user, _ in asked}
+        moved: dict[str, list[Mapping[str, Any]]] = {}
+        with time_limit(self._timeout):
+            count = 0
+            async for row in rows.find({"user": {"$in": list(own)}, "removedAt": None}, _FIELDS).limit(
+                _CONVERSATIONS_TOGETHER
+            ):
+                own[row["user"]][row["conversationId"]] = row
+                count += 1
+            if count >= _CONVERSATIONS_TOGETHER:
+                return None
+            names = list({name for its in own.values() for name in its})
+            large: set[str] = set()
+            left = _CURSORS_TOGETHER
+            for start in range(0, len(names), _CHUNK_TOGETHER):
+                chunk = names[start : start + _CHUNK_TOGETHER]
+                large |= await _large(chunk)
+                small = [name for name in chunk if name not in large]
+                query = {"conversationId": {"$in": small}, "removedAt": None, "readAt": {"$gte": oldest}}
+                async for row in rows.find(query, _FIELDS).limit(left):
+                    moved.setdefault(row["conversationId"], []).append(row)
+                    left -= 1
+                if left <= 0:
+                    return None
+            found = [_of_one(own[user], moved, large, moment) for user, moment in asked]
+            hidden = await _hidden_from([user for user, _ in asked], found)
+        return [_oldest_first(*one, limit) for one in zip(found, hidden, strict=True)]
+
+
+def _of_one(
+    own: Mapping[str, Mapping[str, Any]],
+    moved: Mapping[str, Sequence[Mapping[str, Any]]],
+    large: Collection[str],
+    moment: int,
+) -> list[Mapping[str, Any]]:
+    """The rows that one user may be told of: of a large conversation only their own."""
+    found = [row for name in own for row in moved.get(name, ()) if _moved_since(row, moment)]
+    return found + [row for name, row in own.items() if name in large and _moved_since(row, moment)]
+
+
+def _oldest_first(rows: Iterable[Mapping[str, Any]], hidden: Collection[str], limit: int) -> list[ReadCursor]:
+    """Without those of hidden people; when there are more than ``limit``, the newest."""
+    found = [row for row in rows if row["user"] not in hidden]
+    found.sort(key=lambda row: (row["readAt"], row["_id"]))
+    return [cursor_of(row) for row in found[-limit:]]
+
+
+async def _hidden_from(
+    viewers: Sequence[str], found: Sequence[Sequence[Mapping[str, Any]]]
+) -> list[set[str]]:
+    """``hidden_readers`` for each of several viewers and the rows they would be told of, with two queries."""
+    others = [{row["user"] for row in rows} - {viewer} for viewer, rows in zip(viewers, found, strict=True)]
+    wanted = {user for its in others for user in its}
+    if not wanted:
+        return [set() for _ in viewers]
+    pairs = await blocks_among(wanted.union(viewers))
+    private = await private_readers(wanted)
+    apart: dict[str, set[str]] = {}
+    for owner, blocked in pairs:
+        apart.setdefault(owner, set()).add(blocked)
+        apart.setdefault(blocked, set()).add(owner)
+    return [its & (private | apart.get(viewer, set())) for viewer, its in zip(viewers, others, strict=True)]
 
 
 async def private_readers(users: Iterable[str]) -> set[str]:

@@ -9,6 +9,7 @@ import pytest
 
 from models.accounts import User
 from models.conversations import Membership
+from relay.store import reading
 from relay.store import sights as module
 from relay.store.embedded import EmbeddedMongo
 from relay.store.reading import ReadCursors
@@ -121,6 +122,40 @@ async def test_the_cursors_since_a_moment_are_the_newest_and_those_one_is_told_o
     assert await since(60, 3) == [(names[2], "cleo", 3), (names[3], "bob", 4), (names[3], "cleo", 4)]
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 1000])
+async def test_cursors_for_many_people_are_those_for_each(
+    revisions: Revisions, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    cursors = ReadCursors(timeout=5)
+    monkeypatch.setattr(reading, "_CHUNK_TOGETHER", chunk)
+    monkeypatch.setattr(reading, "MAX_LIVE_MEMBERS", 3)
+    now = datetime.now(UTC)
+    groups = [["bob", "cleo"], ["bob", "dan"], ["cleo", "eve", "fay"], ["dan"], ["bob", "cleo", "dan", "eve"]]
+    for number, others in enumerate(groups):
+        name, _ = await create(revisions, "ann", others)
+        for place, user in enumerate(["ann", *others]):
+            if (number + place) % 3:
+                assert await read(name, user, number + 1)
+                moved = now - timedelta(minutes=10 * number + place)
+                await Membership.get_motor_collection().update_one(
+                    {"_id": f"{name} {user}"}, {"$set": {"readAt": moved}}
+                )
+    await User.get_motor_collection().update_one({"_id": "dan"}, {"$set": {"readReceipts": False}})
+    await contact("bob", "ann", listed=True, blocked=True)
+    await contact("cleo", "eve", listed=False, blocked=True)
+    moments = [int((now - timedelta(minutes=minutes)).timestamp() * 1000) for minutes in (60, 25, 5)]
+    asked = [(user, moment) for user in [*PEOPLE, "nobody"] for moment in moments]
+    alone = [await cursors.since(user, moment, 1000) for user, moment in asked]
+    assert await cursors.since_for(asked, 1000) == alone
+    assert await cursors.since_for(asked, 2) == [its[-2:] for its in alone]
+    assert sum(map(len, alone)) > 10
+    monkeypatch.setattr(reading, "_CURSORS_TOGETHER", 3)
+    assert await cursors.since_for(asked, 1000) is None
+    monkeypatch.setattr(reading, "_CURSORS_TOGETHER", 1000)
+    monkeypatch.setattr(reading, "_CONVERSATIONS_TOGETHER", 3)
+    assert await cursors.since_for(asked, 1000) is None
+
+
 async def test_everything_is_read_by_an_index_and_only_what_is_wanted(
     backend: str, sights: Sights, revisions: Revisions
 ) -> None:
@@ -152,11 +187,15 @@ async def test_everything_is_read_by_an_index_and_only_what_is_wanted(
     try:
         found = await cursors.move(dict.fromkeys(fresh, 9))
         told = await cursors.since("u000", int((now - timedelta(hours=1)).timestamp() * 1000), 1000)
+        moment = int((now - timedelta(hours=1)).timestamp() * 1000)
+        both = await cursors.since_for([("u000", moment), ("u001", moment)], 1000)
         seen = await sights.of({("u000", user) for user in people} | {("u001", "u002")})
     finally:
         await database.command("profile", 0)
     assert found.moved == found.members == set(fresh)
     assert sorted((one.conversation, one.user) for one in told) == sorted(fresh)
+    assert both is not None
+    assert both[0] == told
     assert len(seen) == 301
     plans = 0
     async for entry in database["system.profile"].find({"planSummary": {"$exists": True}}):

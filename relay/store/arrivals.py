@@ -1,0 +1,306 @@
+"""Devices that connect at the same time, in groups: a node that restarts gets all of its devices back at once.
+
+What a group needs is read with two queries and noted with one write, however many they are; devices never seen before are
+made with three more. Whoever has more to tell than "here again" (back from inactivity or removal, a gap of their user to take over)
+arrives alone, as ``Accounts.arrive`` says, and so does everybody whose group has failed: whatever is wrong with one of them, it
+is that one's trouble only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, Literal
+
+import structlog
+from pymongo.errors import ConnectionFailure, NetworkTimeout
+
+from models.accounts import Device, User
+from relay.metrics import Metrics
+from relay.store.accounts import (
+    PERSON,
+    Accounts,
+    Arrival,
+    arrival_of,
+    is_barred,
+    is_new,
+    is_quiet,
+    standing_of,
+)
+from relay.store.gatherer import Gatherer, GathererClosed, GathererFull
+from relay.store.mongo import BulkWriteError, PyMongoError, brief, time_limit
+from relay.wire.errors import RelayError
+from relay.wire.ids import device_key
+
+_MOST: Final = 250
+_QUEUE: Final = 20_000
+# A group that takes longer is asked one by one: a single document that somebody holds must not hold up hundreds of devices.
+_GROUP_SECONDS: Final = 2.0
+_PATIENCE: Final = 0.1
+_BESIDE: Final = 8
+_ALONE: Final = 8
+_ALONE_SECONDS: Final = 10.0
+# Who is nearly inactive is not judged by a query and written by another one.
+_NEARLY: Final = timedelta(minutes=1)
+_DUPLICATE: Final = 11000
+_FIELDS: Final = {
+    "lastSeen": 1,
+    "liveAt": 1,
+    "createdAt": 1,
+    "since": 1,
+    "backAt": 1,
+    "gap": 1,
+    "fullSince": 1,
+    "removedAt": 1,
+    "endedAt": 1,
+    "session.id": 1,
+}
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Arriving:
+    """What ``Accounts.arrive`` is asked."""
+
+    user: str
+    device: str
+    provision: bool
+    issued: int | None
+    session: str | None
+    live: bool
+
+    @property
+    def key(self) -> str:
+        return device_key(self.user, self.device)
+
+    @property
+    def may_create(self) -> bool:
+        return self.provision and self.session is None
+
+    def moment(self, now: datetime) -> datetime:
+        return now if self.issued is None else datetime.fromtimestamp(self.issued, UTC)
+
+
+# ``alone``: this device cannot arrive with others; ``beside``: another connection of it has made it at this moment.
+_Outcome = Arrival | None | Literal["alone", "beside"]
+_Verdict = Arrival | None | Literal["alone", "new"]
+
+
+class Arrivals:
+    """``Accounts.arrive`` for many devices at once."""
+
+    def __init__(self, accounts: Accounts, metrics: Metrics) -> None:
+        self._accounts = accounts
+        self._gatherer: Gatherer[_Arriving, _Outcome] = Gatherer(
+            "arrivals",
+            self._ask,
+            metrics=metrics,
+            most=_MOST,
+            queue=_QUEUE,
+            patience=_PATIENCE,
+            beside=_BESIDE,
+        )
+        self._alone = asyncio.Semaphore(_ALONE)
+
+    async def arrive(
+        self,
+        user: str,
+        device: str,
+        *,
+        provision: bool,
+        issued: int | None = None,
+        session: str | None = None,
+        live: bool = False,
+    ) -> Arrival | None:
+        """As ``Accounts.arrive``. Raises RelayError ``unavailable`` when too many devices wait or the node is stopping, and
+        PyMongoError."""
+        one = _Arriving(user, device, provision, issued, session, live)
+        until = asyncio.get_running_loop().time() + _ALONE_SECONDS
+        try:
+            outcome = await self._gatherer.answer(one)
+        except (GathererFull, GathererClosed):
+            raise RelayError(
+                "unavailable", "too many devices connect at once; try again", retry_after=1000
+            ) from None
+        if outcome != "alone" and outcome != "beside":
+            return outcome
+        arrival = await self._arrive_alone(one, until)
+        return replace(arrival, changed=True) if outcome == "beside" and arrival is not None else arrival
+
+    async def close(self) -> None:
+        """Nobody arrives any more."""
+        await self._gatherer.close()
+
+    async def _arrive_alone(self, one: _Arriving, until: float) -> Arrival | None:
+        try:
+            async with asyncio.timeout_at(until):
+                await self._alone.acquire()
+        except TimeoutError:
+            raise PyMongoError("the store answers too slowly for all who arrive") from None
+        try:
+            return await self._accounts_arrive(one)
+        finally:
+            self._alone.release()
+
+    async def _accounts_arrive(self, one: _Arriving) -> Arrival | None:
+        return await self._accounts.arrive(
+            one.user,
+            one.device,
+            provision=one.provision,
+            issued=one.issued,
+            session=one.session,
+            live=one.live,
+        )
+
+    async def _ask(self, group: list[_Arriving]) -> Sequence[_Outcome | Exception]:
+        if len(group) == 1:
+            return [await self._accounts_arrive(group[0])]
+        try:
+            with time_limit(_GROUP_SECONDS):
+                return await self._arrive(group)
+        except PyMongoError as error:
+            if _concerns_all(error):
+                raise
+            log.warning(
+                "devices that came together arrive one by one", devices=len(group), error=brief(error)
+            )
+        except Exception:
+            log.exception("devices that came together arrive one by one", devices=len(group))
+        return ["alone"] * len(group)
+
+    async def _arrive(self, group: list[_Arriving]) -> list[_Outcome | Exception]:
+        people = await _read(_users(), {one.user for one in group}, PERSON)
+        rows = await _read(_devices(), {one.key for one in group}, _FIELDS)
+        now = datetime.now(UTC)
+        outcomes: list[_Outcome | Exception] = ["alone"] * len(group)
+        here: dict[str, int] = {}
+        new: dict[str, int] = {}
+        known: set[str] = set()
+        for number, one in enumerate(group):
+            if one.key in known:
+                # It comes twice; the second time it is known.
+                continue
+            known.add(one.key)
+            try:
+                verdict = self._judge(one, people.get(one.user), rows.get(one.key), now)
+            except (KeyError, TypeError, ValueError, AttributeError):
+                # What is stored of it makes no sense. Alone it fails by itself.
+                continue
+            if verdict == "new":
+                new[one.key] = number
+            else:
+                outcomes[number] = verdict
+                if isinstance(verdict, Arrival):
+                    here[one.key] = number
+        for key in await self._write(here, group, now):
+            outcomes[here[key]] = "alone"
+        if new:
+            found = await self._create({key: group[number] for key, number in new.items()}, people)
+            for key, number in new.items():
+                outcomes[number] = found[key]
+        return outcomes
+
+    def _judge(
+        self, one: _Arriving, person: Mapping[str, Any] | None, row: Mapping[str, Any] | None, now: datetime
+    ) -> _Verdict:
+        if person is None:
+            if not one.may_create:
+                return None
+            return "new" if row is None else "alone"
+        if is_barred(person):
+            return None
+        if person.get("gap") is not None:
+            return "alone"
+        if row is None:
+            return "new" if one.may_create else None
+        if row.get("removedAt") is not None:
+            return "alone"
+        if not standing_of(row).accepts(int(one.moment(now).timestamp()), one.session):
+            return None
+        seen = row.get("lastSeen")
+        if seen is not None and seen < now - self._accounts.inactive + _NEARLY:
+            return "alone"
+        arrival = arrival_of(row.get("gap"), row, changed=is_new(row, now), quiet=is_quiet(person))
+        return replace(arrival, full=row.get("fullSince") is not None)
+
+    async def _write(self, here: Mapping[str, int], group: Sequence[_Arriving], now: datetime) -> list[str]:
+        """Notes that these are here; returns those that must look again: they were removed meanwhile. Whose session ends at this
+        moment is noted all the same, and cut off like who had arrived a moment before."""
+        gone: list[str] = []
+        for live in (True, False):
+            keys = [key for key, number in here.items() if group[number].live is live]
+            if not keys:
+                continue
+            change = {"lastSeen": now, "liveAt": now} if live else {"lastSeen": now}
+            there = {"_id": {"$in": keys}, "removedAt": None}
+            result = await _devices().update_many(there, {"$set": change})
+            if result.matched_count < len(keys):
+                left = {row["_id"] async for row in _devices().find(there, {"_id": 1})}
+                gone += [key for key in keys if key not in left]
+        return gone
+
+    async def _create(
+        self, new: Mapping[str, _Arriving], people: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, _Outcome | Exception]:
+        """Makes devices that were never here, and their users where they are unknown."""
+        asked = datetime.now(UTC)
+        unknown: dict[str, datetime] = {}
+        for one in new.values():
+            if one.user not in people:
+                moment = one.moment(asked)
+                unknown[one.user] = max(moment, unknown.get(one.user, moment))
+        allowed = (await self._accounts.provision(unknown) if unknown else set()) | people.keys()
+        found: dict[str, _Outcome | Exception] = dict.fromkeys(new)
+        wanted = {key: one for key, one in new.items() if one.user in allowed}
+        made = list(wanted)
+        if made:
+            # The moment is that of the write: for a few seconds whoever meets a new device tells of it, too.
+            now = datetime.now(UTC)
+            try:
+                await _devices().insert_many([_document(one, now) for one in wanted.values()], ordered=False)
+            except BulkWriteError as error:
+                failed = {int(one["index"]): one.get("code") for one in error.details.get("writeErrors", ())}
+                if not failed:
+                    raise
+                for index, code in failed.items():
+                    found[made[index]] = "beside" if code == _DUPLICATE else "alone"
+                made = [key for index, key in enumerate(made) if index not in failed]
+        # A suspension names the user first and ends their devices then: it has ended these, or is seen here.
+        again = await _read(_users(), {new[key].user for key in made}, PERSON)
+        for key in made:
+            user = new[key].user
+            person = again.get(user)
+            arrival = arrival_of(None, {}, changed=True, quiet=is_quiet(person or {}))
+            if person is None or is_barred(person):
+                found[key] = await self._accounts.unless_barred(user, key, arrival)
+            else:
+                found[key] = arrival
+        return found
+
+
+def _concerns_all(error: PyMongoError) -> bool:
+    """Whether MongoDB is away: asking for each device would only take longer. What took too long may be one's fault."""
+    return isinstance(error, ConnectionFailure) and not isinstance(error, NetworkTimeout)
+
+
+def _document(one: _Arriving, now: datetime) -> dict[str, Any]:
+    here = {"lastSeen": now, "liveAt": now} if one.live else {"lastSeen": now}
+    return {"_id": one.key, "user": one.user, "createdAt": now, **here}
+
+
+async def _read(collection: Any, ids: Iterable[str], fields: Mapping[str, Any]) -> dict[str, Any]:
+    wanted = list(ids)
+    # One batch: what is read is small.
+    cursor = collection.find({"_id": {"$in": wanted}}, fields, batch_size=len(wanted) + 1)
+    return {row["_id"]: row async for row in cursor}
+
+
+def _users() -> Any:
+    return User.get_motor_collection()
+
+
+def _devices() -> Any:
+    return Device.get_motor_collection()

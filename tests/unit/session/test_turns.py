@@ -1,0 +1,47 @@
+"""A storm goes on a few at a time, and everybody else has their turn in between."""
+
+from __future__ import annotations
+
+import asyncio
+
+from relay.session.turns import Turns
+
+
+async def test_a_few_go_on_at_once_and_the_rest_in_order_a_few_at_a_time() -> None:
+    found = Turns(burst=3)
+    went: list[int] = []
+    # How many had gone at each turn of the loop.
+    counts: list[int] = []
+
+    async def one(number: int) -> None:
+        await found.turn()
+        went.append(number)
+
+    tasks = [asyncio.create_task(one(number), name=f"one {number}") for number in range(20)]
+    while not all(task.done() for task in tasks):
+        await asyncio.sleep(0)
+        counts.append(len(went))
+    assert went == list(range(20))
+    steps = [after - before for before, after in zip([0, *counts], counts, strict=False)]
+    assert max(steps) <= 3, counts
+    assert not len(found)
+
+
+async def test_who_comes_alone_does_not_wait() -> None:
+    found = Turns()
+    for _ in range(20):
+        task = asyncio.ensure_future(found.turn())
+        await asyncio.sleep(0)
+        assert task.done()
+        await asyncio.sleep(0)
+
+
+async def test_who_gives_up_takes_nobodys_turn() -> None:
+    found = Turns(burst=1)
+    tasks = [asyncio.ensure_future(found.turn()) for _ in range(10)]
+    await asyncio.sleep(0)
+    for task in tasks[1:9]:
+        task.cancel()
+    async with asyncio.timeout(5):
+        await tasks[9]
+    assert sum(task.cancelled() for task in tasks) >= 6
