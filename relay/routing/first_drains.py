@@ -20,7 +20,8 @@ from relay.store.gatherer import Gatherer, GathererClosed, GathererFull
 from relay.store.messages import Page
 from relay.store.mongo import PyMongoError, brief
 
-_TURNS: Final = 4
+# Half of those that read pages (relay.store.messages).
+_TURNS: Final = 8
 _MOST: Final = 250
 _QUEUE: Final = 50_000
 _PATIENCE: Final = 0.1

@@ -59,7 +59,7 @@ class Gateway:
         self._settings = settings
         self._addresses = addresses
         self._first = FirstDrains(ctx.messages, empty, ctx.metrics)
-        self._turns = Turns()
+        self._arrived = Turns()
         self._entering = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -77,7 +77,6 @@ class Gateway:
             compress=False,
             timeout=_CLOSE_SECONDS,
         )
-        await self._turns.turn()
         try:
             await ws.prepare(request)
         except web.HTTPBadRequest:
@@ -137,7 +136,7 @@ class Gateway:
         # Before its drain begins: what is committed elsewhere from now on is sent here.
         serial = await self._ctx.bus.enter(identity.user, identity.device)
         try:
-            await self._turns.turn()
+            await self._arrived.turn()
         except asyncio.CancelledError:
             # It is never registered: nobody else takes its line away.
             self._ctx.bus.leave(identity.user, identity.device, serial)

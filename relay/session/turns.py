@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 _BURST: Final = 4
@@ -16,7 +18,7 @@ class Turns:
     def __init__(self, burst: int = _BURST) -> None:
         self._burst = burst
         self._left = burst
-        self._queue: deque[asyncio.Future[None]] = deque()
+        self._queue: deque[Callable[[], bool]] = deque()
         self._next: asyncio.Handle | None = None
 
     def __len__(self) -> int:
@@ -24,24 +26,37 @@ class Turns:
 
     async def turn(self) -> None:
         """Waits for one's turn; not at all when few come."""
-        loop = asyncio.get_running_loop()
+        if self.free():
+            return
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.later(partial(_wake, waiter))
+        await waiter
+
+    def free(self) -> bool:
+        """Whether it is one's turn at once, which is taken then. Otherwise call ``later``."""
         if self._next is None:
-            self._next = loop.call_soon(self._turn)
+            self._next = asyncio.get_running_loop().call_soon(self._turn)
         if self._left and not self._queue:
             self._left -= 1
-            return
-        waiter: asyncio.Future[None] = loop.create_future()
-        self._queue.append(waiter)
-        await waiter
+            return True
+        return False
+
+    def later(self, then: Callable[[], bool]) -> None:
+        """Calls ``then`` when it is one's turn; it says whether it has done anything."""
+        self._queue.append(then)
 
     def _turn(self) -> None:
         self._left = self._burst
-        while self._queue and self._left:
-            waiter = self._queue.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
-                self._left -= 1
-        # Those that go on now are run before the next turn, and so is what came from sockets meanwhile.
+        # First of all: whatever somebody's turn brings, others have theirs. Those that go on now are run before that, and so is
+        # what came from sockets meanwhile.
         self._next = asyncio.get_running_loop().call_soon(self._turn) if self._queue else None
-        if self._next is None:
-            self._left = self._burst
+        while self._queue and self._left:
+            if self._queue.popleft()():
+                self._left -= 1
+
+
+def _wake(waiter: asyncio.Future[None]) -> bool:
+    if waiter.done():
+        return False
+    waiter.set_result(None)
+    return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final, cast
 
 import structlog
 from aiohttp import web
@@ -16,6 +16,7 @@ from handlers.http.route import Caller, Route, only
 from relay.session.addresses import Addresses
 from relay.session.admission import Admission, bearer
 from relay.session.gateway import Gateway
+from relay.session.turns import Turns
 from relay.store.batcher import BatcherClosed
 from relay.store.mongo import PyMongoError, brief
 from relay.wire import codec
@@ -26,6 +27,8 @@ log = structlog.get_logger(__name__)
 FIRST_REQUEST_SECONDS: Final = 30.0
 """How long a connection may take until its first request is there, headers and all."""
 _MAX_AGENT: Final = 200
+# Bytes: who sends more than that at once has come for something else than to connect, and is read at once.
+_MOST_HELD: Final = 65_536
 _CODE_OF_STATUS: dict[int, Code] = {
     400: "bad_request",
     404: "not_found",
@@ -123,16 +126,49 @@ class Runner(web.AppRunner):
     async def _make_server(self) -> web.Server:
         server = await super()._make_server()
         server.__class__ = _Server
+        # Made by aiohttp as one of its own.
+        cast(_Server, server).turns = Turns()
         return server
 
 
 class _Server(web.Server):
+    turns: Turns
+
     def __call__(self) -> web.RequestHandler:
-        return _Protocol(self, loop=self._loop, **self._kwargs)
+        return _Protocol(self, self.turns, loop=self._loop, **self._kwargs)
 
 
 class _Protocol(web.RequestHandler):
-    __slots__ = ("_silence",)
+    """Reads its first request when it is its turn: thousands may come at the same moment."""
+
+    __slots__ = ("_first", "_held", "_silence", "_turns")
+
+    def __init__(self, server: web.Server, turns: Turns, **options: Any) -> None:
+        super().__init__(server, **options)
+        self._turns = turns
+        self._first = True
+        # What has come before its turn.
+        self._held: list[bytes] | None = None
+
+    def data_received(self, data: bytes) -> None:
+        if self._first:
+            self._first = False
+            if not self._turns.free():
+                self._held = []
+                self._turns.later(self._begin)
+        if self._held is None:
+            super().data_received(data)
+            return
+        self._held.append(data)
+        if sum(map(len, self._held)) > _MOST_HELD:
+            self._begin()
+
+    def _begin(self) -> bool:
+        held, self._held = self._held, None
+        if held is None or self.transport is None or self.transport.is_closing():
+            return False
+        super().data_received(b"".join(held))
+        return True
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)

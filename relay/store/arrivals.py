@@ -36,7 +36,8 @@ from relay.wire.ids import device_key
 
 _MOST: Final = 250
 _QUEUE: Final = 20_000
-# A group that takes longer is asked one by one: a single document that somebody holds must not hold up hundreds of devices.
+# A group that takes longer gives way, and its devices arrive one by one: a single document that somebody holds must not hold up
+# hundreds of them.
 _GROUP_SECONDS: Final = 2.0
 _PATIENCE: Final = 0.1
 _BESIDE: Final = 8
@@ -156,10 +157,10 @@ class Arrivals:
         )
 
     async def _ask(self, group: list[_Arriving]) -> Sequence[_Outcome | Exception]:
-        if len(group) == 1:
-            return [await self._accounts_arrive(group[0])]
         try:
             with time_limit(_GROUP_SECONDS):
+                if len(group) == 1:
+                    return [await self._accounts_arrive(group[0])]
                 return await self._arrive(group)
         except PyMongoError as error:
             if _concerns_all(error):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextvars import Context
 from time import perf_counter
 from typing import Final, Generic, TypeVar
 
@@ -100,7 +101,8 @@ class Gatherer(Generic[Item, Answer]):
         """One more task, when there is something to ask and nothing that will be done in a moment."""
         if self._waiting and not self._prompt and len(self._tasks) < self._beside and not self._closed:
             self._prompt += 1
-            task = asyncio.create_task(self._work(), name=f"gather {self._name}")
+            # In a context of its own: a time limit of who happens to come first is not that of those who follow.
+            task = asyncio.create_task(self._work(), name=f"gather {self._name}", context=Context())
             self._tasks.add(task)
             task.add_done_callback(self._ended)
 

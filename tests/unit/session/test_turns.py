@@ -45,3 +45,22 @@ async def test_who_gives_up_takes_nobodys_turn() -> None:
     async with asyncio.timeout(5):
         await tasks[9]
     assert sum(task.cancelled() for task in tasks) >= 6
+
+
+async def test_a_turn_that_fails_is_nobodys_but_its_own() -> None:
+    found = Turns(burst=1)
+    failures: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
+
+    def fails() -> bool:
+        raise LookupError
+
+    try:
+        assert found.free()
+        assert not found.free()
+        found.later(fails)
+        async with asyncio.timeout(5):
+            await found.turn()
+    finally:
+        asyncio.get_running_loop().set_exception_handler(None)
+    assert len(failures) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -159,6 +160,20 @@ async def test_a_question_that_answers_too_few_is_a_fault_of_its_group_only() ->
     with pytest.raises(RuntimeError):
         await found.answer(0)
     assert await found.answer(1) == 1
+
+
+async def test_a_time_limit_of_who_came_first_is_not_that_of_those_who_follow() -> None:
+    limit: ContextVar[int | None] = ContextVar("limit", default=None)
+    seen: list[int | None] = []
+
+    async def look(group: list[int]) -> list[int]:
+        seen.append(limit.get())
+        return group
+
+    found = Gatherer[int, int]("test", look, metrics=Metrics(), most=1, queue=10, patience=30, beside=1)
+    limit.set(1)
+    await asyncio.gather(*(found.answer(number) for number in range(3)))
+    assert seen == [None, None, None]
 
 
 async def test_nobody_waits_for_ever_whatever_the_order_of_events() -> None:
