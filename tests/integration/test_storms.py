@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -16,6 +17,7 @@ from tests.support.device import Closed, WireDevice
 from tests.support.failpoints import failing
 from tests.support.node import Node, NodeFactory
 from tests.support.on_cluster import ON_CLUSTER
+from tests.support.valkey import open_valkey
 
 COMMANDS = ("find", "update", "insert", "findAndModify", "aggregate", "delete", "getMore")
 MANY = 200
@@ -253,3 +255,49 @@ async def test_new_devices_are_recipients_at_every_node_before_they_are_welcome(
         bodies: set[str] = set()
         while bodies != {"before", "after"}:
             bodies.add((await device.expect("msg", seconds=40))["body"])
+
+
+async def test_requests_of_many_connections_at_once_are_all_answered_whatever_their_size(node: Node) -> None:
+    users = people(100)
+    await make_known(node, users)
+
+    async def asks(number: int, user: str) -> int:
+        # More than is held back until it is one's turn.
+        body = {"t": "x" * (200_000 if number % 10 == 0 else 10)}
+        status, _ = await node.request("POST", "/v1/messages", user, "phone", body)
+        return status
+
+    found = await asyncio.gather(*(asks(number, user) for number, user in enumerate(users)))
+    assert set(found) == {400}, "each is read to its end, and refused for what it says"
+
+
+async def test_new_devices_are_confirmed_by_the_other_node_together(
+    nodes: NodeFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_valkey(tmp_path) as valkey:
+        one, other = [
+            await nodes.start(leases=True, sweep_seconds=3600, redis_url=valkey.url) for _ in range(2)
+        ]
+        users = people(60)
+        await make_known(one, ["ann"])
+        conv = await one.group("ann", users)
+        sender = await other.connect("ann")
+        # The other node believes that nobody of them has a device.
+        await sender.sent(conv, "before")
+        told = 0
+        invalidate = one.relay.context.bus.invalidate
+
+        async def counted(*given: Any) -> bool:
+            nonlocal told
+            told += 1
+            return await invalidate(*given)
+
+        monkeypatch.setattr(one.relay.context.bus, "invalidate", counted)
+        found = [device for device in await come(one, users) if isinstance(device, WireDevice)]
+        assert len(found) == len(users)
+        assert told < len(users) / 2, "changes that come together are told together"
+        await sender.sent(conv, "after")
+        for device in found:
+            await device.expect("msg", seconds=30, body="after")
+        for node in (one, other):
+            await nodes.stop(node)
