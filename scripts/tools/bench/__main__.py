@@ -1,4 +1,4 @@
-"""``scripts/bench``: limit, live, fanout, idle, soak, control."""
+"""``scripts/bench``: limit, live, fanout, nodes, idle, soak, control."""
 
 from __future__ import annotations
 
@@ -15,21 +15,33 @@ import aiohttp
 import msgspec
 import typer
 import uvloop
+from redis.exceptions import RedisError
 
 from relay.store.embedded import EmbeddedError
 from relay.store.mongo import MongoUnavailable, PyMongoError
 from scripts.tools.bench import control as plane
 from scripts.tools.bench import fanout as spreading
-from scripts.tools.bench import fanout_results, memory
+from scripts.tools.bench import fanout_results, memory, nodes_options, nodes_results
 from scripts.tools.bench import live as traffic
+from scripts.tools.bench import nodes as several
 from scripts.tools.bench.limit import CYCLES_IN_FLIGHT, Limit
 from scripts.tools.bench.live import Live, Options
 from scripts.tools.bench.memory import Idle, Soak
 from scripts.tools.bench.report import Screen, write_json
 from scripts.tools.bench.stage import BenchError
+from tests.support.mongo_server import ServerError
 
 _INTERRUPTED: Final = 130
-_EXPECTED: Final = (BenchError, EmbeddedError, MongoUnavailable, PyMongoError, OSError, aiohttp.ClientError)
+_EXPECTED: Final = (
+    BenchError,
+    EmbeddedError,
+    MongoUnavailable,
+    PyMongoError,
+    RedisError,
+    ServerError,
+    OSError,
+    aiohttp.ClientError,
+)
 
 app = typer.Typer(
     add_completion=False,
@@ -189,6 +201,78 @@ def fanout(
     )
     found: fanout_results.Fanout = _run(spreading.run(options, screen))
     _finish(found, lambda shown: fanout_results.show(shown, screen), json, ok=found.ok)
+
+
+@app.command()
+def nodes(
+    scenario: Annotated[
+        list[nodes_options.Scenario] | None,
+        typer.Option(help="Only this, several times for several; all without.", show_default=False),
+    ] = None,
+    pairs: Pairs = 100,
+    window: Window = 4,
+    size: Size = 200,
+    rounds: Annotated[
+        int, typer.Option(min=1, max=50, help="How often the two of a comparison take turns.")
+    ] = 3,
+    seconds: Annotated[float, typer.Option(min=0.5, max=3600, help="The measured window of each turn.")] = 5,
+    warmup: Annotated[float, typer.Option(min=0, max=600, help="Seconds before it.")] = 2,
+    rate: Annotated[float, typer.Option(min=1, help="hop: messages/s.")] = 1000,
+    shards_rate: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            help="shards: messages/s of an open loop, instead of as many as can be.",
+            show_default=False,
+        ),
+    ] = None,
+    devices: Annotated[int, typer.Option(min=1, max=100_000, help="storm, kill, idle: so many.")] = 2000,
+    group_devices: Annotated[
+        int, typer.Option(min=1, max=1000, help="storm, kill: of one group, to the same messages.")
+    ] = 10,
+    messages: Annotated[int, typer.Option(min=1, max=256, help="storm, kill: waiting for each.")] = 5,
+    storm_rate: Annotated[float, typer.Option(min=1, help="storm, kill: messages/s of others.")] = 300,
+    at_once: Annotated[
+        int, typer.Option(min=1, max=100_000, help="storm, kill: devices under way at the same time.")
+    ] = 2000,
+    calm: Annotated[float, typer.Option(min=0.5, max=600, help="storm, kill: seconds before it.")] = 8,
+    rates: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="costs: messages/s, several times for several; 300, 1,000 and 3,000 without.",
+            show_default=False,
+        ),
+    ] = None,
+    idle_seconds: Annotated[
+        float, typer.Option(min=1, max=3600, help="idle: so long do the devices only listen.")
+    ] = 35,
+    kept: Annotated[int, typer.Option(min=100, max=10_000_000, help="disk: messages stored.")] = 100_000,
+    json: Json = None,
+) -> None:
+    """Two nodes against one, another node against the same, two shards against a replica set, and many devices at once."""
+    screen = Screen(json_on_stdout=json == "-")
+    options = nodes_options.Options(
+        scenarios=tuple(scenario or nodes_options.Scenario),
+        pairs=pairs,
+        window=window,
+        size=size,
+        rounds=rounds,
+        seconds=seconds,
+        warmup=warmup,
+        rate=rate,
+        shards_rate=shards_rate,
+        devices=devices,
+        group_devices=group_devices,
+        messages=messages,
+        storm_rate=storm_rate,
+        at_once=at_once,
+        calm=calm,
+        rates=tuple(rates or nodes_options.RATES),
+        idle_seconds=idle_seconds,
+        kept=kept,
+    )
+    found: nodes_results.Nodes = _run(several.run(options, screen))
+    _finish(found, lambda shown: nodes_results.show(shown, screen), json, ok=found.ok)
 
 
 @app.command()

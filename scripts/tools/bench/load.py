@@ -1,6 +1,6 @@
 """The load generator, a process of its own: takes an Order on standard input, tells News on standard output.
 
-It holds its connections until standard input ends or brings another line, so that what is still under way can be looked at.
+It holds its connections until standard input ends, so that what is still under way can be looked at. A line ends a phase.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import gc
 import os
 import sys
 from collections.abc import Coroutine
+from itertools import pairwise
 from time import perf_counter
 from typing import Any, Final, TypeVar
 
@@ -19,9 +20,18 @@ import msgspec
 import uvloop
 
 from relay.security.tokens import mint
-from scripts.tools.bench.messages import Connected, Counted, Failed, Measured, News, Order, Progress
+from scripts.tools.bench.messages import (
+    Connected,
+    Counted,
+    Failed,
+    Measured,
+    News,
+    Order,
+    Percentiles,
+    Progress,
+)
 from scripts.tools.bench.pairs import Pacer, Pair, Tally, percentiles
-from scripts.tools.bench.processes import Usage, usages
+from scripts.tools.bench.processes import Usage, transferred, usages
 from scripts.tools.bench.sockets import Drained, Op, Socket, connect
 
 _AT_ONCE: Final = 64
@@ -71,11 +81,12 @@ class Door:
         order = self._order
         return mint(order.secret, user, _DEVICE, audience=order.audience, lifetime=_TOKEN_SECONDS)
 
-    async def enter(self, user: str) -> tuple[Socket, Idle]:
-        """A connection that has drained. Raises OSError."""
+    async def enter(self, user: str, port: int | None = None) -> tuple[Socket, Idle]:
+        """A connection that has drained, to the first node unless ``port`` says another. Raises OSError."""
+        order = self._order
         async with self._turns:
             idle = Idle()
-            socket = await connect(idle, self._order.host, self._order.port, self.token(user))
+            socket = await connect(idle, order.host, port or order.port, self.token(user))
             self.sockets.append(socket)
             async with asyncio.timeout(_READY_SECONDS):
                 await idle.drained
@@ -87,14 +98,30 @@ class Door:
             socket.close()
 
 
+class Phases:
+    """When the phases of a window ended; ``over`` after so many."""
+
+    def __init__(self, wanted: int) -> None:
+        self._wanted = wanted
+        self.ends: list[float] = []
+        self.over = asyncio.Event()
+
+    def end(self) -> None:
+        """One has ended."""
+        self.ends.append(perf_counter())
+        if len(self.ends) >= self._wanted:
+            self.over.set()
+
+
 class Load:
     """One run of pairs."""
 
-    def __init__(self, order: Order, door: Door) -> None:
+    def __init__(self, order: Order, door: Door, phases: Phases) -> None:
         self._order = order
         self._door = door
+        self._phases = phases
         self._pids = {**order.pids, "load": os.getpid()}
-        self.tally = Tally(mark=order.mark, wanted=order.messages)
+        self.tally = Tally(mark=order.mark, wanted=order.messages, keep_due=bool(order.phases))
         self._pairs: list[Pair] = []
 
     async def prepare(self) -> None:
@@ -123,12 +150,15 @@ class Load:
                 for pair in self._pairs:
                     pair.send((perf_counter(),) * order.window)
             await asyncio.sleep(order.warmup)
+            bytes_before = transferred(os.getpid())
             before, started = usages(self._pids), perf_counter()
             tally.recording = True
+            ending = self._phases.over if order.phases else tally.enough
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(tally.enough.wait(), order.seconds)
+                await asyncio.wait_for(ending.wait(), order.seconds)
             tally.recording = False
-            after, seconds = usages(self._pids), perf_counter() - started
+            after, ended = usages(self._pids), perf_counter()
+            bytes_after = transferred(os.getpid())
             late = 0
             if pacer is not None:
                 late = pacer.late
@@ -137,7 +167,7 @@ class Load:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(tally.settled.wait(), _GRACE_SECONDS)
             return Measured(
-                seconds=seconds,
+                seconds=ended - started,
                 delivered=tally.recorded,
                 per_frame=tally.recorded / max(1, tally.frames),
                 late=late,
@@ -146,11 +176,24 @@ class Load:
                 before=before,
                 marked=marking.result() if marking.done() else {},
                 after=after,
+                phases_ms=self._by_phase(started, ended),
+                read_bytes=bytes_after[0] - bytes_before[0],
+                written_bytes=bytes_after[1] - bytes_before[1],
             )
         finally:
             for task in (progress, marking):
                 task.cancel()
             await asyncio.gather(progress, marking, return_exceptions=True)
+
+    def _by_phase(self, started: float, ended: float) -> list[Percentiles]:
+        if not self._order.phases:
+            return []
+        bounds = [started, *self._phases.ends[: self._order.phases - 1], ended]
+        times = list(zip(self.tally.due, self.tally.came, strict=True))
+        return [
+            percentiles([came - due for due, came in times if first <= due < last])
+            for first, last in pairwise(bounds)
+        ]
 
     def counted(self) -> Counted:
         """What became of everything that was sent."""
@@ -169,7 +212,9 @@ class Load:
     async def _pair(self, http: aiohttp.ClientSession, number: int) -> Pair:
         order = self._order
         names = [f"bench-{order.run}-{number}-{part}" for part in ("from", "to")]
-        (sending, _), (receiving, _) = [await self._door.enter(name) for name in names]
+        (sending, _), (receiving, _) = [
+            await self._door.enter(name, port) for name, port in zip(names, ports(order, number), strict=True)
+        ]
         url = f"http://{order.host}:{order.port}/v1/conversations"
         headers = {"Authorization": f"Bearer {self._door.token(names[0])}"}
         async with http.post(url, json={"type": "direct", "members": [names[1]]}, headers=headers) as answer:
@@ -203,6 +248,23 @@ class Load:
             known, since = tally.delivered, now
 
 
+def ports(order: Order, number: int) -> tuple[int, int]:
+    """Where the sender and the recipient of a pair are connected."""
+    nodes = [order.port, *order.more_ports]
+    count = len(nodes)
+    sender = number % count
+    match order.placement:
+        case "first":
+            return order.port, order.port
+        case "same":
+            recipient = sender
+        case "apart":
+            recipient = (sender + 1) % count
+        case "mixed":
+            recipient = (number // count) % count
+    return nodes[sender], nodes[recipient]
+
+
 async def open_idle(order: Order, door: Door) -> list[Idle]:
     """Opens idle connections. Raises OSError."""
     started = perf_counter()
@@ -220,7 +282,7 @@ async def open_idle(order: Order, door: Door) -> list[Idle]:
     return opened
 
 
-async def generate(order: Order, dismissed: asyncio.Task[bytes]) -> None:
+async def generate(order: Order, phases: Phases, dismissed: asyncio.Task[None]) -> None:
     """The whole run; ``dismissed`` is done when the bench wants it to end. Raises OSError and GiveUp."""
     door = Door(order)
     try:
@@ -229,7 +291,7 @@ async def generate(order: Order, dismissed: asyncio.Task[bytes]) -> None:
             await dismissed
             tell(_counted_idle(devices))
             return
-        load = Load(order, door)
+        load = Load(order, door, phases)
         await _unless(dismissed, load.prepare())
         tell(await _unless(dismissed, load.run()))
         await dismissed
@@ -254,7 +316,7 @@ def _counted_idle(devices: list[Idle]) -> Counted:
     )
 
 
-async def _unless(dismissed: asyncio.Task[bytes], work: Coroutine[Any, Any, Result]) -> Result:
+async def _unless(dismissed: asyncio.Task[None], work: Coroutine[Any, Any, Result]) -> Result:
     """The result of ``work``. Raises GiveUp when the bench is gone before."""
     task = asyncio.create_task(work, name="load")
     try:
@@ -278,10 +340,11 @@ async def _main() -> int:
     loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     order = msgspec.json.decode(await reader.readline(), type=Order)
-    dismissed = asyncio.create_task(reader.read(), name="dismissal")
+    phases = Phases(order.phases)
+    dismissed = asyncio.create_task(_heed(reader, phases), name="dismissal")
     code = 0
     try:
-        await generate(order, dismissed)
+        await generate(order, phases, dismissed)
     except* (OSError, GiveUp, TimeoutError, aiohttp.ClientError) as problems:
         tell(Failed(reason=_first(problems)))
         code = 1
@@ -289,6 +352,11 @@ async def _main() -> int:
         dismissed.cancel()
         await asyncio.gather(dismissed, return_exceptions=True)
     return code
+
+
+async def _heed(reader: asyncio.StreamReader, phases: Phases) -> None:
+    while await reader.readline():
+        phases.end()
 
 
 def _first(problems: BaseExceptionGroup[Any]) -> str:

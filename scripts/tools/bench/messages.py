@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from scripts.tools.bench.processes import Usage
+
+Placement = Literal["first", "same", "apart", "mixed"]
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
     """What to generate. ``connections`` opens idle devices instead of pairs. ``rate`` (messages/s, all pairs together)
     makes the loop open. The window lasts ``seconds``, or until ``messages`` were delivered; ``mark`` is the number of
-    messages at which memory is noted. ``pids`` are the processes whose use is noted."""
+    messages at which memory is noted. ``pids`` are the processes whose use is noted. With ``phases`` the window has so many, each
+    ended by a line, the last one by ``seconds`` at the latest. ``more_ports`` are other nodes on the same host, and ``placement``
+    says where the two of a pair are connected: both at the first node, both at the same one of all in turn, at two different ones, or as by lot, evenly."""
 
     host: str
     port: int
@@ -26,6 +32,9 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     messages: int | None = None
     mark: int | None = None
     rate: float | None = None
+    phases: int = 0
+    more_ports: list[int] = []
+    placement: Placement = "first"
     pids: dict[str, int] = {}
 
 
@@ -61,7 +70,8 @@ class Percentiles(msgspec.Struct, frozen=True, kw_only=True):
 
 class Measured(News, tag="measured", frozen=True):
     """The measured window; ``per_frame`` messages came in one frame on average. ``before`` and ``after`` are the processes at its ends, ``marked`` when ``mark`` was reached;
-    ``late`` sends were due in an open loop and had not been made when it ended."""
+    ``late`` sends were due in an open loop and had not been made when it ended. ``phases_ms``: of the messages that were due in each
+    phase, from then to their delivery, however late that was. ``read_bytes`` and ``written_bytes``: by the devices, all in all."""
 
     seconds: float
     delivered: int
@@ -72,6 +82,9 @@ class Measured(News, tag="measured", frozen=True):
     before: dict[str, Usage]
     marked: dict[str, Usage]
     after: dict[str, Usage]
+    phases_ms: list[Percentiles] = []
+    read_bytes: int = 0
+    written_bytes: int = 0
 
 
 class Counted(News, tag="counted", frozen=True):

@@ -32,16 +32,20 @@ def message_id(number: int) -> str:
 class Tally:
     """What became of the messages of all pairs. Times are ``perf_counter`` seconds; ``recording`` is on in the measured
     window only. ``enough`` is set when ``wanted`` messages were delivered in it, ``marked`` at ``mark`` of them, and
-    ``settled`` once nothing is outstanding after ``stop``."""
+    ``settled`` once nothing is outstanding after ``stop``. With ``keep_due`` the times at which messages were due and came are kept,
+    until everything has settled."""
 
     __slots__ = (
+        "came",
         "closed",
         "delivered",
         "delivered_ms",
+        "due",
         "enough",
         "errors",
         "failed",
         "frames",
+        "keep_due",
         "mark",
         "marked",
         "next_stop",
@@ -59,7 +63,7 @@ class Tally:
         "wanted",
     )
 
-    def __init__(self, *, mark: int | None = None, wanted: int | None = None) -> None:
+    def __init__(self, *, mark: int | None = None, wanted: int | None = None, keep_due: bool = False) -> None:
         self.sent = self.stored = self.delivered = self.recorded = self.frames = 0
         self.repeated = self.unknown = self.failed = self.closed = 0
         self.errors: list[str] = []
@@ -67,6 +71,9 @@ class Tally:
         self.undelivered: dict[str, float] = {}
         self.stored_ms = array("d")
         self.delivered_ms = array("d")
+        self.keep_due = keep_due
+        self.due = array("d")
+        self.came = array("d")
         self.running = True
         self.recording = False
         self.mark = mark
@@ -227,6 +234,9 @@ class Recipient(End):
                 came += 1
                 if tally.recording:
                     tally.delivered_ms.append(now - intended)
+                if tally.keep_due:
+                    tally.due.append(intended)
+                    tally.came.append(now)
             elif isinstance(op, Error):
                 tally.refused(op)
         if not messages:

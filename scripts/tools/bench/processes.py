@@ -43,6 +43,13 @@ def usages(pids: Mapping[str, int]) -> dict[str, Usage]:
     return found
 
 
+def transferred(pid: int) -> tuple[int, int]:
+    """Bytes that a process has read and written, sockets included where it reads and writes them as files, as uvloop does. Raises
+    OSError."""
+    lines = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
+    return int(lines["rchar"]), int(lines["wchar"])
+
+
 def spent(before: Mapping[str, Usage], after: Mapping[str, Usage]) -> dict[str, float]:
     """CPU seconds between two readings, by process; ``others`` is what else ran on the machine."""
     found = {name: after[name].cpu - before[name].cpu for name in sorted(after.keys() & before.keys())}

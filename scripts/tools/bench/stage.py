@@ -80,6 +80,11 @@ class LoadGenerator:
             raise BenchError(f"the load could not be generated: {found.reason}")
         return found
 
+    def end_phase(self) -> None:
+        """The next phase of its window begins, or the window ends."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(b"\n")
+
     def dismiss(self) -> None:
         """Lets it tell its final counts and end."""
         assert self._process.stdin is not None
@@ -100,11 +105,16 @@ async def mongod(directory: Path, cache_gb: float) -> AsyncIterator[tuple[str, i
 
 @contextlib.asynccontextmanager
 async def relay_node(
-    uri: str, database: str, directory: Path, settings: Mapping[str, str] | None = None
+    uri: str,
+    database: str,
+    directory: Path,
+    settings: Mapping[str, str] | None = None,
+    *,
+    secret: str | None = None,
 ) -> AsyncIterator[RelayNode]:
     """A relay on this database, listening on a free port. RELAY_* of the environment apply, but for what says where
-    things are, and ``settings`` instead of them. Raises BenchError."""
-    secret = secrets.token_hex(32)
+    things are, and ``settings`` instead of them. ``secret`` signs tokens; one of its own when None. Raises BenchError."""
+    secret = secret or secrets.token_hex(32)
     own = {
         "RELAY_HOST": "127.0.0.1",
         "RELAY_PORT": "0",
