@@ -172,7 +172,9 @@ class Load:
                 per_frame=tally.recorded / max(1, tally.frames),
                 late=late,
                 stored_ms=percentiles(tally.stored_ms),
-                delivered_ms=percentiles(tally.delivered_ms),
+                delivered_ms=percentiles([*tally.together_ms, *tally.apart_ms]),
+                apart_ms=percentiles(tally.apart_ms),
+                together_ms=percentiles(tally.together_ms),
                 before=before,
                 marked=marking.result() if marking.done() else {},
                 after=after,
@@ -212,8 +214,9 @@ class Load:
     async def _pair(self, http: aiohttp.ClientSession, number: int) -> Pair:
         order = self._order
         names = [f"bench-{order.run}-{number}-{part}" for part in ("from", "to")]
+        places = ports(order, number)
         (sending, _), (receiving, _) = [
-            await self._door.enter(name, port) for name, port in zip(names, ports(order, number), strict=True)
+            await self._door.enter(name, port) for name, port in zip(names, places, strict=True)
         ]
         url = f"http://{order.host}:{order.port}/v1/conversations"
         headers = {"Authorization": f"Bearer {self._door.token(names[0])}"}
@@ -221,7 +224,13 @@ class Load:
             if answer.status not in (200, 201):
                 raise GiveUp(f"the relay made no conversation: {answer.status} {(await answer.text())[:200]}")
             conversation = (await answer.json())["id"]
-        pair = Pair(self.tally, conversation, order.size, closed_loop=order.rate is None)
+        pair = Pair(
+            self.tally,
+            conversation,
+            order.size,
+            closed_loop=order.rate is None,
+            apart=places[0] != places[1],
+        )
         pair.sender.attach(sending)
         pair.recipient.attach(receiving)
         sending.listen(pair.sender)

@@ -70,7 +70,8 @@ class Percentiles(msgspec.Struct, frozen=True, kw_only=True):
 
 class Measured(News, tag="measured", frozen=True):
     """The measured window; ``per_frame`` messages came in one frame on average. ``before`` and ``after`` are the processes at its ends, ``marked`` when ``mark`` was reached;
-    ``late`` sends were due in an open loop and had not been made when it ended. ``phases_ms``: of the messages that were due in each
+    ``late`` sends were due in an open loop and had not been made when it ended. ``together_ms`` and ``apart_ms`` are the
+    ``delivered_ms`` of pairs at the same node and at two. ``phases_ms``: of the messages that were due in each
     phase, from then to their delivery, however late that was. ``read_bytes`` and ``written_bytes``: by the devices, all in all."""
 
     seconds: float
@@ -79,6 +80,8 @@ class Measured(News, tag="measured", frozen=True):
     late: int
     stored_ms: Percentiles
     delivered_ms: Percentiles
+    together_ms: Percentiles
+    apart_ms: Percentiles
     before: dict[str, Usage]
     marked: dict[str, Usage]
     after: dict[str, Usage]

@@ -20,7 +20,7 @@ from relay.store.mongo import Mongo
 from scripts.tools.bench import disk, groups, live, nodes_costs, nodes_storm
 from scripts.tools.bench.messages import Placement
 from scripts.tools.bench.nodes_options import Options, Scenario, sizes
-from scripts.tools.bench.nodes_results import Compared, Nodes, Storm, goals, side
+from scripts.tools.bench.nodes_results import Compared, Hop, Nodes, Storm, goals, side
 from scripts.tools.bench.report import Check, Screen
 from scripts.tools.bench.sites import Beneath, Run, Site, drive, site
 from scripts.tools.bench.stage import AUDIENCE, BenchError, raise_file_limit
@@ -29,7 +29,6 @@ from tests.cluster import Cluster
 
 _ABOUT: Final[Mapping[str, Callable[[Run], float]]] = {
     "workers": lambda run: run.rate,
-    "hop": lambda run: run.measured.delivered_ms.p50,
     "shards": lambda run: run.cpu_us.get("relay", 0.0) + run.cpu_us.get("mongod", 0.0),
 }
 _PREFIX: Final = "relay_bench_"
@@ -131,12 +130,40 @@ class _Work:
                 "workers", ("one node", one, "first"), ("two nodes, Redis", two, "mixed"), None
             )
 
-    async def hop(self) -> Compared:
-        """The same two nodes: sender and recipient at the same one, or at different ones."""
-        async with self._site(2) as two:
-            return await self._compare(
-                "hop", ("same node", two, "same"), ("another node", two, "apart"), self.options.rate
-            )
+    async def hop(self) -> Hop:
+        """Sender and recipient at the same node or at two, in the same window: what else the machine does concerns both."""
+        options = self.options
+        runs = []
+        with self.screen.working("hop") as show:
+            async with self._site(2) as two:
+                for number in range(options.rounds):
+                    order = two.order(
+                        placement="mixed",
+                        pairs=options.pairs,
+                        size=options.size,
+                        warmup=options.warmup,
+                        seconds=options.seconds,
+                        rate=options.rate,
+                    )
+                    runs.append(await drive(two, order, show, f"hop: {number + 1} of {options.rounds}"))
+        same = [run.measured.together_ms for run in runs]
+        another = [run.measured.apart_ms for run in runs]
+        return Hop(
+            pairs=options.pairs,
+            asked_rate=options.rate,
+            rounds=options.rounds,
+            seconds=options.seconds,
+            same=same,
+            another=another,
+            more_p50=median(after.p50 - before.p50 for before, after in zip(same, another, strict=True)),
+            more_p99=median(after.p99 - before.p99 for before, after in zip(same, another, strict=True)),
+            run=side("two nodes", runs),
+            checks=[
+                Check(f"hop {number}: {check.name}", check.ok, check.found)
+                for number, run in enumerate(runs, 1)
+                for check in run.checks
+            ],
+        )
 
     async def shards(self) -> Compared:
         """A replica set against a cluster of two shards."""

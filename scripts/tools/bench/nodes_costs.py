@@ -20,10 +20,12 @@ _REST_SECONDS: Final = 4.0
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True):
-    """One load: what a message took of each process, beyond what they take at rest, and its calls."""
+    """One load: what a message took of each process, beyond what they take at rest, and its calls. ``commit_ms`` is the mean time of a
+    group commit of messages."""
 
     name: str
     rate: float
+    commit_ms: float
     mongo_requests: float
     publications: float
     relay: float
@@ -120,6 +122,7 @@ def _point(name: str, run: Run, rest: tuple[float, float, float]) -> Point:
     return Point(
         name=name,
         rate=run.rate,
+        commit_ms=run.commits["send"].ms,
         mongo_requests=run.use.mongo_requests,
         publications=run.use.redis_publications,
         relay=relay,

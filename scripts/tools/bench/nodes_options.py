@@ -25,7 +25,7 @@ class Scenario(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What was asked for. ``rate`` is that of the open loops of ``hop``, ``storm`` and ``kill``; ``shards_rate`` makes that of
+    """What was asked for. ``rate`` is that of ``hop``, ``storm_rate`` of the others while devices come back; ``shards_rate`` makes the loop of
     ``shards`` open too. ``seconds`` and ``warmup`` are of each round; ``devices`` come back at once, in groups of
     ``group_devices``, to ``messages`` each, or only listen for ``idle_seconds``; ``rates`` are those of ``costs``, ``kept`` the messages
     that ``disk`` stores."""

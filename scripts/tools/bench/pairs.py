@@ -32,14 +32,15 @@ def message_id(number: int) -> str:
 class Tally:
     """What became of the messages of all pairs. Times are ``perf_counter`` seconds; ``recording`` is on in the measured
     window only. ``enough`` is set when ``wanted`` messages were delivered in it, ``marked`` at ``mark`` of them, and
-    ``settled`` once nothing is outstanding after ``stop``. With ``keep_due`` the times at which messages were due and came are kept,
+    ``settled`` once nothing is outstanding after ``stop``. Deliveries to another node than the sender's
+    are ``apart_ms``. With ``keep_due`` the times at which messages were due and came are kept,
     until everything has settled."""
 
     __slots__ = (
+        "apart_ms",
         "came",
         "closed",
         "delivered",
-        "delivered_ms",
         "due",
         "enough",
         "errors",
@@ -57,6 +58,7 @@ class Tally:
         "settled",
         "stored",
         "stored_ms",
+        "together_ms",
         "undelivered",
         "unknown",
         "unstored",
@@ -70,7 +72,8 @@ class Tally:
         self.unstored: dict[str, float] = {}
         self.undelivered: dict[str, float] = {}
         self.stored_ms = array("d")
-        self.delivered_ms = array("d")
+        self.together_ms = array("d")
+        self.apart_ms = array("d")
         self.keep_due = keep_due
         self.due = array("d")
         self.came = array("d")
@@ -126,18 +129,21 @@ class Tally:
 
 
 class Pair:
-    """A sending and a receiving device of one direct conversation. ``closed_loop``: a delivery causes the next send."""
+    """A sending and a receiving device of one direct conversation. ``closed_loop``: a delivery causes the next send. ``apart``: they are
+    connected to different nodes."""
 
     __slots__ = ("_ack", "_chunk", "_head", "_tail", "_tally", "recipient", "sender")
 
-    def __init__(self, tally: Tally, conversation: str, size: int, *, closed_loop: bool) -> None:
+    def __init__(
+        self, tally: Tally, conversation: str, size: int, *, closed_loop: bool, apart: bool = False
+    ) -> None:
         self._tally = tally
         self._head = '{"t":"send","id":"'
         self._tail = f'","conv":"{conversation}","kind":"text","body":"{"x" * size}"}}'
         self._ack = f'{{"t":"ack","conv":"{conversation}","ids":["'
         self._chunk = max(1, min(_FRAME_OPERATIONS, _FRAME_BYTES // (size + 256)))
         self.sender = Sender(tally)
-        self.recipient = Recipient(self, tally, closed_loop=closed_loop)
+        self.recipient = Recipient(self, tally, closed_loop=closed_loop, apart=apart)
 
     def send(self, times: Sequence[float]) -> None:
         """Sends one message for each intended time, in one frame where they fit."""
@@ -210,10 +216,11 @@ class Sender(End):
 class Recipient(End):
     """Hears what is delivered, acknowledges it, and lets the sender go on."""
 
-    __slots__ = ("_closed_loop", "_pair")
+    __slots__ = ("_closed_loop", "_pair", "_times")
 
-    def __init__(self, pair: Pair, tally: Tally, *, closed_loop: bool) -> None:
+    def __init__(self, pair: Pair, tally: Tally, *, closed_loop: bool, apart: bool) -> None:
         super().__init__(tally)
+        self._times = tally.apart_ms if apart else tally.together_ms
         self._pair = pair
         self._closed_loop = closed_loop
 
@@ -233,7 +240,7 @@ class Recipient(End):
                     continue
                 came += 1
                 if tally.recording:
-                    tally.delivered_ms.append(now - intended)
+                    self._times.append(now - intended)
                 if tally.keep_due:
                     tally.due.append(intended)
                     tally.came.append(now)
