@@ -107,12 +107,12 @@ def groups(
     times = _poisson(lot, rate, count)
     by_lane: list[list[int]] = [[] for _ in range(lanes)]
     for number in range(count):
-        by_lane[lot.randrange(lanes)].append(number)
+        by_lane[int(lot.random() * lanes)].append(number)
     committed: list[tuple[float, list[int]]] = []
     for its in by_lane:
         committed += _commits(times, its, inputs["commit_ms"] / 1000 * slow, inputs["send_spacing_ms"] / 1000)
     targets = [
-        [lot.randrange(nodes) for _ in range(known.recipients[number % len(known.recipients)])]
+        [int(lot.random() * nodes) for _ in range(known.recipients[number % len(known.recipients)])]
         for number in range(count)
     ]
     lookups = keys = publications = copies = remote = 0
@@ -189,7 +189,7 @@ def _acks(lot: random.Random, inputs: Inputs, rate: float, lanes: int, count: in
     spacing = inputs["ack_spacing_ms"] / 1000
     by_lane: list[list[float]] = [[] for _ in range(lanes)]
     for moment in _poisson(lot, rate, count):
-        by_lane[lot.randrange(lanes)].append(moment)
+        by_lane[int(lot.random() * lanes)].append(moment)
     found = 0
     for times in by_lane:
         free, place = 0.0, 0
@@ -212,5 +212,5 @@ def _receipts(lot: random.Random, inputs: Inputs, rate: float, nodes: int, count
     window = inputs["receipts_ms"] / 1000
     by_window: dict[int, set[int]] = {}
     for moment in _poisson(lot, rate, count):
-        by_window.setdefault(int(moment / window), set()).add(lot.randrange(nodes))
+        by_window.setdefault(int(moment / window), set()).add(int(lot.random() * nodes))
     return len(by_window), sum(len(reached - {0}) for reached in by_window.values())

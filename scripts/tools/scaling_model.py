@@ -14,9 +14,10 @@ from typing import Final
 from scripts.tools.scaling_inputs import InputError, Inputs, Observed, Stage
 from scripts.tools.scaling_lots import DAY, Groups, Traffic, groups, traffic
 
-MESSAGES: Final = 2000
+MESSAGES: Final = 1500
 _ROUNDS: Final = 60
-_SETTLING: Final = 5
+_SETTLING: Final = 6
+_CLOSE: Final = 0.02
 _MOST_BUSY: Final = 0.9
 _US: Final = 1e-6
 
@@ -77,13 +78,9 @@ def plan(inputs: Inputs, stage: Stage) -> Plan:
         wanted = (_nodes(inputs, stage, load), _shards(inputs, stage, known, load))
         if wanted[0] <= nodes and wanted[1] <= shards:
             return _plan(inputs, stage, known, load, nodes, shards)
-        # A step of its own for each round: what a message costs is not the same with more of them.
-        nodes, shards = _towards(nodes, wanted[0]), _towards(shards, wanted[1])
+        # With more of them a message costs more, so that no round goes too far.
+        nodes, shards = max(nodes, wanted[0]), max(shards, wanted[1])
     raise InputError(f"{stage.name}: no number of nodes and shards suffices")
-
-
-def _towards(now: int, wanted: int) -> int:
-    return now if wanted <= now else now + max(1, math.ceil((wanted - now) / 2))
 
 
 def _nodes(inputs: Inputs, stage: Stage, load: _Load) -> int:
@@ -105,7 +102,9 @@ def _load(inputs: Inputs, stage: Stage, known: Traffic, nodes: int, shards: int)
     busy = 0.0
     for _ in range(_SETTLING):
         found = _loaded(inputs, stage, known, nodes, shards, 1 / (1 - busy))
-        busy = (busy + min(_MOST_BUSY, found.relay / nodes)) / 2
+        before, busy = busy, (busy + min(_MOST_BUSY, found.relay / nodes)) / 2
+        if abs(busy - before) < _CLOSE:
+            break
     return found
 
 
