@@ -172,15 +172,16 @@ def _fit(inputs: Inputs) -> Sheet:
         said = predicted(inputs, seen)
         rows.append(
             [
+                f"{seen.nodes:,.0f}",
                 f"{seen.rate:,.0f}",
                 *(
                     f"{rounded(getattr(seen, name))} · {rounded(getattr(said, name))}"
-                    for name in ("requests", "relay", "mongod")
+                    for name in ("requests", "publications", "relay", "mongod")
                 ),
             ]
         )
-    columns = ["messages/s", "calls of MongoDB a message", "relay µs", "mongod µs"]
-    return Sheet("One node, one to one: measured · simulated", columns, rows)
+    columns = ["nodes", "messages/s", "calls of MongoDB a message", "publications", "relay µs", "mongod µs"]
+    return Sheet("One to one: measured · simulated", columns, rows)
 
 
 def _figures(inputs: Inputs) -> Sheet:

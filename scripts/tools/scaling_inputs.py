@@ -51,11 +51,14 @@ class Lever:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """One node under one-to-one messages, all recipients connected: ``requests`` of MongoDB and CPU (µs) for a message."""
+    """Nodes under one-to-one messages, all recipients connected, at any of them: ``requests`` of MongoDB, ``publications`` and CPU (µs,
+    without what nodes take at rest) for a message."""
 
+    nodes: float
     rate: float
     commit_ms: float
     requests: float
+    publications: float
     relay: float
     mongod: float
 

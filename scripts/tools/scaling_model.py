@@ -227,13 +227,15 @@ def _plan(inputs: Inputs, stage: Stage, known: Traffic, load: _Load, nodes: int,
 
 def predicted(inputs: Inputs, observed: Observed) -> Observed:
     """What the model says of a load that was measured."""
-    here = inputs.changed({"group_messages": 0, "recipient_online": 1, "commit_ms": observed.commit_ms})
-    stage = Stage("observed", 0, 0, observed.rate)
-    load = _loaded(here, stage, traffic(here, MESSAGES), 1, 1, 1)
-    relay = load.relay - inputs["relay_rest"] * _US
+    here = inputs.changed({"group_messages": 0, "recipient_online": 1})
+    stage, nodes = Stage("observed", 0, 0, observed.rate), int(observed.nodes)
+    slow = observed.commit_ms / inputs["commit_ms"]
+    load = _loaded(here, stage, traffic(here, MESSAGES), nodes, 1, slow)
+    relay = load.relay - nodes * inputs["relay_rest"] * _US
     return replace(
         observed,
         requests=load.requests,
+        publications=load.publications / observed.rate,
         relay=relay / observed.rate / _US,
         mongod=load.mongod / observed.rate / _US,
     )

@@ -69,6 +69,7 @@ def test_one_node_is_compared_with_two_that_pass_messages_through_redis(tmp_path
     workers, hop = found["workers"], found["hop"]
     one, two = workers["first"], workers["second"]
     assert workers["ratio"] == pytest.approx(two["rates"][0] / one["rates"][0])
+    assert workers["cpu_ratio"] == pytest.approx(sum(two["cpu_us"].values()) / sum(one["cpu_us"].values()))
     assert set(one["cpu_us"]) == {"load", "mongod", "relay"}
     assert set(two["cpu_us"]) == {"load", "mongod", "relay", "valkey"}
     assert {"relay 1", "relay 2"} <= set(two["processes"])

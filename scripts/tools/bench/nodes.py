@@ -84,6 +84,10 @@ async def run(options: Options, screen: Screen) -> Nodes:
     return msgspec.structs.replace(found, goals=goals(found))
 
 
+def _everything(run: Run) -> float:
+    return sum(used for kind, used in run.cpu_us.items() if kind != "forwarder")
+
+
 @dataclass(frozen=True, slots=True)
 class _Work:
     options: Options
@@ -208,8 +212,12 @@ class _Work:
                     doing = f"{name}: {what}, {number + 1} of {options.rounds}"
                     kept.append(await drive(where, order, show, doing))
         one, other = side(first[0], runs[0]), side(second[0], runs[1])
-        about = _ABOUT[name]
-        ratios = [about(after) / max(about(before), 1e-9) for before, after in zip(*runs, strict=True)]
+
+        def ratio(about: Callable[[Run], float]) -> float:
+            return median(
+                about(after) / max(about(before), 1e-9) for before, after in zip(*runs, strict=True)
+            )
+
         return Compared(
             pairs=options.pairs,
             window=options.window,
@@ -218,7 +226,8 @@ class _Work:
             seconds=options.seconds,
             first=one,
             second=other,
-            ratio=median(ratios),
+            ratio=ratio(_ABOUT[name]),
+            cpu_ratio=ratio(_everything),
             checks=[
                 Check(f"{name}: {side.name} {number}: {check.name}", check.ok, check.found)
                 for side, its in ((one, runs[0]), (other, runs[1]))

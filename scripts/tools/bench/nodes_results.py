@@ -48,7 +48,8 @@ class Side(msgspec.Struct, frozen=True, kw_only=True):
 
 class Compared(msgspec.Struct, frozen=True, kw_only=True):
     """``first`` and ``second`` in turn, under the same load. ``asked_rate`` is an open loop's. ``ratio`` is the median over the rounds
-    of what the scenario is about: of rates (workers), of CPU of relay and mongod (shards)."""
+    of what the scenario is about: of rates (workers), of CPU of relay and mongod (shards). ``cpu_ratio`` is that of the CPU of everything but forwarders for a
+    message: it says more than rates where something else uses the machine."""
 
     pairs: int
     window: int
@@ -58,6 +59,7 @@ class Compared(msgspec.Struct, frozen=True, kw_only=True):
     first: Side
     second: Side
     ratio: float
+    cpu_ratio: float
     checks: list[Check]
 
 
@@ -253,7 +255,7 @@ def _load(one: Compared) -> str:
 
 def _headline(name: str, one: Compared) -> str:
     if name == "workers":
-        return f"[bold]{one.ratio:.2f}[/bold] of the messages/s"
+        return f"[bold]{one.ratio:.2f}[/bold] of the messages/s, {one.cpu_ratio:.2f} times the CPU of everything a message"
     return f"[bold]{one.ratio:.2f}[/bold] times the CPU of relay and mongod"
 
 
