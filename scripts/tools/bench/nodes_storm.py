@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import Sequence
@@ -60,7 +61,7 @@ async def _storm(
         warmup=options.warmup,
         seconds=options.calm + _MOST_STORM_SECONDS,
         rate=options.storm_rate,
-        phases=2,
+        phases=3 if kill else 2,
     )
     async with load_generator(order) as load:
         while not isinstance(news := await load.news(), Progress) or not news.warm:
@@ -70,10 +71,9 @@ async def _storm(
             show(f"{name}: others talk for {options.calm:g} s")
             await asyncio.sleep(options.calm)
             if kill:
-                # It hangs, and dies: what is sent meanwhile waits.
-                os.kill(dying.pid, signal.SIGSTOP)
-                await crowd.post(options.messages)
-                await crowd.lose(dying.pid)
+                # Its own phase: what is sent meanwhile belongs neither to the calm nor to the storm.
+                load.end_phase()
+                await _hang_and_die(dying.pid, crowd, options.messages)
             show(f"{name}: {options.devices:,} devices connect at once")
             load.end_phase()
             used = usages(two.pids)
@@ -101,7 +101,7 @@ async def _storm(
             + "".join(f"; {text}" for text in settled.errors),
         ),
     ]
-    calm, stormy = measured.phases_ms
+    calm, *_, stormy = measured.phases_ms
     return Storm(
         killed=kill,
         devices=options.devices,
@@ -116,6 +116,19 @@ async def _storm(
         cpu={process: seconds for process, seconds in cpu.items() if process not in ("bench", "others")},
         checks=[Check(f"{name}: {check.name}", check.ok, check.found) for check in checks],
     )
+
+
+async def _hang_and_die(pid: int, crowd: Devices, messages: int) -> None:
+    """What is sent while a node hangs waits for the devices that are connected to it."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        await crowd.post(messages)
+        await crowd.lose(pid)
+    except BaseException:
+        # It would not hear that it is to end.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        raise
 
 
 async def _measured(load: LoadGenerator) -> Measured:
