@@ -70,3 +70,24 @@ class Node(Document):
         indexes: ClassVar[list[IndexModel]] = [
             IndexModel([("at", ASCENDING)], name="at_ttl", expireAfterSeconds=3600)
         ]
+
+
+class Balance(Document):
+    """A node's books: what of all deliveries it has accepted and not ended (negative when it ended what others accepted). ``id`` is
+    of one life of a node. ``at`` is when it last said so, by MongoDB's clock; every time ``beats`` grows by one. ``turnover`` grows
+    with all that is booked, ``quiet`` when nothing is under way. ``left``: handed over, for another node to take; ``takenBy``: being
+    taken by that one; ``took``: those whose balances are in this one, and which are about to be removed. ``place`` tells the process."""
+
+    id: str  # type: ignore[assignment]
+    at: datetime
+    balance: int
+    turnover: int
+    beats: int = Field(default=0)
+    quiet: bool = Field(default=False)
+    place: str = Field(default="")
+    left: bool = Field(default=False)
+    takenBy: str | None = Field(default=None)
+    took: list[str] = Field(default_factory=list)
+
+    class Settings:
+        name = "balances"

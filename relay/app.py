@@ -29,12 +29,14 @@ from relay.configured import (
     rate_rules,
     url_of,
 )
+from relay.jobs.books import BookKeeper
 from relay.jobs.doubts import Doubts
 from relay.jobs.expiry import Expiry
 from relay.jobs.health import HealthCheck
 from relay.jobs.heartbeat import Heartbeat
 from relay.jobs.housekeeping import InterruptedErasures
 from relay.jobs.parts import Parts
+from relay.jobs.recount import Recount
 from relay.jobs.repair import Released, Repair
 from relay.jobs.revocations import Revocations
 from relay.jobs.supervisor import Job, Supervisor
@@ -58,6 +60,7 @@ from relay.store.accounts import Accounts
 from relay.store.audience import Audiences
 from relay.store.audit import Audit, check_key
 from relay.store.backlogs import Backlogs
+from relay.store.balances import Balances, Pace
 from relay.store.changes import Changes
 from relay.store.contacts import Contacts
 from relay.store.conversations import Conversations
@@ -98,6 +101,7 @@ _QUOTA_SECONDS: Final = 1.0
 _LAST_SEEN_SECONDS: Final = 10.0
 _TTL_SECONDS: Final = 60.0
 _AUDIT_HEAD_SECONDS: Final = 3600.0
+_PACE: Final = Pace()
 
 log = structlog.get_logger(__name__)
 
@@ -178,7 +182,6 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
     bus = _bus(settings, hub, metrics, peers.id)
     live = live_of(settings, hub, metrics, audiences, people, clock, bus)
     router = Router(hub, metrics, live.receipts, bus)
-    ledger.open(await messages.count_waiting())
 
     health = Health()
     stopping = asyncio.Event()
@@ -205,6 +208,10 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
     sends, endings = path.sends, path.endings
     router.fanout.start()
     stack.push_async_callback(router.fanout.close)
+    balances = Balances(_PACE)
+    books = BookKeeper(ledger, messages, shards, balances, settled=lambda: sends.settled and endings.settled)
+    await books.open()
+    stack.push_async_callback(_leave, books)
     await peers.beat()
     stack.push_async_callback(_leave, peers)
     audit = Audit(pseudonyms)
@@ -297,6 +304,13 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
             Job("parts", Parts(messages, endings, clock.now).run, settings.sweep_seconds, 0.2),
             Job("erasures", InterruptedErasures(context).run, _ERASURES_SECONDS, 0.2),
             Job("peers", peers.beat, BEAT_SECONDS),
+            Job("books", books.run, _PACE.beat),
+            Job(
+                "recount",
+                Recount(ledger, messages, shards, balances, own=lambda: books.id).run,
+                _PACE.beat,
+                0.2,
+            ),
             Job("releases", Released(context).run, _REPAIR_SECONDS, 0.2),
             Job("repair", Repair(context).run, _REPAIR_SECONDS, 0.2),
             Job("audit head", audit.tell_end, _AUDIT_HEAD_SECONDS, 0.1),
@@ -379,9 +393,9 @@ def _hot(settings: Settings, stack: contextlib.AsyncExitStack) -> HotMessages:
     return HotMessages(settings.hot_bytes, elsewhere)
 
 
-async def _leave(peers: Peers) -> None:
+async def _leave(those: Peers | BookKeeper) -> None:
     with contextlib.suppress(Exception):
-        await asyncio.wait_for(peers.leave(), 1)
+        await asyncio.wait_for(those.leave(), 1)
 
 
 async def _close_quickly(mongo: Mongo) -> None:

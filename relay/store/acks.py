@@ -105,6 +105,11 @@ class Acks:
         for ending in batch:
             ending.done(False)
 
+    @property
+    def doubtful(self) -> bool:
+        """Whether of something nobody knows yet whether it has ended."""
+        return bool(self._doubts)
+
     async def settle_doubts(self) -> None:
         """Books what abandoned groups brought about after all. Call now and then; one page each time."""
         ripe = monotonic() - self._timeout

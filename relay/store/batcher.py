@@ -91,6 +91,11 @@ class Batcher(Generic[Item]):
         """Whether sources should be held back now."""
         return not self._room.is_set()
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is queued or being committed."""
+        return not self._queue and not self._flying
+
     async def room(self) -> None:
         """Waits until the queue is at most half full again, or the batcher has closed."""
         await self._room.wait()

@@ -103,6 +103,11 @@ class Commits:
         if self._attempts:
             await asyncio.wait(set(self._attempts))
 
+    @property
+    def doubtful(self) -> bool:
+        """Whether of something nobody knows yet whether it was stored."""
+        return bool(self._given_up)
+
     async def settle_given_up(self) -> None:
         """Books and delivers what was stored after all, though its sender was told `unavailable`. Call now and then; one
         page each time."""

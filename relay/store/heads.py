@@ -208,16 +208,13 @@ class Heads:
     async def count_claimed(self) -> int:
         """How many deliveries are in parts of claims: they are no messages, and may never be."""
         count = 0
-        with time_limit(None):
-            async for claim in self._collection.find(
-                {"claimedAt": {"$exists": True}, **self._shards.reachable}
-            ):
-                stored_ids = abandoned(claim)
-                for start in range(0, len(stored_ids), _IDS):
-                    some = stored_ids[start : start + _IDS]
-                    query = {"_id": {"$in": some}, "conversationId": claim["conversationId"]}
-                    async for part in self._collection.find(query, {"awaiting": 1}):
-                        count += len(part["awaiting"])
+        async for claim in self._collection.find({"claimedAt": {"$exists": True}, **self._shards.reachable}):
+            stored_ids = abandoned(claim)
+            for start in range(0, len(stored_ids), _IDS):
+                some = stored_ids[start : start + _IDS]
+                query = {"_id": {"$in": some}, "conversationId": claim["conversationId"]}
+                async for part in self._collection.find(query, {"awaiting": 1}):
+                    count += len(part["awaiting"])
         return count
 
 

@@ -105,6 +105,13 @@ class SendLanes:
             *(commits.barrier() for lane in self._lanes.values() for commits in lane.commits)
         )
 
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is under way, and nothing is unknown that will be booked."""
+        return all(queue.idle for queue in self.queues()) and not any(
+            commits.doubtful for lane in self._lanes.values() for commits in lane.commits
+        )
+
     async def settle_given_up(self) -> None:
         """Books and delivers what was stored after all, though its sender was told `unavailable`. Call now and then. Raises
         PyMongoError, when every lane has been asked."""
@@ -193,6 +200,13 @@ class EndingLanes:
         for doc_id, head in heads.items():
             by_lane.setdefault(self._lane_of(conversation_of(doc_id)), {})[doc_id] = head
         await _each([_ends(self._lane(name).acks, some) for name, some in by_lane.items()])
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is under way, and nothing is unknown that will be booked."""
+        return all(queue.idle for queue in self.queues()) and not any(
+            lane.acks.doubtful for lane in self._lanes.values()
+        )
 
     async def settle_doubts(self) -> None:
         """Books what abandoned groups brought about after all. Call now and then. Raises PyMongoError, when every lane has been

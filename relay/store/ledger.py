@@ -1,8 +1,10 @@
 """The conservation ledger, per (message, device): accepted = acknowledged + expired + withdrawn + released + trimmed +
 waiting.
 
-Exact while the node lives. At a start ``waiting`` is recounted from the store and opens the account: the accepted of
-former lives that are still waiting.
+Exact while the node lives. Of several nodes one accepts what another acknowledges, so ``waiting`` of a single one may be anything,
+also negative: what waits is the sum over the nodes that live. The first node opens its account with what the store holds, the
+accepted of former lives that are still waiting; one that joins others opens with nothing; and the balance of one that has left
+or vanished is carried on by another (relay/jobs/books.py).
 """
 
 from __future__ import annotations
@@ -38,6 +40,11 @@ class Ledger(Collector):
         """Starts the account with what the store holds."""
         self._counts["accepted"] += waiting
 
+    def carry(self, balance: int) -> None:
+        """Books what other books held, or what these were wrong by: as accepted, or as acknowledged when it is negative. No counter
+        ever goes down."""
+        self._counts["accepted" if balance > 0 else "acknowledged"] += abs(balance)
+
     def add(self, outcome: Outcome, deliveries: int) -> None:
         """Books deliveries."""
         self._counts[outcome] += deliveries
@@ -51,6 +58,11 @@ class Ledger(Collector):
         """Accepted and not yet come to any end."""
         return self._counts["accepted"] - sum(self._counts[name] for name in OUTCOMES[1:])
 
+    @property
+    def turnover(self) -> int:
+        """All that was ever booked: what changes whenever anything is."""
+        return sum(self._counts.values())
+
     def collect(self) -> Iterator[Metric]:
         """For Prometheus."""
         counter = CounterMetricFamily(
@@ -59,4 +71,8 @@ class Ledger(Collector):
         for name in OUTCOMES:
             counter.add_metric([name], self._counts[name])
         yield counter
-        yield GaugeMetricFamily("relay_deliveries_waiting", "Deliveries that still wait.", value=self.waiting)
+        yield GaugeMetricFamily(
+            "relay_deliveries_waiting",
+            "Deliveries that still wait, as a sum over all nodes.",
+            value=self.waiting,
+        )

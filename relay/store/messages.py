@@ -350,14 +350,15 @@ class Messages:
                 cursor = self._collection.find(query, {"_id": 1}).limit(limit)
                 return [document["_id"] async for document in cursor if _is_id(document["_id"])]
 
-    async def count_waiting(self) -> int:
-        """How many deliveries (message and device) wait in the store: opens the ledger at a start."""
+    async def count_waiting(self, *, seconds: float = 0) -> int:
+        """How many deliveries (message and device) wait in the store, on the shards that answer. Reads every message, for
+        at most ``seconds`` (0: as long as it takes)."""
         mailboxes = {"$setDifference": [{"$ifNull": ["$awaiting", []]}, {"$literal": [PARTS_KEY]}]}
         pipeline = [
             {"$match": self._shards.reachable},
             {"$group": {"_id": None, "n": {"$sum": {"$size": mailboxes}}}},
         ]
-        with time_limit(None):
+        with time_limit(seconds):
             async for document in self._collection.aggregate(pipeline):
                 return int(document["n"]) - await self.heads.count_claimed()
         return 0

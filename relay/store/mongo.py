@@ -29,7 +29,7 @@ from models.accounts import Device, User
 from models.audit import AuditEntry, AuditHead
 from models.contacts import Contact, Report
 from models.conversations import Conversation, Membership
-from models.housekeeping import Erasure, Node, Release, Setting, Tombstone
+from models.housekeeping import Balance, Erasure, Node, Release, Setting, Tombstone
 from models.keys import PreKey, PublicKeys
 from models.messages import FATES, MESSAGES, fate_indexes, message_indexes, ttl_indexes
 
@@ -73,6 +73,7 @@ CONTROL: Final = (
     Release,
     Erasure,
     Node,
+    Balance,
     Tombstone,
     Setting,
 )

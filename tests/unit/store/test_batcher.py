@@ -65,6 +65,22 @@ async def until(condition: Callable[[], bool], seconds: float = 5) -> None:
             await asyncio.sleep(0.001)
 
 
+async def test_it_is_idle_when_nothing_is_queued_or_being_committed() -> None:
+    commits = Commits()
+    commits.gate.clear()
+    one = batcher(commits)
+    seen = [one.idle]
+    one.submit(1, 10)
+    seen.append(one.idle)
+    await until(lambda: commits.started == [[1]])
+    seen.append(one.idle)
+    assert seen == [True, False, False]
+    commits.gate.set()
+    await until(lambda: one.idle)
+    assert commits.groups == [[1]]
+    await one.close(1)
+
+
 async def test_one_item_alone_is_committed_at_once() -> None:
     commits = Commits()
     one = batcher(commits)

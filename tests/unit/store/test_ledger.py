@@ -42,3 +42,15 @@ def test_the_books_are_open_on_the_metrics() -> None:
     assert value("relay_deliveries_total", {"outcome": "expired"}) == 1
     assert value("relay_deliveries_total", {"outcome": "trimmed"}) == 0
     assert value("relay_deliveries_waiting") == 3
+
+
+@given(balances=st.lists(st.integers(-50, 50), max_size=10))
+def test_what_other_books_held_is_carried_on_and_no_counter_goes_down(balances: list[int]) -> None:
+    ledger = Ledger()
+    for balance in balances:
+        before = {name: ledger.count(name) for name in OUTCOMES}
+        waiting, turnover = ledger.waiting, ledger.turnover
+        ledger.carry(balance)
+        assert ledger.waiting == waiting + balance
+        assert all(ledger.count(name) >= before[name] for name in OUTCOMES)
+        assert (ledger.turnover > turnover) == (balance != 0)
