@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Final
 
 import structlog
@@ -20,6 +20,7 @@ from handlers.revoking import cut_off
 from relay.store.erasure import Erasures, Intent
 from relay.store.mongo import PyMongoError, brief
 from relay.wire import errors
+from relay.wire.clock import utc_now
 from relay.wire.errors import RelayError
 
 SETTLE: Final = timedelta(seconds=30)
@@ -52,7 +53,7 @@ async def resume(ctx: Context, intent: Intent, settle: timedelta = SETTLE) -> bo
         if not await _erasures(ctx).is_pending(intent):
             return True
         await step(ctx, intent)
-    if datetime.now(UTC) - intent.at < settle or not await _erasures(ctx).is_complete(intent):
+    if utc_now() - intent.at < settle or not await _erasures(ctx).is_complete(intent):
         return False
     await _erasures(ctx).finish(intent)
     return True

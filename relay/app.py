@@ -80,6 +80,7 @@ from relay.store.revisions import Revisions
 from relay.store.rosters import Rosters
 from relay.store.sessions import Sessions
 from relay.store.shards import CHECK_SECONDS, Shards
+from relay.store.timekeeping import READINGS, Timekeeper
 from relay.wire import errors, replies
 from relay.wire.clock import Clock
 from relay.wire.frames import AnyOperation
@@ -152,6 +153,8 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
         mongo = Mongo(uri, settings.mongo_database)
         stack.push_async_callback(_close_quickly, mongo)
         await mongo.prepare(ttl_seconds, fate_seconds)
+        timekeeper = Timekeeper()
+        timekeeper.take(*await mongo.readings(READINGS))
     except MongoUnavailable as error:
         raise StartError(str(error)) from None
 
@@ -315,7 +318,11 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
             Job("repair", Repair(context).run, _REPAIR_SECONDS, 0.2),
             Job("audit head", audit.tell_end, _AUDIT_HEAD_SECONDS, 0.1),
             Job("shards", shards.run, CHECK_SECONDS, 0.2),
-            Job("health", HealthCheck(mongo, shards, rates, bus, health, metrics).run, _HEALTH_SECONDS),
+            Job(
+                "health",
+                HealthCheck(mongo, shards, rates, bus, timekeeper, health, metrics).run,
+                _HEALTH_SECONDS,
+            ),
         ]
     )
     admission = Admission(context, verifier)

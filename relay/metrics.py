@@ -93,7 +93,15 @@ class Metrics:
             "relay_leftovers_removed_total", "Acknowledged leftovers the sweep removed.", registry=r
         )
         self.problems = Gauge(
-            "relay_problem", "1 while this part does not answer, as /readyz says.", ["part"], registry=r
+            "relay_problem",
+            "1 while this part is not as it should be, as /readyz says.",
+            ["part"],
+            registry=r,
+        )
+        self.clock_offset = Gauge(
+            "relay_clock_offset_seconds",
+            "How far this machine's clock is ahead of MongoDB's, which the relay goes by.",
+            registry=r,
         )
         self.live = Counter(
             "relay_live_frames_total", "Live frames handed to sockets, by event.", ["event"], registry=r

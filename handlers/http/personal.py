@@ -19,6 +19,7 @@ from handlers.http.route import Caller, Route, answer
 from handlers.http.schemas.base import DoneAnswer
 from relay.store.export import Exports, Value
 from relay.store.mongo import PyMongoError, brief
+from relay.wire.clock import wall_seconds
 from relay.wire.errors import RelayError
 
 _CHUNK: Final = 65_536
@@ -131,7 +132,7 @@ async def _archive(ctx: Context, exports: Exports, user: str, profile: Value) ->
         "sent.json": exports.sent(user),
         "audit.json": ctx.audit.entries_of(user),
     }
-    moment = time.gmtime()
+    moment = time.gmtime(wall_seconds())
     sink = _Sink()
     with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED) as archive:  # type: ignore[call-overload]
         archive.writestr(_entry(_README, moment), _readme(user, moment))

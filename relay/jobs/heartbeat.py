@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 
 from relay.routing.hub import Connected, Hub
 from relay.wire import errors
+from relay.wire.clock import wall_seconds
 
 
 class Heartbeat:
@@ -24,7 +24,7 @@ class Heartbeat:
     async def run(self) -> None:
         """One look."""
         now = asyncio.get_running_loop().time()
-        wall = time.time()
+        wall = wall_seconds()
         for connection in self._hub:
             if connection.expires <= wall:
                 connection.shut(errors.UNAUTHORIZED)

@@ -3,12 +3,13 @@ another node, or while they were connecting."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Final
 
 from relay.routing.hub import Hub
 from relay.store.accounts import Accounts
 from relay.wire import errors
+from relay.wire.clock import utc_now
 
 # Longer than a connection takes to come up, and than clocks of nodes differ.
 _WINDOW: Final = timedelta(seconds=60)
@@ -22,11 +23,11 @@ class Revocations:
         self._hub = hub
         self._accounts = accounts
         self._known: dict[str, int | None] = {}
-        self._looked = datetime.now(UTC)
+        self._looked = utc_now()
 
     async def run(self) -> None:
         """One look."""
-        now = datetime.now(UTC)
+        now = utc_now()
         # A clock that was set back must not have its future skipped.
         since = min(now, self._looked) - _WINDOW
         known: dict[str, int | None] = {}

@@ -23,6 +23,7 @@ from relay.store.audience import LEASE_SECONDS, Audiences
 from relay.store.endings import Settlement
 from relay.store.mailboxes import LeftOut, Mailboxes
 from relay.store.mongo import PyMongoError, brief
+from relay.wire.clock import utc_now
 from relay.wire.envelope import Envelope
 from relay.wire.ids import device_key, user_of
 from relay.wire.limits import Limit
@@ -218,7 +219,7 @@ class Quotas:
         if not keys:
             return
         try:
-            await self._mailboxes.latch(keys, datetime.now(UTC))
+            await self._mailboxes.latch(keys, utc_now())
             for key in keys:
                 self._mark(key)
                 self._metrics.reached(Limit.MAILBOX)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Collection, Iterable, Sequence
-from time import monotonic, time
+from time import monotonic
 from typing import Final, Protocol
 
 import structlog
@@ -26,6 +26,7 @@ from relay.routing.hints import Hint, Parcel, Told
 from relay.routing.hub import Hub
 from relay.routing.registrations import Registrations
 from relay.tasks import ended
+from relay.wire.clock import wall_ms
 from relay.wire.envelope import Envelope
 from relay.wire.ids import device_key, user_of
 
@@ -203,7 +204,7 @@ class RedisBus:
 
     def _next_serial(self) -> int:
         """By the clock of Redis while it is known: numbers of all nodes say which connection of a device is the younger."""
-        now = self._now() or int(time() * 1000)
+        now = self._now() or wall_ms()
         self._serial = max(self._serial + 1, now << 10)
         return self._serial
 

@@ -16,7 +16,6 @@ import re
 import secrets
 import stat
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +29,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from jwt.algorithms import ECAlgorithm, HMACAlgorithm, OKPAlgorithm, RSAAlgorithm
 
+from relay.wire.clock import wall_seconds
 from relay.wire.ids import DEVICE_ID, USER_ID
 
 MAX_TOKEN: Final = 8192
@@ -115,7 +115,7 @@ class Verifier:
             self._by_algorithm.setdefault(key.algorithm, []).append(key)
 
     def verify(self, token: str, now: float | None = None) -> Identity:
-        """The identity in ``token`` at ``now`` (seconds since the epoch; the clock when None).
+        """The identity in ``token`` at ``now`` (seconds since the epoch; when None the relay's clock).
 
         Raises TokenError, and nothing else, whatever the token is.
         """
@@ -135,7 +135,7 @@ class Verifier:
             except jwt.PyJWTError:
                 raise TokenError("the token is malformed") from None
             ours = key.algorithm == "HS256"
-            return self._identity(_json_object(payload), time.time() if now is None else now, ours=ours)
+            return self._identity(_json_object(payload), wall_seconds() if now is None else now, ours=ours)
         raise TokenError("the token's signature does not match any key of this relay")
 
     def _candidates(self, header: Mapping[str, Any]) -> Sequence[VerificationKey]:
@@ -243,7 +243,7 @@ def mint(
         raise ValueError("a device id has 1 to 64 characters of A-Z a-z 0-9 _ . : -")
     if session is not None and not _SESSION_ID.fullmatch(session):
         raise ValueError("a session id has 1 to 64 characters of A-Z a-z 0-9 _ -")
-    issued = int(time.time() if now is None else now)
+    issued = int(wall_seconds() if now is None else now)
     claims: dict[str, str | int] = {
         "sub": user,
         "dev": device,

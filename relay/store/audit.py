@@ -11,7 +11,6 @@ import contextlib
 import random
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any, Final
 
 import bson
@@ -34,6 +33,7 @@ from relay.store.audit_chain import (
 )
 from relay.store.audit_reading import KEY_SETTING, check, committed, heads
 from relay.store.mongo import BulkWriteError, DuplicateKeyError, PyMongoError, brief
+from relay.wire.clock import utc_now
 from relay.wire.errors import RelayError
 
 _QUEUED: Final = 1000
@@ -108,7 +108,7 @@ class Audit:
         fields = act_fields(
             self._pseudonyms,
             act,
-            datetime.now(UTC),
+            utc_now(),
             actor=actor,
             target=target,
             address=address,

@@ -21,6 +21,7 @@ from relay.store.accounts import milliseconds
 from relay.store.conversations import Conversations, ConversationView
 from relay.store.reading import ReadCursor, cursor_of, hidden_readers
 from relay.wire import codec
+from relay.wire.clock import utc_now
 from relay.wire.errors import RelayError
 
 _PAGE: Final = 200
@@ -95,7 +96,7 @@ class Changes:
     async def since(self, user: str, cursor: str | None) -> ChangesPage:
         """A page of what changed since ``cursor``; everything from the beginning when it is None. Raises RelayError
         ``bad_request`` for a cursor that is none, ``resync`` for one so old that removals may be forgotten."""
-        now = milliseconds(datetime.now(UTC))
+        now = milliseconds(utc_now())
         since = _Since(now) if cursor is None else _open(cursor)
         if since.at < now - REMOVED_SECONDS * 1000:
             raise RelayError("resync", "this cursor is too old; fetch everything again")

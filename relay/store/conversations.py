@@ -12,6 +12,7 @@ from models.conversations import Conversation, Membership
 from relay.store.accounts import milliseconds
 from relay.store.people import names_of
 from relay.store.revisions import ConversationType
+from relay.wire.clock import utc_now
 from relay.wire.cursor import cursor_at, place_of
 from relay.wire.errors import RelayError
 
@@ -136,7 +137,7 @@ class Conversations:
         Raises RelayError ``not_found``."""
         change: dict[str, Any] = {
             "$set": {
-                "updatedAt": datetime.now(UTC),
+                "updatedAt": utc_now(),
                 **{name: value for name, value in fields.items() if value is not None},
             }
         }

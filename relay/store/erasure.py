@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Final
 
 from pymongo import UpdateOne
@@ -22,6 +22,7 @@ from models.housekeeping import Erasure, Tombstone
 from models.messages import MESSAGES
 from relay.security.pseudonyms import Pseudonyms
 from relay.store.mongo import DuplicateKeyError
+from relay.wire.clock import utc_now
 
 _PAGE: Final = 500
 _NO_DEVICE: Final = "-"
@@ -47,9 +48,9 @@ class Erasures:
         """Writes down, durably, that this person is to be erased: from here on it will be done. Safe to repeat."""
         collection = Erasure.get_motor_collection()
         with contextlib.suppress(DuplicateKeyError):
-            await collection.insert_one({"_id": user, "at": datetime.now(UTC)})
+            await collection.insert_one({"_id": user, "at": utc_now()})
         found = await collection.find_one({"_id": user})
-        return Intent(user, datetime.now(UTC) if found is None else found["at"])
+        return Intent(user, utc_now() if found is None else found["at"])
 
     async def pending(self, limit: int) -> list[Intent]:
         """Who is being erased, the oldest first."""
@@ -78,7 +79,7 @@ class Erasures:
     async def end_devices(self, intent: Intent) -> list[str]:
         """Makes every device no recipient, without session and name; the keys of all of them."""
         collection = Device.get_motor_collection()
-        now = datetime.now(UTC)
+        now = utc_now()
         strip = {
             "$unset": {"session": "", "push": "", "name": "", "platform": "", "gap": "", "fullSince": ""}
         }
@@ -96,7 +97,7 @@ class Erasures:
         """Their reports; those about them are closed and keep a pseudonym, and nothing that anybody wrote."""
         collection = Report.get_motor_collection()
         await _delete(collection, {"reporter": intent.user})
-        now = datetime.now(UTC)
+        now = utc_now()
         await collection.update_many(
             {"user": intent.user, "closedAt": None}, {"$set": {"closedAt": now}, "$unset": {"openKey": ""}}
         )

@@ -10,7 +10,6 @@ import asyncio
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
 from pymongo import ReturnDocument, UpdateOne
@@ -18,6 +17,7 @@ from pymongo import ReturnDocument, UpdateOne
 from models.accounts import Device, User
 from models.keys import PreKey, PublicKeys
 from relay.store.mongo import BulkWriteError, DuplicateKeyError
+from relay.wire.clock import utc_now
 from relay.wire.errors import RelayError
 from relay.wire.ids import user_of
 from relay.wire.limits import Limit
@@ -109,7 +109,7 @@ class Keys:
         prekeys = PreKey.get_motor_collection()
         await prekeys.delete_many(query if stays is None else query | _UNCLAIMED)
         if stays is not None:
-            await prekeys.update_many(query, {"$set": {"forgottenAt": datetime.now(UTC)}})
+            await prekeys.update_many(query, {"$set": {"forgottenAt": utc_now()}})
 
     async def news(self, device: str, upload: Upload) -> News:
         """What this upload would change of the stored keys."""
@@ -124,7 +124,7 @@ class Keys:
         """Notes that another installation has taken the device's place from now on: it gets a gap, and senders who know
         the former one are told. Call before ``store``: a crash in between is repeated with the upload. False when the
         device is none any more."""
-        now = datetime.now(UTC)
+        now = utc_now()
         gap = {"since": now, "why": "reset"}
         change: dict[str, Any] = {"$set": {"relinkedAt": now, "since": now, "gap": gap, "updatedAt": now}}
         if registration is None:
@@ -136,7 +136,7 @@ class Keys:
     async def relinked(self, device: str) -> None:
         """Notes that the keys of another installation are published. Who learned the set of devices after ``relink`` and
         read the directory before ``store`` holds the former keys: they are stale, too."""
-        await _change_device(device, {"$set": {"relinkedAt": datetime.now(UTC)}})
+        await _change_device(device, {"$set": {"relinkedAt": utc_now()}})
 
     async def register(self, device: str, registration: int | None) -> bool:
         """Notes the registration id of a device whose installation is the one that is stored, or the first. False when the
@@ -146,7 +146,7 @@ class Keys:
         )
         if found is None or registration is None or found.get("registrationId") == registration:
             return found is not None
-        change = {"$set": {"registrationId": registration, "updatedAt": datetime.now(UTC)}}
+        change = {"$set": {"registrationId": registration, "updatedAt": utc_now()}}
         return await _change_device(device, change)
 
     async def store(self, device: str, upload: Upload) -> Stock:
@@ -241,7 +241,7 @@ def _fresh(device: str, upload: Upload) -> dict[str, Any]:
         "identityKey": upload.identity,
         "signedPreKey": upload.signed.document(),
         "history": [],
-        "updatedAt": datetime.now(UTC),
+        "updatedAt": utc_now(),
     }
     if upload.registration is not None:
         document["registrationId"] = upload.registration
@@ -252,7 +252,7 @@ def _fresh(device: str, upload: Upload) -> dict[str, Any]:
 
 def _replacement(stored: Mapping[str, Any], upload: Upload) -> tuple[dict[str, Any], dict[str, Any], str]:
     """The query for what was read, the change (empty when everything is as uploaded), and the generation after it."""
-    now = datetime.now(UTC)
+    now = utc_now()
     same = _same_installation(stored, upload)
     # The name of an installation stays when it tells its registration id later.
     generation = stored["generation"] if same else _generation(upload.identity, upload.registration)
@@ -382,7 +382,7 @@ async def _claim(device: str, published: Mapping[str, Any]) -> Claim:
 async def _take(device: str, generation: str, kind: Kind) -> KeyPair | None:
     found = await PreKey.get_motor_collection().find_one_and_update(
         _waiting(device, generation, kind),
-        {"$set": {"claimedAt": datetime.now(UTC)}, "$unset": {"key": "", "signature": ""}},
+        {"$set": {"claimedAt": utc_now()}, "$unset": {"key": "", "signature": ""}},
         sort=[("keyId", 1)],
         return_document=ReturnDocument.BEFORE,
     )

@@ -6,10 +6,11 @@ Durability is pinned here, whatever the URI says: every write is ``w: majority, 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from beanie import init_beanie
+from bson import DatetimeMS
 from bson.codec_options import CodecOptions, DatetimeConversion
 from pymongo import IndexModel, ReadPreference
 from pymongo import timeout as time_limit
@@ -32,6 +33,8 @@ from models.conversations import Conversation, Membership
 from models.housekeeping import Balance, Erasure, Node, Release, Setting, Tombstone
 from models.keys import PreKey, PublicKeys
 from models.messages import FATES, MESSAGES, fate_indexes, message_indexes, ttl_indexes
+from relay.store.timekeeping import Reading
+from relay.wire.clock import steady_ns
 
 # Motor runs each call in a thread of one pool; calls that hang must not starve the others, so there are more threads
 # than calls the relay ever has under way. It is read at import.
@@ -58,7 +61,9 @@ DURABLE: Final = WriteConcern(w="majority", j=True)
 MESSAGE_CODEC: Final[CodecOptions[dict[str, Any]]] = CodecOptions(
     datetime_conversion=DatetimeConversion.DATETIME_MS, unicode_decode_error_handler="replace"
 )
+_ROUTER: Final = "isdbgrid"
 _CALL_MS: Final = 10_000
+_TIME_SECONDS: Final = 1.0
 CONTROL: Final = (
     User,
     Device,
@@ -122,7 +127,7 @@ class Mongo:
         """Makes collections and indexes; changes the times to live of existing ones. Raises MongoUnavailable."""
         try:
             hello = await self.client.admin.command("hello")
-            self.is_sharded = hello.get("msg") == "isdbgrid"
+            self.is_sharded = hello.get("msg") == _ROUTER
             if "setName" not in hello and not self.is_sharded:
                 raise MongoUnavailable(
                     "MongoDB runs standalone, which can lose acknowledged writes on a crash; "
@@ -164,18 +169,51 @@ class Mongo:
         index = found.get(ttl_indexes[MESSAGES])
         return None if index is None else int(index["expireAfterSeconds"])
 
-    async def ping(self, seconds: float = 2) -> bool:
-        """Whether the primary answers within ``seconds``."""
+    async def ping(self, seconds: float = 2, *, told: Callable[[Reading], object] | None = None) -> bool:
+        """Whether the primary answers within ``seconds``. When it tells its time, too, ``told`` is called."""
+        asked = steady_ns()
         try:
             with time_limit(seconds):
-                hello = await self.client.admin.command("hello")
+                hello = await self.client.admin.command("hello", codec_options=MESSAGE_CODEC)
         except PyMongoError:
             return False
-        return bool(hello.get("isWritablePrimary"))
+        answered = steady_ns()
+        is_primary = bool(hello.get("isWritablePrimary"))
+        if told is not None and is_primary:
+            is_router = hello.get("msg") == _ROUTER
+            reading = await self._time_of_shard() if is_router else _reading(hello, asked, answered)
+            if reading is not None:
+                told(reading)
+        return is_primary
+
+    async def _time_of_shard(self) -> Reading | None:
+        """A router tells its own time, which is often this very machine's, and another one's for the next call. An unsharded
+        collection's statistics come from where it lies."""
+        nodes = self._plain(Node.Settings.name)
+        asked = steady_ns()
+        try:
+            with time_limit(_TIME_SECONDS):
+                found = await nodes.aggregate([{"$collStats": {}}]).to_list(1)
+        except PyMongoError:
+            return None
+        return _reading(found[0] if found else {}, asked, steady_ns())
+
+    async def readings(self, count: int) -> list[Reading]:
+        """MongoDB's time, asked ``count`` times; fewer when it does not answer."""
+        found: list[Reading] = []
+        for _ in range(count):
+            if not await self.ping(told=found.append):
+                break
+        return found
 
     def close(self) -> None:
         """Closes every connection."""
         self.client.close()
+
+
+def _reading(answer: Mapping[str, Any], asked: int, answered: int) -> Reading | None:
+    at = answer.get("localTime")
+    return Reading.of(int(at), asked, answered) if isinstance(at, DatetimeMS) else None
 
 
 def brief(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from models.accounts import Device, User
 from models.conversations import Membership
 from relay.store.accounts import milliseconds
 from relay.store.searching import find_people, fold, search_keys
+from relay.wire.clock import utc_now
 from relay.wire.errors import RelayError
 from relay.wire.ids import device_key
 
@@ -193,7 +194,7 @@ class People:
     async def set_push(self, user: str, device: str, push: Mapping[str, str] | None) -> bool:
         """Where this device is told that something waits (``provider`` and ``token``); None: nowhere. False when the device
         is unknown or removed."""
-        now = datetime.now(UTC)
+        now = utc_now()
         change: dict[str, Any] = {"$set": {"updatedAt": now}}
         if push is None:
             change["$unset"] = {"push": ""}
@@ -216,7 +217,7 @@ class People:
         """Puts a search in front of the last ``SEARCHES``; each text stands there once."""
         users = User.get_motor_collection()
         await users.update_one({"_id": user}, {"$pull": {"searches": {"q": q}}})
-        entry = {"q": q, "at": datetime.now(UTC)}
+        entry = {"q": q, "at": utc_now()}
         # Somebody may have put the same text there in between: then it is new already.
         await users.update_one(
             {"_id": user, "searches.q": {"$ne": q}},
@@ -237,12 +238,12 @@ class People:
         """Nobody finds this person any more, and the sessions and tokens of all their devices end. Safe to repeat, which
         also finishes what a crash left half done. False when the person is unknown."""
         try:
-            document = await self._change(user, {"suspendedAt": datetime.now(UTC)}, keep={"suspendedAt"})
+            document = await self._change(user, {"suspendedAt": utc_now()}, keep={"suspendedAt"})
         except RelayError as error:
             if error.code != "not_found":
                 raise
             return False
-        now = datetime.now(UTC)
+        now = utc_now()
         await Device.get_motor_collection().update_many(
             {"user": user, "$or": [{"endedAt": None}, {"endedAt": {"$lt": document["suspendedAt"]}}]},
             {"$set": {"endedAt": now, "updatedAt": now}, "$unset": {"session": ""}},
@@ -306,7 +307,7 @@ async def names_of(users: Iterable[str]) -> dict[str, str | None]:
 
 def later_than(moment: datetime | None) -> datetime:
     """Now, and in any case later than this: what is compared to notice a change never stands still."""
-    now = datetime.now(UTC)
+    now = utc_now()
     if moment is None:
         return now
     before = moment if moment.tzinfo else moment.replace(tzinfo=UTC)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from time import monotonic
 from typing import Any, Final
 
@@ -24,6 +24,7 @@ from relay.store.batcher import BatcherClosed
 from relay.store.lanes import EndingLanes
 from relay.store.messages import Messages
 from relay.store.mongo import PyMongoError, brief
+from relay.wire.clock import utc_now
 from relay.wire.ids import RELAY_USER, any_device_key, blocked_key, new_id
 
 _PAGE: Final = 500
@@ -57,7 +58,7 @@ class Releases:
     async def plan(self, mailbox: str, *, conversation: str | None = None) -> Planned:
         """Writes down that a mailbox (a device key, or a user id for all of a person's) is to be released, in one
         conversation or in all. Call before the removal, ``run`` after it."""
-        moment = datetime.now(UTC)
+        moment = utc_now()
         document: dict[str, Any] = {
             "_id": new_id(),
             "mailbox": mailbox,
@@ -83,9 +84,7 @@ class Releases:
 
     async def run_due(self) -> int:
         """Does the releases that are due; returns how many."""
-        cursor = (
-            Release.get_motor_collection().find({"dueAt": {"$lte": datetime.now(UTC)}}).sort([("dueAt", 1)])
-        )
+        cursor = Release.get_motor_collection().find({"dueAt": {"$lte": utc_now()}}).sort([("dueAt", 1)])
         documents = await cursor.limit(_DUE).to_list(_DUE)
         for document in documents:
             try:
@@ -101,7 +100,7 @@ class Releases:
         name, mailbox, at = document["_id"], document["mailbox"], document["at"]
         claimed = await collection.find_one_and_update(
             {"_id": name, "dueAt": document["dueAt"]},
-            {"$set": {"dueAt": datetime.now(UTC) + _AT_WORK}},
+            {"$set": {"dueAt": utc_now() + _AT_WORK}},
             return_document=ReturnDocument.AFTER,
         )
         if claimed is None:
@@ -110,17 +109,17 @@ class Releases:
         removed, before = await self._removed(mailbox, conversation, at)
         if not removed:
             # Not yet, or its cause never took effect.
-            if datetime.now(UTC) - at > _ABANDONED:
+            if utc_now() - at > _ABANDONED:
                 await collection.delete_one({"_id": name})
             else:
-                await collection.update_one({"_id": name}, {"$set": {"dueAt": datetime.now(UTC) + _AGAIN}})
+                await collection.update_one({"_id": name}, {"$set": {"dueAt": utc_now() + _AGAIN}})
             return
         if not await self._release(name, mailbox, conversation, before):
-            await collection.update_one({"_id": name}, {"$set": {"dueAt": datetime.now(UTC) + _AGAIN}})
+            await collection.update_one({"_id": name}, {"$set": {"dueAt": utc_now() + _AGAIN}})
         elif claimed["passes"]:
             await collection.delete_one({"_id": name})
         else:
-            last = {"$set": {"dueAt": datetime.now(UTC) + self._settle, "passes": 1}}
+            last = {"$set": {"dueAt": utc_now() + self._settle, "passes": 1}}
             await collection.update_one({"_id": name}, last)
 
     async def _removed(self, mailbox: str, conversation: str | None, at: datetime) -> tuple[bool, int | None]:
@@ -163,7 +162,7 @@ class Releases:
             page = set(found) - stuck
             # However many messages wait: who works at it is not taken for dead.
             await Release.get_motor_collection().update_one(
-                {"_id": name}, {"$set": {"dueAt": datetime.now(UTC) + _AT_WORK}}
+                {"_id": name}, {"$set": {"dueAt": utc_now() + _AT_WORK}}
             )
             if page and not await self._endings.release(
                 list(page), keys, deadline=monotonic() + _GIVE_UP_SECONDS

@@ -14,6 +14,7 @@ from models.contacts import Report
 from models.conversations import Membership
 from relay.store.accounts import milliseconds
 from relay.store.mongo import DuplicateKeyError
+from relay.wire.clock import utc_now
 from relay.wire.cursor import cursor_at, place_of
 from relay.wire.errors import RelayError
 
@@ -71,7 +72,7 @@ class Reports:
                         "_id": complaint.id,
                         **fields,
                         "openKey": _key(complaint),
-                        "createdAt": datetime.now(UTC),
+                        "createdAt": utc_now(),
                     }
                 )
                 return complaint.id
@@ -118,7 +119,7 @@ class Reports:
         reports = Report.get_motor_collection()
         await reports.update_one(
             {"_id": report, "closedAt": None},
-            {"$set": {"closedAt": datetime.now(UTC)}, "$unset": {"openKey": ""}},
+            {"$set": {"closedAt": utc_now()}, "$unset": {"openKey": ""}},
         )
         return await self.exists(report)
 

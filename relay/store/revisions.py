@@ -22,6 +22,7 @@ from pymongo import ReturnDocument, UpdateOne
 from models.conversations import Conversation, Membership
 from relay.store.mongo import DuplicateKeyError
 from relay.wire import ids
+from relay.wire.clock import utc_now
 from relay.wire.errors import RelayError
 
 Event = Literal["created", "added", "removed", "left", "role", "changed", "dissolved"]
@@ -128,7 +129,7 @@ class Revisions:
 
     async def is_abandoned(self, revision: Revision) -> bool:
         """Whether nobody is at this revision any more."""
-        if datetime.now(UTC) - revision.at > _STALLED:
+        if utc_now() - revision.at > _STALLED:
             return True
         if revision.node == self._node:
             return revision.id not in self._under_way
@@ -148,7 +149,7 @@ class Revisions:
         made with the same ``ref``. Its id, its unfinished revision if any, and whether it is new."""
         people = list(dict.fromkeys([creator, *members]))
         unique = _unique(creator, kind, members, ref)
-        moment = datetime.now(UTC)
+        moment = utc_now()
         document: dict[str, Any] = {
             "_id": ids.new_id(),
             "type": kind,
@@ -245,7 +246,7 @@ class Revisions:
         rows = Membership.get_motor_collection()
         earlier = {"$or": [{"rev": {"$lt": revision.number}}, {"rev": None}]}
         # Not when it was decided: what is carried out late must not appear behind cursors given out meanwhile.
-        now = datetime.now(UTC)
+        now = utc_now()
         stamp = {"updatedAt": now, "rev": revision.number}
         names = [f"{revision.conversation} {user}" for user in revision.users]
         if revision.event in ("created", "added"):
@@ -267,7 +268,7 @@ class Revisions:
                 {"_id": revision.conversation, "pending.id": revision.id},
                 {"$set": {"memberCount": await rows.count_documents(present)}},
             )
-            await rows.update_many(present, {"$max": {"updatedAt": datetime.now(UTC)}})
+            await rows.update_many(present, {"$max": {"updatedAt": utc_now()}})
         return True
 
     async def finish(self, revision: Revision) -> None:
@@ -282,7 +283,7 @@ class Revisions:
 
     async def stalled(self) -> list[Revision]:
         """Revisions whose author is gone, the oldest first; a bounded page of them."""
-        cutoff = datetime.now(UTC) - _REPAIRED
+        cutoff = utc_now() - _REPAIRED
         cursor = Conversation.get_motor_collection().find({"pending.at": {"$lt": cutoff}})
         documents = await cursor.sort([("pending.at", 1)]).limit(_REPAIR).to_list(_REPAIR)
         pending = [found for document in documents if (found := _pending(document)) is not None]
@@ -326,15 +327,14 @@ class Revisions:
             "event": proposal.event,
             "by": ids.RELAY_USER if actor is None else actor,
             "users": list(users),
-            "at": datetime.now(UTC),
+            "at": utc_now(),
             "node": self._node,
             **origin._asdict(),
         }
         if proposal.role is not None:
             pending["role"] = proposal.role
-        fields = {"rev": number, "pending": pending}
-        fields.update({name: value for name, value in proposal.fields.items() if value is not None})
-        change: dict[str, Any] = {"$set": fields}
+        fields = {name: value for name, value in proposal.fields.items() if value is not None}
+        change: dict[str, Any] = {"$set": {"rev": number, "pending": pending, **fields}}
         gone = {name: "" for name, value in proposal.fields.items() if value is None}
         if gone:
             change["$unset"] = gone

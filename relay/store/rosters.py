@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any, Final
 
 from models.accounts import Device, User
@@ -14,6 +14,7 @@ from relay.store.accounts import milliseconds
 from relay.store.audience import Refusal, Roster
 from relay.store.contacts import blocks_among
 from relay.store.mongo import time_limit
+from relay.wire.clock import utc_now
 from relay.wire.ids import any_device_key, blocked_key, user_of
 
 _LOAD: Final = 500
@@ -105,7 +106,7 @@ class Rosters:
 
     async def _devices(self, users: Sequence[str]) -> tuple[dict[str, dict[str, int]], set[str]]:
         """The active devices by user, with when their keys became another installation's (ms, or 0); and which are full."""
-        cutoff = datetime.now(UTC) - self._inactive
+        cutoff = utc_now() - self._inactive
         query: dict[str, Any] = {
             "user": {"$in": list(users)},
             "removedAt": None,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from time import monotonic, time
+from time import monotonic
 from typing import Any, Final
 
 import structlog
@@ -15,6 +15,7 @@ import structlog
 from models.messages import FATES, MESSAGES
 from relay.store.chunks import WHOLE, WHOLE_MAP, ChunkMap, chunk_map
 from relay.store.mongo import Mongo, PyMongoError, brief, time_limit
+from relay.wire.clock import wall_seconds
 
 CHECK_SECONDS: Final = 1.0
 PROBE: Final = "relay probe"
@@ -68,7 +69,7 @@ class Shards:
     def lanes_of_fates(self, conversation: str) -> tuple[str, ...] | None:
         """The lanes in which fates of a conversation's messages may be; None: in any."""
         chunk = self._map.chunk_of(conversation)
-        if not self._fates_by_lane or chunk.since > time() - self._window:
+        if not self._fates_by_lane or chunk.since > wall_seconds() - self._window:
             return None
         if self._single_fates and chunk.shard != WHOLE:
             return (chunk.shard, WHOLE)

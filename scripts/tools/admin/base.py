@@ -10,6 +10,7 @@ from typing import Final
 from beanie import init_beanie
 
 from config.settings import Settings, load
+from relay import logs
 from relay.security.pseudonyms import Pseudonyms
 from relay.security.tokens import generate_secret
 from relay.store.audit import Audit, check_key
@@ -19,6 +20,7 @@ from relay.store.mongo import CONTROL, Mongo
 from relay.store.people import People
 from relay.store.reports import Reports
 from relay.store.sessions import Sessions
+from relay.store.timekeeping import READINGS, Timekeeper
 from relay.wire.ids import USER_ID
 
 ADMIN: Final = "$admin"
@@ -65,12 +67,15 @@ async def desk(*, verifying: bool = False) -> AsyncIterator[Desk]:
     """Opens the database of RELAY_MONGO_URI, or the one that a running relay keeps in RELAY_DATA_DIR. Unless ``verifying``,
     a key that is not the database's is refused. Raises Give, SettingsError and what the store raises."""
     settings = load()
+    logs.configure("text", "warning")
     pseudonyms = _pseudonyms(settings)
     mongo = Mongo(_uri(settings), settings.mongo_database, select_seconds=_SECONDS)
     audit = Audit(pseudonyms)
     try:
         if not await mongo.ping(_SECONDS):
             raise Give(_unreachable(settings))
+        # What is revoked here is compared with what the nodes issue, and they go by MongoDB's clock.
+        Timekeeper().take(*await mongo.readings(READINGS))
         # The relay makes the indexes.
         await init_beanie(database=mongo.database, document_models=list(CONTROL), skip_indexes=True)
         if not verifying:

@@ -25,7 +25,7 @@ class Clock:
     def __init__(self) -> None:
         self.moment = datetime.now(UTC)
 
-    def now(self, _: object) -> datetime:
+    def now(self) -> datetime:
         return self.moment
 
 
@@ -64,7 +64,7 @@ async def bob() -> AsyncIterator[LocalConnection]:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
-    monkeypatch.setattr(revocations, "datetime", found)
+    monkeypatch.setattr(revocations, "utc_now", found.now)
     return found
 
 

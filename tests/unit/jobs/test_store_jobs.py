@@ -23,6 +23,7 @@ from relay.security.rates import Rates
 from relay.store.embedded import EmbeddedMongo
 from relay.store.mongo import Mongo, PyMongoError
 from relay.store.shards import Shards
+from relay.store.timekeeping import Timekeeper
 from tests.support.backlog import LocalConnection, MemoryBacklog, message, turns
 from tests.support.store import TTL_SECONDS, Store, open_store
 
@@ -223,15 +224,22 @@ async def test_health_tells_when_mongodb_stops_answering_and_when_it_answers_aga
     mongod: EmbeddedMongo,
 ) -> None:
     health, metrics, rates = Health(), Metrics(), Rates({}, redis_url=None)
+    timekeeper = Timekeeper()
     dead = Mongo("mongodb://127.0.0.1:1/?directConnection=true", "relay", select_seconds=0.1)
     alive = Mongo(mongod.uri, "relay")
     try:
         with capture_logs() as logs:
-            await HealthCheck(dead, Shards(dead, fate_seconds=1), rates, Alone(), health, metrics).run()
+            await HealthCheck(
+                dead, Shards(dead, fate_seconds=1), rates, Alone(), timekeeper, health, metrics
+            ).run()
             assert health.problems == {"mongodb": "no primary answers"}
             assert b'relay_problem{part="mongodb"} 1.0' in metrics.render()
-            await HealthCheck(alive, Shards(alive, fate_seconds=1), rates, Alone(), health, metrics).run()
-            await HealthCheck(alive, Shards(alive, fate_seconds=1), rates, Alone(), health, metrics).run()
+            await HealthCheck(
+                alive, Shards(alive, fate_seconds=1), rates, Alone(), timekeeper, health, metrics
+            ).run()
+            await HealthCheck(
+                alive, Shards(alive, fate_seconds=1), rates, Alone(), timekeeper, health, metrics
+            ).run()
         assert health.problems == {}
         assert b'relay_problem{part="mongodb"} 0.0' in metrics.render()
         assert b'relay_problem{part="redis"} 0.0' in metrics.render(), "there is none to miss"
