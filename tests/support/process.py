@@ -106,6 +106,8 @@ class RelayProcess(Node):
             "log_format": "text",
             **settings,
         }
+        self.environment: dict[str, str] = {}
+        """What its environment has beside its settings."""
         self._devices = []
         self._process: subprocess.Popen[bytes] | None = None
         self._client: AsyncMongoClient[dict[str, Any]] | None = None
@@ -125,7 +127,7 @@ class RelayProcess(Node):
                 subprocess.Popen,
                 [sys.executable, "-m", "relay"],
                 cwd=ROOT,
-                env=environment(**self.settings),
+                env={**environment(**self.settings), **self.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
