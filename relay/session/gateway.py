@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Final
 
 import structlog
@@ -21,6 +21,7 @@ from relay.session.turns import Turns
 from relay.store.accounts import Arrival
 from relay.store.mongo import PyMongoError, brief
 from relay.wire import errors, replies
+from relay.wire.clock import utc_now
 from relay.wire.codec import Refused, decode
 from relay.wire.errors import Close, FrameError, RelayError
 from relay.wire.frames import FEATURES, Auth
@@ -179,7 +180,7 @@ class Gateway:
         arrival: Arrival,
         serial: int,
     ) -> Connection:
-        shown = datetime.now(UTC)
+        shown = utc_now()
         key = device_key(identity.user, identity.device)
 
         def drained() -> None:

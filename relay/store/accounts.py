@@ -14,6 +14,7 @@ from models.accounts import Device, User
 from models.housekeeping import Tombstone
 from relay.security.pseudonyms import Pseudonyms
 from relay.store.mongo import DuplicateKeyError
+from relay.wire.clock import utc_now
 from relay.wire.ids import device_key
 
 # As long as resolved recipients are believed, and a commit takes.
@@ -111,7 +112,7 @@ class Accounts:
         or the user or the device is unknown and may not be created.
         """
         key = device_key(user, device)
-        now = datetime.now(UTC)
+        now = utc_now()
         moment = now if issued is None else datetime.fromtimestamp(issued, UTC)
         may_create = provision and session is None
         person = await _users().find_one({"_id": user}, PERSON)
@@ -202,7 +203,7 @@ class Accounts:
         person = await _users().find_one({"_id": user}, PERSON)
         if person is not None and not is_barred(person):
             return arrival
-        now = datetime.now(UTC)
+        now = utc_now()
         await _devices().update_one({"_id": key}, {"$set": {"endedAt": now, "updatedAt": now}})
         return None
 
@@ -220,7 +221,7 @@ class Accounts:
         return created
 
     async def _insert_users(self, users: Iterable[str]) -> None:
-        now = datetime.now(UTC)
+        now = utc_now()
         wanted = [
             UpdateOne({"_id": user}, {"$setOnInsert": {"createdAt": now}}, upsert=True) for user in users
         ]
@@ -275,7 +276,7 @@ class Accounts:
 
     async def seen(self, keys: Iterable[str]) -> None:
         """Notes that these devices are, or were just now, connected by a WebSocket."""
-        now = datetime.now(UTC)
+        now = utc_now()
         wanted = list(keys)
         for start in range(0, len(wanted), _BULK):
             await _devices().update_many(
@@ -284,7 +285,7 @@ class Accounts:
 
     async def active_devices(self, users: Sequence[str]) -> Mapping[str, list[str]]:
         """The device keys that get new messages, by user: seen within the time of inactivity, or never connected yet."""
-        cutoff = datetime.now(UTC) - self.inactive
+        cutoff = utc_now() - self.inactive
         query: dict[str, Any] = {
             "user": {"$in": list(users)},
             "removedAt": None,

@@ -10,7 +10,7 @@ import secrets
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 from models.accounts import Device, User
@@ -18,6 +18,7 @@ from relay.security.refresh import RefreshToken, begin, parse, seal, successor_o
 from relay.store.accounts import gap_of_return, is_new, milliseconds
 from relay.store.mongo import DuplicateKeyError
 from relay.store.people import search_keys
+from relay.wire.clock import utc_now
 from relay.wire.errors import RelayError
 from relay.wire.ids import device_key
 from relay.wire.limits import Limit
@@ -120,7 +121,7 @@ class Sessions:
     ) -> Account:
         """Makes an account; ``username`` is folded, ``password`` a hash, ``user`` its id from ``new_user``. Raises RelayError
         ``conflict`` when the name is taken."""
-        now = datetime.now(UTC)
+        now = utc_now()
         document: dict[str, Any] = {
             "_id": user or new_user(),
             "createdAt": now,
@@ -184,7 +185,7 @@ class Sessions:
         token: RefreshToken,
     ) -> Opened | None:
         """None: the device is not as it was any more."""
-        now = datetime.now(UTC)
+        now = utc_now()
         key = device_key(user, device)
         session = {"id": token.session, "current": token.digest, "createdAt": now, "rotatedAt": now}
         fields: dict[str, Any] = {
@@ -223,7 +224,7 @@ class Sessions:
 
     async def _others(self, user: str, key: str) -> int:
         """How many other devices of this user have a session."""
-        alive = datetime.now(UTC) - self._lasts
+        alive = utc_now() - self._lasts
         query = {"user": user, "removedAt": None, "session.rotatedAt": {"$gte": alive}}
         cursor = _devices().find(query, {"_id": 1}).limit(self._most + 1)
         return len([row["_id"] async for row in cursor if row["_id"] != key])
@@ -240,7 +241,7 @@ class Sessions:
                 return None
             user, device = row["user"], row["_id"].partition("/")[2]
             session = row["session"]
-            now = datetime.now(UTC)
+            now = utc_now()
             if now - session["rotatedAt"] > self._lasts:
                 return None
             if session["current"] == token.digest:
@@ -263,7 +264,7 @@ class Sessions:
         """A repetition in this session was noted in the audit trail."""
         await _devices().update_one(
             {"_id": device_key(user, device), "session.id": session},
-            {"$set": {"session.repeatedAt": datetime.now(UTC)}},
+            {"$set": {"session.repeatedAt": utc_now()}},
         )
 
     async def _rotate(self, key: str, token: RefreshToken, successor: RefreshToken, now: datetime) -> bool:
@@ -282,7 +283,7 @@ class Sessions:
 
     async def _end(self, key: str, session: str) -> bool:
         """Ends a session; whether it was still there."""
-        now = datetime.now(UTC)
+        now = utc_now()
         result = await _devices().update_one(
             {"_id": key, "session.id": session},
             {"$set": {"endedAt": now, "updatedAt": now}, "$unset": {"session": ""}},
@@ -307,7 +308,7 @@ class Sessions:
 
     async def remove(self, user: str, device: str) -> bool:
         """Makes a device no recipient and all its tokens bad; whether it was one until now. Safe to repeat."""
-        now = datetime.now(UTC)
+        now = utc_now()
         result = await _devices().update_one(
             {"_id": device_key(user, device), "removedAt": None},
             {
