@@ -31,6 +31,7 @@ from relay.store.accounts import (
 )
 from relay.store.gatherer import Gatherer, GathererClosed, GathererFull
 from relay.store.mongo import BulkWriteError, PyMongoError, brief, time_limit
+from relay.wire.clock import utc_now
 from relay.wire.errors import RelayError
 from relay.wire.ids import device_key
 
@@ -175,7 +176,7 @@ class Arrivals:
     async def _arrive(self, group: list[_Arriving]) -> list[_Outcome | Exception]:
         people = await _read(_users(), {one.user for one in group}, PERSON)
         rows = await _read(_devices(), {one.key for one in group}, _FIELDS)
-        now = datetime.now(UTC)
+        now = utc_now()
         outcomes: list[_Outcome | Exception] = ["alone"] * len(group)
         here: dict[str, int] = {}
         new: dict[str, int] = {}
@@ -247,7 +248,7 @@ class Arrivals:
         self, new: Mapping[str, _Arriving], people: Mapping[str, Mapping[str, Any]]
     ) -> dict[str, _Outcome | Exception]:
         """Makes devices that were never here, and their users where they are unknown."""
-        asked = datetime.now(UTC)
+        asked = utc_now()
         unknown: dict[str, datetime] = {}
         for one in new.values():
             if one.user not in people:
@@ -259,7 +260,7 @@ class Arrivals:
         made = list(wanted)
         if made:
             # The moment is that of the write: for a few seconds whoever meets a new device tells of it, too.
-            now = datetime.now(UTC)
+            now = utc_now()
             try:
                 await _devices().insert_many([_document(one, now) for one in wanted.values()], ordered=False)
             except BulkWriteError as error:
