@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 
 import pytest
 
+from relay.store.mongo import Mongo
+from relay.store.timekeeping import READINGS
+from relay.wire.clock import steady_ns
 from tests.cluster import Cluster
 from tests.support.node import Node, NodeFactory
 from tests.support.sharded import SHARDS, cluster, devices, nodes, sharded, talk
@@ -157,3 +161,16 @@ async def test_chunks_that_move_under_load_lose_and_double_nothing(cluster: Clus
     await until(none, 20, "all that was acknowledged is gone")
     ledger = node.relay.context.ledger
     assert (ledger.count("accepted"), ledger.count("acknowledged"), ledger.waiting) == (600, 600, 0)
+
+
+async def test_the_time_is_that_of_the_shard_that_holds_the_nodes(cluster: Cluster, node: Node) -> None:
+    mongo = Mongo(cluster.uri, node.db.name)
+    try:
+        async with touching(cluster, node.db.name) as touched:
+            readings = await mongo.readings(READINGS)
+    finally:
+        mongo.close()
+    assert touched.shards("nodes", names=("aggregate",)) == {SHARDS[0]}
+    assert len(readings) == READINGS
+    now = time.time_ns() - steady_ns()
+    assert all(abs(one.ahead - now) <= one.error + 1_000_000_000 for one in readings)
