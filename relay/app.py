@@ -168,7 +168,10 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
     hub = Hub()
     timeout = settings.commit_timeout_seconds
     shards = Shards(mongo, fate_seconds=fate_seconds)
-    await shards.load()
+    try:
+        await shards.load()
+    except MongoUnavailable as error:
+        raise StartError(str(error)) from None
     messages = Messages(
         mongo, shards, metrics, ttl_seconds=ttl_seconds, timeout=timeout, hot=_hot(settings, stack)
     )
@@ -269,7 +272,12 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
         registration=settings.registration,
         provision=settings.auto_provision,
     )
-    shards.returned = hub.complete
+
+    def returned() -> None:
+        hub.complete()
+        sends.retry()
+
+    shards.returned = returned
     sweep = Sweep(hub, messages, endings, metrics, clock.now)
     stack.push_async_callback(sweep.close)
     if isinstance(bus, RedisBus):

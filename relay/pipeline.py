@@ -38,6 +38,8 @@ _ACK_GROUP: Final = 4
 _ACK_SPACING: Final = 0.015
 # Parts of messages to many devices that wait to be committed: so many groups, then their senders are not read.
 _LARGE_GROUPS: Final = 2
+# A lane in which nothing has come through for so many deadlines of a message refuses at once.
+_PATIENCE: Final = 1.5
 
 log = structlog.get_logger(__name__)
 Commit = Callable[[list[Submission]], Awaitable[None]]
@@ -69,24 +71,26 @@ def message_path(
     """Makes it; the lane of a shard starts when it is first needed. ``dead`` is told when a committer died; ``now`` is the wall
     clock (ms)."""
     timeout = settings.commit_timeout_seconds
-    # From the first failure on, which takes as long as the time limit: the first that is given up opens the lane.
-    patience = max(timeout, settings.send_deadline_seconds - timeout)
+    # Longer than an election takes.
+    patience = _PATIENCE * settings.send_deadline_seconds
+
+    def haste_of(shard: str) -> float:
+        # On a replica set there is nobody else who would be spared.
+        return inf if shard == WHOLE else timeout
 
     def settled(settlement: Settlement) -> None:
         router.settled(settlement)
         quotas.settled(settlement)
 
     def ending_lane(shard: str) -> EndingLane:
-        def pressed() -> bool:
-            return few.full or crowd.full
-
-        def opened() -> None:
-            _warn("acknowledgements", shard)
-            for queue in (few, crowd):
-                queue.refuse(acks.abandon)
+        def relieve() -> None:
+            for one in (few, crowd):
+                if one.full:
+                    _warn("acknowledgements", shard)
+                    one.refuse(acks.abandon)
 
         # Nobody waits for these: as long as there is room they are tried until their deadlines.
-        breaker = Breaker(patience=inf, haste=timeout, pressed=pressed, opened=opened)
+        breaker = Breaker(haste=haste_of(shard), relieve=relieve)
         acks = Acks(
             mongo,
             messages,
@@ -115,7 +119,7 @@ def message_path(
             )
 
         few, crowd = queue("ack"), queue("ack-large")
-        return EndingLane(few, crowd, acks, breaker)
+        return EndingLane(few, crowd, acks)
 
     endings = EndingLanes(shards.lane_of, ending_lane)
 
@@ -134,15 +138,18 @@ def message_path(
             endings.drop(stored_id, keys, deadline=monotonic() + timeout)
 
     def send_lane(shard: str) -> SendLane:
-        def pressed() -> bool:
-            return small_queue.full or large_queue.full
-
         def opened() -> None:
             _warn("messages", shard)
-            for queue in (small_queue, large_queue):
-                queue.refuse(small.refuse)
+            for one in (small_queue, large_queue):
+                one.refuse(small.refuse)
 
-        breaker = Breaker(patience=patience, haste=timeout, pressed=pressed, opened=opened)
+        def relieve() -> None:
+            for one in (small_queue, large_queue):
+                if one.full:
+                    _warn("messages", shard)
+                    one.refuse(small.refuse)
+
+        breaker = Breaker(patience=patience, haste=haste_of(shard), opened=opened, relieve=relieve)
 
         def commits_of(kind: type[Commits]) -> Commits:
             return kind(

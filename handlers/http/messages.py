@@ -34,10 +34,10 @@ async def send(ctx: Context, caller: Caller, request: web.Request) -> web.Respon
     op = decode_send(await body(request))
     sender = Sender(caller.user, caller.device, device_key(caller.user, caller.device))
     sending.check(ctx, op)
-    if ctx.sends.full or ctx.endings.full:
+    if ctx.sends.is_full([op.conv]) or ctx.endings.is_full([op.conv]):
         raise RelayError("unavailable", "the relay is busy; send again", retry_after=1000)
     audience = await ctx.audiences.resolve(op.conv)
-    if len(audience.keys) > ctx.limits.inline and ctx.sends.large_full:
+    if len(audience.keys) > ctx.limits.inline and ctx.sends.is_large_full(op.conv):
         raise RelayError("unavailable", "the relay is busy; send again", retry_after=1000)
     outcome: asyncio.Future[Stored | RelayError] = asyncio.get_running_loop().create_future()
 
@@ -67,7 +67,7 @@ async def acknowledge(ctx: Context, caller: Caller, request: web.Request) -> web
     wanted = await parsed(request, Acknowledge)
     if any(ctx.clock.too_far_ahead(mark.up_to) for mark in wanted.reads or ()):
         raise RelayError("bad_request", "upTo lies more than two hours in the future")
-    if ctx.endings.full:
+    if ctx.endings.is_full([group.conv for group in wanted.acks]):
         raise RelayError("unavailable", "the relay is busy; acknowledge again", retry_after=1000)
     loop = asyncio.get_running_loop()
     now = ctx.clock.now()

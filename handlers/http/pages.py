@@ -11,6 +11,7 @@ from handlers.context import Context
 from handlers.http.route import Caller, page_limit, paging
 from relay.wire import codec
 from relay.wire.cursor import cursor_at, place_of
+from relay.wire.errors import RelayError
 from relay.wire.ids import any_device_key, device_key
 
 _DEFAULT: Final = 100
@@ -34,6 +35,8 @@ async def message_page(
         conversation=conversation,
         after=None if cursor is None else place_of(cursor),
     )
+    if not page.complete:
+        raise RelayError("unavailable", "a part of the store does not answer; try again", retry_after=1000)
     frames = [envelope.frame_for(key) for envelope in page.envelopes]
     if page.exhausted or not page.envelopes:
         return frames, "null"

@@ -263,9 +263,11 @@ class Delivery:
         if not page.complete:
             return
         if page.exhausted:
-            self._mark = page.envelopes[-1].seq if page.envelopes else None
+            found = page.envelopes[-1].seq if page.envelopes else None
         else:
-            self._mark = await self._first.last_waiting(self._keys)
+            found = await self._first.last_waiting(self._keys)
+        # What was counted before may have to come once more.
+        self._mark = found if self._mark is None else max(self._mark, found or 0)
         self._marked = True
         self._read_to_mark = self._mark is None and not self._initial
 
@@ -321,7 +323,7 @@ class Delivery:
                 return False
             self._needs = 1
             self._deliver(envelope)
-            if not self._told and self._waited_at_connect(envelope):
+            if not self._told and self._waited_at_connect(envelope.seq):
                 self._initial |= {envelope.doc_id}
                 self._initial_count += 1
         if not self._told:
@@ -333,11 +335,12 @@ class Delivery:
         self._incomplete = not page.complete
         return page.exhausted and not self._dirty
 
-    def _waited_at_connect(self, envelope: Envelope) -> bool:
+    def _waited_at_connect(self, seq: int) -> bool:
         if not self._marked:
             # While a part of the store is away nobody knows what waited: all that is read counts.
+            self._mark = seq if self._mark is None else max(self._mark, seq)
             return True
-        return self._mark is not None and envelope.seq <= self._mark
+        return self._mark is not None and seq <= self._mark
 
     def _tell_drained(self) -> None:
         if self._told or not self._read_to_mark or self._initial:

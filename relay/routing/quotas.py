@@ -106,6 +106,9 @@ class Quotas:
 
     async def drained(self, key: str) -> None:
         """A device has drained its mailbox: when it was full, it need not be any more. Never raises for what MongoDB does."""
+        if not self._mailboxes.whole:
+            self._queue(key)
+            return
         try:
             if await self._mailboxes.count(key, self._half + 1) <= self._half:
                 await self._unlatch([key])
@@ -115,7 +118,9 @@ class Quotas:
     async def run(self) -> None:
         """One round, one at a time: tells gaps of what was left out, counts what is due, latches and unlatches."""
         async with self._turn:
-            await self._run()
+            # What is due stays due while a part of the store is away.
+            if self._mailboxes.whole:
+                await self._run()
 
     async def _run(self) -> None:
         await self._take_addressed()

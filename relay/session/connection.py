@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
@@ -20,8 +20,9 @@ from relay.security.tokens import Identity
 from relay.session.admission import Admission
 from relay.session.dispatch import dispatch
 from relay.wire import errors
-from relay.wire.codec import decode
+from relay.wire.codec import Refused, decode
 from relay.wire.errors import Close, FrameError, RelayError
+from relay.wire.frames import Ack, Operation, Send
 from relay.wire.ids import device_key
 from relay.wire.limits import Limit
 
@@ -236,9 +237,8 @@ class Connection:
                     return
                 await dispatch(ctx, self, operations)
                 # What is not read stays in the socket: the sender feels it, not the relay's memory.
-                while ctx.sends.full or ctx.endings.full:
-                    await ctx.sends.room()
-                    await ctx.endings.room()
+                if ctx.sends.full or ctx.endings.full:
+                    await self._room_for(operations)
                 if self.outbox.full:
                     await self.outbox.room()
             elif kind is WSMsgType.PING:
@@ -250,6 +250,14 @@ class Connection:
                 if isinstance(message.data, WebSocketError) and message.data.code == errors.TOO_BIG.code:
                     ctx.metrics.reached(Limit.FRAME)
                 return
+
+    async def _room_for(self, operations: Sequence[Operation | Refused]) -> None:
+        """Waits while those places of the store are busy that this frame's messages and acknowledgements go to."""
+        ctx = self._ctx
+        names = {operation.conv for operation in operations if isinstance(operation, Send | Ack)}
+        while ctx.sends.is_full(names) or ctx.endings.is_full(names):
+            await ctx.sends.room(names)
+            await ctx.endings.room(names)
 
     async def _write(self) -> None:
         try:

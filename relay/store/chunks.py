@@ -17,6 +17,7 @@ from bson.timestamp import Timestamp
 
 WHOLE: Final = "0"
 """The one lane of a replica set."""
+_UNKNOWN: Final = 1 << 62
 _LAST: Final = "\U0010ffff"
 
 
@@ -72,8 +73,9 @@ class ChunkMap:
 WHOLE_MAP: Final = ChunkMap.of([Chunk("", WHOLE, 0)])
 
 
-def chunk_map(about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> ChunkMap:
-    """The map from an entry of ``config.collections`` and its chunks in order. Raises ValueError, in words for people, when
+def chunk_map(about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], *, always: int = 0) -> ChunkMap:
+    """The map from an entry of ``config.collections`` and its chunks in order; ``always`` (s) is since when a conversation is where
+    it is if its chunk has not moved. Raises ValueError, in words for people, when
     ``messages`` is not sharded as the relay needs it."""
     if dict(about["key"]) != {"conversationId": 1}:
         raise ValueError("messages is not sharded by ranges of conversationId")
@@ -83,9 +85,9 @@ def chunk_map(about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Ch
         low = row["min"]["conversationId"]
         if not isinstance(low, MinKey | str):
             raise ValueError("a chunk of messages begins with what is no conversation")
-        since = _seconds(row["history"][0]["validAfter"]) if row.get("history") else 0
+        since = _seconds(row["history"][0]["validAfter"]) if row.get("history") else _UNKNOWN
         chunks.append(
-            Chunk("" if isinstance(low, MinKey) else low, row["shard"], since if since > made else 0)
+            Chunk("" if isinstance(low, MinKey) else low, row["shard"], since if since > made else always)
         )
     return ChunkMap.of(chunks)
 

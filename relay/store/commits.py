@@ -116,8 +116,10 @@ class Commits:
         if not wanted:
             return
         documents = await self._messages.read(wanted, committed=True)
-        gone = await self._fates.find([doc_id for doc_id in wanted if doc_id not in documents])
+        gone, untold = await self._fates.find_some([doc_id for doc_id in wanted if doc_id not in documents])
         for doc_id in wanted:
+            if doc_id in untold:
+                continue
             document, fate = documents.get(doc_id), gone.get(doc_id)
             given_up = self._given_up.get(doc_id)
             if document is not None:
@@ -166,15 +168,16 @@ class Commits:
                     self._attempts.discard(over)
                     over.set_result(None)
                 unknown = [submission for submission in pending if not submission.settled]
+                held = sum(submission.held for submission in unknown)
                 if len(unknown) < len(pending):
                     self._breaker.succeeded()
-                else:
+                elif held < len(pending):
                     self._breaker.failed()
                 if unknown:
                     self._retries.inc()
                     unknown = self._drop_late(unknown)
-                if len(unknown) < len(batch) and attempt == 0 and unknown:
-                    # Most of the group is known: the rest must not hold up the groups behind it.
+                if unknown and attempt == 0 and (held or len(unknown) < len(batch)):
+                    # Most of the group is known, or waits for another shard: it must not hold up the groups behind it.
                     task = asyncio.create_task(self._until_known(unknown, 1), name="commit-send-retry")
                     self._tasks.add(task)
                     task.add_done_callback(self._tasks.discard)
@@ -205,11 +208,13 @@ class Commits:
         return [submission for submission in pending if now < submission.deadline] if late else pending
 
     async def _attempt(self, batch: list[Submission], attempt: int) -> None:
+        for submission in batch:
+            submission.held = False
         await self._refresh(batch, attempt)
-        asked_again = [s for s in batch if not s.settled and (s.again or attempt)]
+        asked_again = [s for s in batch if not s.settled and not s.held and (s.again or attempt)]
         if asked_again:
             await self._answer_from_fates(asked_again, inserted=bool(attempt), tried=bool(attempt))
-        batch = [submission for submission in batch if not submission.settled]
+        batch = [submission for submission in batch if not submission.settled and not submission.held]
         if batch:
             await self._insert(batch, attempt)
 
@@ -230,7 +235,7 @@ class Commits:
         if resent:
             # The first incarnation may have been acknowledged and deleted between the question above and the insert.
             await self._answer_from_fates(resent, inserted=True)
-        await self._succeed([s for s in inserted if not s.settled])
+        await self._succeed([s for s in inserted if not s.settled and not s.held])
         if duplicates:
             await self._answer_duplicates(duplicates, attempt)
 
@@ -303,11 +308,13 @@ class Commits:
     async def _answer_from_fates(
         self, batch: list[Submission], *, inserted: bool, tried: bool = True
     ) -> None:
-        """Answers what is on record as gone. ``inserted``: this submission may have put a second incarnation into the
-        store, which is taken back. ``tried``: it may have been stored; senders can choose the ``seq`` of another."""
-        gone = await self._fates.find([s.envelope.doc_id for s in batch])
+        """Answers what is on record as gone; holds those of which it cannot be told. ``inserted``: this submission may have put a
+        second incarnation into the store, which is taken back. ``tried``: it may have been stored; senders can choose the
+        ``seq`` of another."""
+        gone, untold = await self._fates.find_some([s.envelope.doc_id for s in batch])
         for submission in batch:
             envelope = submission.envelope
+            submission.held = envelope.doc_id in untold
             known = gone.get(envelope.doc_id)
             if known is None:
                 continue
@@ -417,4 +424,5 @@ class Commits:
         resent = [s for s in batch if not s.settled and s.again]
         await self._answer_from_fates(resent, inserted=False, tried=False)
         for submission, refusal in refused:
-            submission.settle(refusal)
+            if not submission.held:
+                submission.settle(refusal)

@@ -14,7 +14,7 @@ from bson.datetime_ms import DatetimeMS
 
 from models.messages import FateEntry
 from relay.store.ledger import Fate
-from relay.store.mongo import Mongo, time_limit
+from relay.store.mongo import Mongo, PyMongoError, time_limit
 from relay.store.shards import Shards
 from relay.wire.ids import any_device_key, conversation_of
 
@@ -97,15 +97,39 @@ class Fates:
 
     async def find(self, doc_ids: Sequence[str]) -> dict[str, Gone]:
         """The fates of these messages, as far as they are on record: of each asked where it can be, which is one shard unless its
-        conversation has moved lately."""
+        conversation has moved lately. Raises PyMongoError."""
+        found: dict[str, Gone] = {}
+        with time_limit(self._timeout):
+            for lanes, some in self._by_lanes(doc_ids).items():
+                found.update(await find_in(self._collection, some, lanes=lanes))
+        return found
+
+    async def find_some(self, doc_ids: Sequence[str]) -> tuple[dict[str, Gone], set[str]]:
+        """As ``find``, and those of which it cannot be told now, because a shard that may know does not answer. Raises PyMongoError
+        when that is so for all."""
+        found: dict[str, Gone] = {}
+        untold: set[str] = set()
+        failed: PyMongoError | None = None
+        groups = self._by_lanes(doc_ids)
+        for lanes, some in groups.items():
+            if self._shards.down and (lanes is None or self._shards.down.intersection(lanes)):
+                untold.update(some)
+                continue
+            try:
+                with time_limit(self._timeout):
+                    found.update(await find_in(self._collection, some, lanes=lanes))
+            except PyMongoError as error:
+                failed = error
+                untold.update(some)
+        if failed is not None and len(groups) == 1:
+            raise failed
+        return found, untold
+
+    def _by_lanes(self, doc_ids: Sequence[str]) -> dict[tuple[str, ...] | None, list[str]]:
         by_lanes: dict[tuple[str, ...] | None, list[str]] = {}
         for doc_id in doc_ids:
             by_lanes.setdefault(self._shards.lanes_of_fates(conversation_of(doc_id)), []).append(doc_id)
-        found: dict[str, Gone] = {}
-        with time_limit(self._timeout):
-            for lanes, some in by_lanes.items():
-                found.update(await find_in(self._collection, some, lanes=lanes))
-        return found
+        return by_lanes
 
 
 async def find_in(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from typing import Final
@@ -17,7 +17,7 @@ from typing import Final
 import structlog
 
 from relay.store.acks import Acks
-from relay.store.batcher import Batcher
+from relay.store.batcher import Batcher, BatcherClosed
 from relay.store.breaker import Breaker
 from relay.store.commits import Commits
 from relay.store.endings import Ack, Ending, Release, Removal, Sole
@@ -29,7 +29,6 @@ from relay.wire.ids import conversation_of
 _BYTES_EACH: Final = 200
 _MOMENT: Final = 0.05
 _MAX_CROWDS: Final = 10_000
-_REFUSAL_SECONDS: Final = 1.0
 
 log = structlog.get_logger(__name__)
 LaneOf = Callable[[str], str]
@@ -53,7 +52,6 @@ class EndingLane:
     few: Batcher[Ending]
     crowd: Batcher[Ending]
     acks: Acks
-    breaker: Breaker
 
 
 class SendLanes:
@@ -63,6 +61,7 @@ class SendLanes:
         self._lane_of = lane_of
         self._make = make
         self._lanes: dict[str, SendLane] = {}
+        self._closed = False
         self._small_at = 0.0
 
     def submit(self, submission: Submission) -> None:
@@ -82,22 +81,31 @@ class SendLanes:
 
     @property
     def full(self) -> bool:
-        """Whether sources should be held back now."""
+        """Whether any source should be held back now."""
         return any(lane.small.full for lane in self._lanes.values())
 
-    @property
-    def large_full(self) -> bool:
-        """Whether sources of messages to many devices should be held back now."""
-        return any(lane.large.full for lane in self._lanes.values())
+    def is_full(self, conversations: Iterable[str]) -> bool:
+        """Whether who sends to these conversations should be held back now."""
+        return any(lane.small.full for lane in self._lanes_of(conversations))
 
-    async def room(self) -> None:
-        """Waits until there is room."""
-        for lane in list(self._lanes.values()):
+    def is_large_full(self, conversation: str) -> bool:
+        """Whether who sends to many devices there should be held back now."""
+        return any(lane.large.full for lane in self._lanes_of([conversation]))
+
+    async def room(self, conversations: Iterable[str]) -> None:
+        """Waits until there is room where these conversations' messages are committed."""
+        for lane in self._lanes_of(conversations):
             await lane.small.room()
 
     async def large_room(self, conversation: str) -> None:
         """Waits until there is room for messages to many devices where this conversation's are committed."""
-        await self._lane(conversation).large.room()
+        for lane in self._lanes_of([conversation]):
+            await lane.large.room()
+
+    def retry(self) -> None:
+        """The store, or a shard of it, answers again: whatever comes is tried."""
+        for lane in self._lanes.values():
+            lane.breaker.succeeded()
 
     async def barrier(self) -> None:
         """Waits until every attempt that is under way now is over. The next one of a retry resolves what has changed since."""
@@ -119,7 +127,8 @@ class SendLanes:
 
     async def close(self, timeout: float) -> None:
         """Commits what is queued for at most ``timeout`` seconds, and ends the retries that are under way."""
-        lanes = self._lanes.values()
+        self._closed = True
+        lanes = list(self._lanes.values())
         await asyncio.gather(*(queue.close(timeout) for lane in lanes for queue in (lane.small, lane.large)))
         for lane in lanes:
             for commits in lane.commits:
@@ -129,10 +138,16 @@ class SendLanes:
         """The queues of every lane."""
         return [queue for lane in self._lanes.values() for queue in (lane.small, lane.large)]
 
+    def _lanes_of(self, conversations: Iterable[str]) -> list[SendLane]:
+        names = {self._lane_of(conversation) for conversation in conversations}
+        return [self._lanes[name] for name in names if name in self._lanes]
+
     def _lane(self, conversation: str) -> SendLane:
         name = self._lane_of(conversation)
         lane = self._lanes.get(name)
         if lane is None:
+            if self._closed:
+                raise BatcherClosed
             lane = self._lanes[name] = self._make(name)
         return lane
 
@@ -149,6 +164,7 @@ class EndingLanes:
         self._lane_of = lane_of
         self._make = make
         self._lanes: dict[str, EndingLane] = {}
+        self._closed = False
         self._crowds: OrderedDict[str, None] = OrderedDict()
 
     def note_crowd(self, conversation: str) -> None:
@@ -215,23 +231,28 @@ class EndingLanes:
 
     @property
     def full(self) -> bool:
-        """Whether sources should be held back now."""
+        """Whether any source should be held back now."""
         return any(lane.few.full for lane in self._lanes.values())
 
-    async def room(self) -> None:
-        """Waits until there is room for what ends between few devices."""
-        for lane in list(self._lanes.values()):
+    def is_full(self, conversations: Iterable[str]) -> bool:
+        """Whether who ends messages of these conversations should be held back now."""
+        return any(lane.few.full for lane in self._lanes_of(conversations))
+
+    async def room(self, conversations: Iterable[str]) -> None:
+        """Waits until there is room for what ends between few devices in these conversations."""
+        for lane in self._lanes_of(conversations):
             await lane.few.room()
 
     def crowd_room(self, conversation: str) -> Awaitable[None] | None:
         """What a device of this conversation waits for before it ends more there; None when there is room."""
         if conversation not in self._crowds:
             return None
-        crowd = self._lane(self._lane_of(conversation)).crowd
-        return crowd.room() if crowd.full else None
+        full = [lane.crowd for lane in self._lanes_of([conversation]) if lane.crowd.full]
+        return full[0].room() if full else None
 
     async def close(self, timeout: float) -> None:
         """Commits what is queued for at most ``timeout`` seconds."""
+        self._closed = True
         await asyncio.gather(*(queue.close(timeout) for queue in self.queues()))
 
     def queues(self) -> list[Batcher[Ending]]:
@@ -256,16 +277,18 @@ class EndingLanes:
 
     def _submit(self, conversation: str, ending: Ending, weight: int = 1) -> None:
         lane = self._lane(self._lane_of(conversation))
-        if not lane.breaker.admits():
-            # Not at once: what was acknowledged may be delivered again, and acknowledged again.
-            asyncio.get_running_loop().call_later(_REFUSAL_SECONDS, ending.done, False)
-            return
         queue = lane.crowd if conversation in self._crowds else lane.few
         queue.submit(ending, _BYTES_EACH * weight, weight)
+
+    def _lanes_of(self, conversations: Iterable[str]) -> list[EndingLane]:
+        names = {self._lane_of(conversation) for conversation in conversations}
+        return [self._lanes[name] for name in names if name in self._lanes]
 
     def _lane(self, name: str) -> EndingLane:
         lane = self._lanes.get(name)
         if lane is None:
+            if self._closed:
+                raise BatcherClosed
             lane = self._lanes[name] = self._make(name)
         return lane
 

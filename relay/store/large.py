@@ -37,7 +37,7 @@ class LargeCommits(Commits):
             for submission in asked_again:
                 if submission.settled:
                     await self._messages.heads.clear(_claim(submission))
-            claimed = [s for s in claimed if not s.settled]
+            claimed = [s for s in claimed if not s.settled and not s.held]
         written = await self._write_parts(claimed)
         if written:
             await self._make_heads(written)

@@ -38,10 +38,15 @@ class Mailboxes:
         self._timeout = timeout
         self._counters = asyncio.Semaphore(_COUNTERS)
 
+    @property
+    def whole(self) -> bool:
+        """Whether every shard answers: what waits on a part of them is no count."""
+        return not self._shards.down
+
     async def count(self, key: str, most: int) -> int:
-        """How many messages wait in a mailbox, on the shards that answer; ``most`` when there are as many or more. Raises
-        PyMongoError."""
-        query = {"awaiting": key, **self._shards.reachable}
+        """How many messages wait in a mailbox; ``most`` when there are as many or more. Raises PyMongoError; ask only while
+        the store is ``whole``."""
+        query = {"awaiting": key}
         async with self._counters:
             with time_limit(self._timeout):
                 return int(await self._messages.count_documents(query, limit=most))

@@ -16,13 +16,14 @@ from relay.store.documents import decode
 from relay.store.ending_plan import Strayed
 from relay.store.heads import Heads
 from relay.store.hot import HotMessages
-from relay.store.mongo import Mongo, time_limit
+from relay.store.mongo import NO_LIMIT, Mongo, time_limit
 from relay.store.shards import ShardDown, Shards
 from relay.wire.envelope import Envelope
 from relay.wire.ids import PARTS_KEY, conversation_of, head_id
 
 _PAGE: Final = 128
 _READERS: Final = 16
+_FINDERS: Final = 4
 _CHUNK: Final = 64
 _ORDER: Final = [("seq", 1), ("_id", 1)]
 _MAX_UNREADABLE: Final = 10_000
@@ -85,6 +86,7 @@ class Messages:
         self._metrics = metrics
         self._timeout = timeout
         self._readers = asyncio.Semaphore(_READERS)
+        self._finders = asyncio.Semaphore(_FINDERS)
         self.ttl_ms = ttl_seconds * 1000
         self.heads = Heads(mongo, shards, timeout=timeout)
         # Ids of documents that are no messages. Left out of later queries, or a window full of them would hide all else.
@@ -114,22 +116,23 @@ class Messages:
             "$or": [{"expiresAt": None}, {"expiresAt": {"$gt": DatetimeMS(now)}}],
         }
         conditions: list[Mapping[str, Any]] = []
-        complete = True
-        if conversation is not None:
-            query["conversationId"] = conversation
-            if self._shards.is_down(conversation):
-                raise ShardDown
-        elif reachable := self._shards.reachable:
-            complete = False
-            conditions.append(reachable)
         if after is not None:
             query["seq"] = {"$gte": after[0]}
             conditions.append({"$or": [{"seq": {"$gt": after[0]}}, {"_id": {"$gt": after[1]}}]})
-        if conditions:
-            query["$and"] = conditions
         self._metrics.drains.inc()
         headless: set[str] = set()
         async with self._readers:
+            # What is true now, not when it came: a shard may have died while it waited for its turn.
+            complete = True
+            if conversation is not None:
+                query["conversationId"] = conversation
+                if self._shards.is_down(conversation):
+                    raise ShardDown
+            elif reachable := self._shards.reachable:
+                complete = False
+                conditions.append(reachable)
+            if conditions:
+                query["$and"] = conditions
             while True:
                 known = len(self._unreadable)
                 left_out = [*exclude, *self._unreadable, *headless]
@@ -345,8 +348,10 @@ class Messages:
             query["_id"] = {"$nin": list(exclude)}
         if exclude_sender is not None:
             query["sender.user"] = {"$ne": exclude_sender}
-        async with self._readers:
-            with time_limit(None):
+        if conversation is not None and self._shards.is_down(conversation):
+            raise ShardDown
+        async with self._finders:
+            with time_limit(NO_LIMIT if conversation is not None or not self._shards.down else self._timeout):
                 cursor = self._collection.find(query, {"_id": 1}).limit(limit)
                 return [document["_id"] async for document in cursor if _is_id(document["_id"])]
 

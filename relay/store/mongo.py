@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+import structlog
 from beanie import init_beanie
 from bson import DatetimeMS
 from bson.codec_options import CodecOptions, DatetimeConversion
@@ -63,6 +64,9 @@ MESSAGE_CODEC: Final[CodecOptions[dict[str, Any]]] = CodecOptions(
 )
 _ROUTER: Final = "isdbgrid"
 _CALL_MS: Final = 10_000
+_CHECK_SECONDS: Final = 3.0
+NO_LIMIT: Final = 0
+"""For ``time_limit``: as long as it takes. None would leave the client's own limit (pymongo.timeout)."""
 _TIME_SECONDS: Final = 1.0
 CONTROL: Final = (
     User,
@@ -82,6 +86,9 @@ CONTROL: Final = (
     Tombstone,
     Setting,
 )
+
+
+log = structlog.get_logger(__name__)
 
 
 class MongoUnavailable(Exception):
@@ -134,7 +141,7 @@ class Mongo:
                     "make it a replica set (of one member, if need be)"
                 )
             # Building an index over a large collection takes its time.
-            with time_limit(None):
+            with time_limit(NO_LIMIT):
                 await self._ensure(MESSAGES, message_indexes(ttl_seconds))
                 await self._ensure(FATES, fate_indexes(fate_seconds))
                 await init_beanie(database=self.database, document_models=list(CONTROL))
@@ -147,21 +154,33 @@ class Mongo:
             ) from None
 
     async def _ensure(self, name: str, indexes: Sequence[IndexModel]) -> None:
-        # Making what is there already would ask every shard, and a node must start while one is down.
         known = await self.database[name].index_information()
+        missing: list[IndexModel] = []
         for index in indexes:
             there = known.get(index.document["name"])
             seconds = index.document.get("expireAfterSeconds")
             if there is None or list(there["key"]) != list(index.document["key"].items()):
-                await self.database[name].create_indexes([index])
+                missing.append(index)
             elif seconds is not None and there.get("expireAfterSeconds") != seconds:
-                await self.set_ttl(name, int(seconds))
+                await self._set_life(name, index.document["name"], int(seconds))
+        if missing:
+            await self.database[name].create_indexes(missing)
+        elif self.is_sharded:
+            # One shard was asked what there is. Another may lack it; but a node must start while one is down.
+            try:
+                with time_limit(_CHECK_SECONDS):
+                    await self.database[name].create_indexes(list(indexes))
+            except PyMongoError as error:
+                log.warning(
+                    "not every shard's indexes could be looked at", collection=name, error=brief(error)
+                )
 
     async def set_ttl(self, name: str, seconds: int) -> None:
         """Changes the time to live of ``messages`` or ``fates`` at run time."""
-        await self.database.command(
-            "collMod", name, index={"name": ttl_indexes[name], "expireAfterSeconds": seconds}
-        )
+        await self._set_life(name, ttl_indexes[name], seconds)
+
+    async def _set_life(self, name: str, index: str, seconds: int) -> None:
+        await self.database.command("collMod", name, index={"name": index, "expireAfterSeconds": seconds})
 
     async def message_ttl(self) -> int | None:
         """The time to live in force, in seconds, as the index says; None when there is no such index."""

@@ -6,6 +6,7 @@ While a shard is down, queries that go to all shards leave its conversations out
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import Any, Final
@@ -14,7 +15,7 @@ import structlog
 
 from models.messages import FATES, MESSAGES
 from relay.store.chunks import WHOLE, WHOLE_MAP, ChunkMap, chunk_map
-from relay.store.mongo import Mongo, PyMongoError, brief, time_limit
+from relay.store.mongo import Mongo, MongoUnavailable, PyMongoError, brief, time_limit
 from relay.wire.clock import wall_seconds
 
 CHECK_SECONDS: Final = 1.0
@@ -24,6 +25,8 @@ _MAP_SECONDS: Final = 10.0
 _PROBE_SECONDS: Final = 2.0
 # A node may have followed an outdated map for a while, and clocks differ.
 _MARGIN_SECONDS: Final = 3600
+_LOADS: Final = 3
+_SHARDED: Final = "messages sharded"
 _EVERYTHING: Final[Mapping[str, Any]] = {}
 
 log = structlog.get_logger(__name__)
@@ -39,12 +42,14 @@ class Shards:
 
     def __init__(self, mongo: Mongo, *, fate_seconds: int) -> None:
         self._mongo = mongo
+        self._settings: Any = mongo.database["settings"]
         self._window = fate_seconds + _MARGIN_SECONDS
         self._map = WHOLE_MAP
         self._version: object = None
         self._read_at = 0.0
         self._fates_by_lane = False
-        self._single_fates = False
+        # Until it is known otherwise: what is overlooked would be stored a second time.
+        self._single_fates = True
         self._told: str | None = None
         self.down: frozenset[str] = frozenset()
         self.returned: Callable[[], None] = _nothing
@@ -69,9 +74,9 @@ class Shards:
     def lanes_of_fates(self, conversation: str) -> tuple[str, ...] | None:
         """The lanes in which fates of a conversation's messages may be; None: in any."""
         chunk = self._map.chunk_of(conversation)
-        if not self._fates_by_lane or chunk.since > wall_seconds() - self._window:
+        if not self._fates_by_lane or chunk.shard == WHOLE or chunk.since > wall_seconds() - self._window:
             return None
-        if self._single_fates and chunk.shard != WHOLE:
+        if self._single_fates:
             return (chunk.shard, WHOLE)
         return (chunk.shard,)
 
@@ -91,32 +96,51 @@ class Shards:
         return condition
 
     async def load(self) -> None:
-        """Reads the routing table, for a start. Never raises for what MongoDB does: without it there is one lane."""
-        if self._mongo.is_sharded:
-            await self._follow()
-            await self._probe_all()
+        """Reads the routing table, for a start. Raises MongoUnavailable when it cannot be read: a node without it would record fates
+        where others do not look for them."""
+        if not self._mongo.is_sharded:
+            return
+        for _ in range(_LOADS):
+            if await self._follow():
+                break
+        else:
+            raise MongoUnavailable(
+                f"the cluster's routing table cannot be read ({self._told}); the relay's user needs to read database config"
+            )
+        await self._probe_all()
 
     async def run(self) -> None:
         """One look: does every shard answer; and now and then: has the routing table changed."""
         if not self._mongo.is_sharded:
             return
         if monotonic() - self._read_at >= _MAP_SECONDS:
-            await self._follow()
-        await self._probe_all()
+            await asyncio.gather(self._follow(), self._probe_all())
+        else:
+            await self._probe_all()
 
-    async def _follow(self) -> None:
+    async def _follow(self) -> bool:
+        """Whether the routing table was read, understood or not."""
         self._read_at = monotonic()
         try:
             with time_limit(_PROBE_SECONDS):
                 await self._read_map()
         except PyMongoError as error:
-            self._tell(f"the routing table cannot be read ({brief(error)})")
+            self._tell(f"the routing table cannot be read: {brief(error)}")
+            return False
         except (ValueError, KeyError, TypeError, IndexError) as error:
             # Without a map everything is one lane: right, but no shard is spared another's outage.
             self._use(WHOLE_MAP, None)
             self._tell(str(error) if isinstance(error, ValueError) else "the routing table is not understood")
         else:
             self._told = None
+        if self._fates_by_lane:
+            await self._look_for_single_fates()
+        return True
+
+    async def _look_for_single_fates(self) -> None:
+        """Is there anything left of what the relay wrote before it was moved to a cluster?"""
+        with contextlib.suppress(PyMongoError), time_limit(_PROBE_SECONDS):
+            self._single_fates = await self._mongo.fates.find_one({"lane": WHOLE}, {"_id": 1}) is not None
 
     async def _read_map(self) -> None:
         config = self._mongo.client.config
@@ -133,14 +157,26 @@ class Shards:
         version = (about["uuid"], about.get("timestamp"), newest[0]["lastmod"] if newest else None)
         if version != self._version:
             rows = await config.chunks.find(query).sort("min", 1).to_list(None)
-            self._use(chunk_map(about, rows), version)
-        if self._fates_by_lane:
-            # What the relay wrote before it was moved to a cluster.
-            self._single_fates = await self._mongo.fates.find_one({"lane": WHOLE}, {"_id": 1}) is not None
+            self._use(chunk_map(about, rows, always=await self._made_anew(about)), version)
 
     def _use(self, chunks: ChunkMap, version: object) -> None:
         self._map, self._version = chunks, version
-        self.down = self.down.intersection(chunks.shards)
+        self._note(self.down.intersection(chunks.shards))
+
+    async def _made_anew(self, about: Mapping[str, Any]) -> int:
+        """Since when (s) the collection is sharded as it is now, when it was sharded otherwise before: messages may have moved then
+        without any chunk that says so (resharding, a backup restored elsewhere). 0 when it has always been so."""
+        made = str(about.get("timestamp"))
+        known: dict[str, Any] | None = await self._settings.find_one({"_id": _SHARDED})
+        if known is None:
+            await self._settings.update_one(
+                {"_id": _SHARDED}, {"$setOnInsert": {"value": {"made": made, "since": 0}}}, upsert=True
+            )
+            known = await self._settings.find_one({"_id": _SHARDED}) or {"value": {"made": made, "since": 0}}
+        if known["value"]["made"] != made:
+            known = {"value": {"made": made, "since": int(wall_seconds())}}
+            await self._settings.update_one({"_id": _SHARDED}, {"$set": known})
+        return int(known["value"]["since"])
 
     def _tell(self, problem: str) -> None:
         if problem != self._told:
@@ -154,7 +190,10 @@ class Shards:
             return
         names = list(first)
         answers = await asyncio.gather(*(self._answers(first[name]) for name in names))
-        self._note(frozenset(name for name, answer in zip(names, answers, strict=True) if not answer))
+        silent = frozenset(name for name, answer in zip(names, answers, strict=True) if not answer)
+        # When none answers the cause is nearer than the shards: the router, or this node.
+        if len(silent) < len(names):
+            self._note(silent.intersection(self._map.shards))
 
     async def _answers(self, conversation: str) -> bool:
         query = {"_id": f"{conversation} ", "conversationId": conversation}

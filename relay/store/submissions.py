@@ -44,7 +44,7 @@ class Submission:
 
     With more than ``inline`` recipients it is *large*: stored in ``pieces``, the head first. Else the only piece is the
     envelope. ``raws`` are their stored forms, ``size`` the bytes of all; ``writings`` are the recipients of every attempt, and the
-    full mailboxes that it was left out of.
+    full mailboxes that it was left out of. ``held`` while it cannot be told whether it is on record as gone.
     """
 
     __slots__ = (
@@ -55,6 +55,7 @@ class Submission:
         "deadline",
         "done",
         "envelope",
+        "held",
         "inline",
         "large",
         "pieces",
@@ -90,6 +91,7 @@ class Submission:
         self.deadline = deadline
         self.done = done
         self.settled = False
+        self.held = False
         self.writings: Mapping[str, tuple[list[str], list[str]]] = _NONE
         self.encode()
 

@@ -60,16 +60,21 @@ async def test_its_conversations_are_unavailable_and_others_do_not_notice(
     ann, bob = await devices(node)
     loop = asyncio.get_running_loop()
     async with without_s2(cluster, node):
-        waiting = await ann.send(there)
+        tried = [await ann.send(there)]
         for _ in range(20):
             began = loop.time()
             sent = await ann.sent(here)
             await bob.expect("msg", id=sent["id"])
             await bob.ack(here, sent["id"])
             assert loop.time() - began < 1, "a message of a living shard waits for nothing"
-        first = await answer(ann, waiting, 10)
+        lane = node.relay.context.sends._lanes["s2"]
+        first = await answer(ann, tried[0], 10)
         assert (first["t"], first.get("code"), first.get("retry")) == ("error", "unavailable", True)
-        # By now it is known: who sends there is told at once, and the store is not asked but now and then.
+        # Later it is known: who sends there is told at once, and the store is not asked but now and then.
+        while not lane.breaker.is_open:
+            tried.append(await ann.send(there))
+            assert (await answer(ann, tried[-1], 10))["code"] == "unavailable"
+        assert not node.relay.context.sends._lanes["s1"].breaker.is_open
         ids = [new_id() for _ in range(50)]
         began = loop.time()
         await ann.put(
@@ -79,7 +84,7 @@ async def test_its_conversations_are_unavailable_and_others_do_not_notice(
         refused = [await ann.expect("error", 10) for _ in ids[1:]]
         assert {(one["code"], one["retry"]) for one in refused} == {("unavailable", True)}
         assert loop.time() - began < 1
-    unanswered = {waiting, *ids}
+    unanswered = {*tried, *ids}
     while unanswered:
         await ann.put(
             *(
@@ -88,8 +93,8 @@ async def test_its_conversations_are_unavailable_and_others_do_not_notice(
             )
         )
         unanswered -= {one["id"] for one in await arriving(ann, "stored", 1)}
-    got = {(await bob.expect("msg", 10))["id"] for _ in [waiting, *ids]}
-    assert got == {waiting, *ids}
+    got = {(await bob.expect("msg", 10))["id"] for _ in [*tried, *ids]}
+    assert got == {*tried, *ids}
     await bob.ack(there, *got)
     assert not await node.db.messages.count_documents({})
 
@@ -97,6 +102,38 @@ async def test_its_conversations_are_unavailable_and_others_do_not_notice(
 async def answer_again(device: WireDevice, conv: str, message: str) -> dict[str, Any]:
     await device.send(conv, id=message, again=True)
     return await answer(device, message, 10)
+
+
+async def test_resends_that_must_ask_it_harm_nobody_else(cluster: Cluster, node: Node) -> None:
+    here, moved = await talk(node, "s1"), await talk(node, "s1")
+    ann, bob = await devices(node)
+    cleo = await node.connect("cleo")
+    sent = await ann.sent(moved)
+    await bob.expect("msg", id=sent["id"])
+    await bob.ack(moved, sent["id"])
+    # It has moved, so what became of its messages may be on record on either shard.
+    for to in (1, 0):
+        await cluster.move(moved, moved + "0", to, database=node.db.name)
+    mine = await node.direct("cleo", "dan")
+    while mine >= "8" or mine == moved:
+        mine = await node.group("cleo", ["dan"])
+
+    async def follows() -> bool:
+        return node.relay.context.fates._shards.lanes_of_fates(moved) is None
+
+    await until(follows, 20, "the node has read the routing table again")
+    async with without_s2(cluster, node):
+        loop = asyncio.get_running_loop()
+        over = loop.time() + 6
+        while loop.time() < over:
+            await ann.send(moved, id=sent["id"], again=True)
+            began = loop.time()
+            await cleo.sent(mine)
+            assert loop.time() - began < 1.5
+            await ann.send(here)
+            await asyncio.sleep(0.1)
+        assert not node.relay.context.sends._lanes["s1"].breaker.is_open
+    assert (await ann.sent(moved, id=sent["id"], again=True))["seq"] == sent["seq"]
 
 
 async def test_drains_go_on_for_the_others_and_drained_is_withheld(cluster: Cluster, node: Node) -> None:

@@ -40,7 +40,7 @@ def message(
 
 class MemoryBacklog:
     """What waits, by document id. While ``gate`` is clear an answer is held back after it was read, as by a slow
-    network; ``failures`` answers are errors."""
+    network; ``failures`` answers are errors. ``away`` messages are on a part that does not answer."""
 
     def __init__(self, *envelopes: Envelope) -> None:
         self.stored = {envelope.doc_id: envelope for envelope in envelopes}
@@ -48,6 +48,7 @@ class MemoryBacklog:
         self.gate.set()
         self.asked = asyncio.Event()
         self.failures = 0
+        self.away: set[str] = set()
         self.queries = self.marks = 0
 
     def add(self, envelope: Envelope) -> None:
@@ -70,15 +71,16 @@ class MemoryBacklog:
         size = 0
         whole = True
         for envelope in sorted(self.stored.values(), key=lambda one: (one.seq, one.doc_id)):
-            if envelope.doc_id in left_out or not set(keys) & set(envelope.awaiting):
+            if envelope.doc_id in left_out | self.away or not set(keys) & set(envelope.awaiting):
                 continue
             if len(found) == limit or (found and size + envelope.size > max_bytes):
                 whole = False
                 break
             found.append(envelope)
             size += envelope.size
+        complete = not self.away
         await self._answer()
-        return Page(found, exhausted=whole and len(found) < limit)
+        return Page(found, exhausted=whole and len(found) < limit, complete=complete)
 
     async def last_waiting(self, keys: Sequence[str]) -> int | None:
         """As the store does it."""

@@ -75,7 +75,7 @@ class Store:
             self.ledger,
             self.metrics,
             timeout=2,
-            breaker=_breaker(),
+            breaker=Breaker(),
             now=self.clock.now,
             settled=self.settlements.append,
         )
@@ -84,7 +84,7 @@ class Store:
         self.endings = EndingLanes(
             self.shards.lane_of,
             lambda shard: EndingLane(
-                self._queue(f"ack {shard}"), self._queue(f"ack-large {shard}"), self.acks, _breaker()
+                self._queue(f"ack {shard}"), self._queue(f"ack-large {shard}"), self.acks
             ),
         )
 
@@ -97,7 +97,7 @@ class Store:
             self.ledger,
             self.metrics,
             timeout=2,
-            breaker=_breaker(),
+            breaker=Breaker(),
             found=lambda _: None,
             strayed=lambda doc_id, keys: self.endings.drop(doc_id, keys, deadline=monotonic() + 10),
             accepted=self.accepted.extend,
@@ -212,10 +212,6 @@ class Store:
     async def waiting_deliveries(self) -> int:
         """Deliveries (message and device) in the database."""
         return await self.messages.count_waiting()
-
-
-def _breaker() -> Breaker:
-    return Breaker(patience=10, haste=2, pressed=lambda: False, opened=lambda: None)
 
 
 @asynccontextmanager

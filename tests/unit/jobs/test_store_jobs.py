@@ -220,6 +220,20 @@ async def test_a_time_to_live_changed_by_an_operator_is_followed(store: Store) -
         store.messages.ttl_ms = TTL_SECONDS * 1000
 
 
+async def test_a_start_gives_each_index_its_own_time_to_live(store: Store) -> None:
+    wanted = {name: row.get("expireAfterSeconds") for name, row in (await _indexes(store)).items()}
+    change = {"name": "expiresAt_ttl", "expireAfterSeconds": 0}
+    await store.mongo.database.command("collMod", "messages", index=change)
+    await store.mongo.prepare(TTL_SECONDS, 72 * 3600)
+    found = {name: row.get("expireAfterSeconds") for name, row in (await _indexes(store)).items()}
+    assert found == wanted
+
+
+async def _indexes(store: Store) -> dict[str, Any]:
+    found: dict[str, Any] = await store.mongo.messages.index_information()
+    return found
+
+
 async def test_health_tells_when_mongodb_stops_answering_and_when_it_answers_again(
     mongod: EmbeddedMongo,
 ) -> None:

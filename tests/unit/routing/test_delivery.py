@@ -393,6 +393,62 @@ async def test_a_store_that_does_not_answer_is_asked_again(connect: Connect) -> 
     await until(lambda: bob.drained == 1)
 
 
+async def test_while_a_part_of_the_store_is_away_the_rest_is_drained_and_drained_waits(
+    connect: Connect,
+) -> None:
+    backlog = MemoryBacklog(message(1), message(2), message(3))
+    backlog.away = {message(2).doc_id}
+    bob = connect(backlog)
+    await turns()
+    assert bob.bodies() == [1, 3]
+    settle(backlog, bob, 1, 3)
+    await turns()
+    assert not bob.delivery.behind, "what else is committed is pushed"
+    commit(backlog, bob, message(4))
+    await turns()
+    assert bob.bodies() == [1, 3, 4]
+    assert bob.got("drained") == []
+    backlog.away = set()
+    bob.delivery.complete()
+    await turns()
+    assert bob.bodies() == [1, 3, 4, 2]
+    settle(backlog, bob, 4, 2)
+    await turns()
+    assert bob.got("drained") == [{"t": "drained", "count": 3}]
+
+
+async def test_a_part_that_returns_while_an_incomplete_page_is_read_is_looked_at(connect: Connect) -> None:
+    backlog = MemoryBacklog(message(1))
+    backlog.away = {message(1).doc_id}
+    backlog.gate.clear()
+    bob = connect(backlog)
+    await asyncio.wait_for(backlog.asked.wait(), 3)
+    backlog.away = set()
+    bob.delivery.complete()
+    backlog.gate.set()
+    await until(lambda: bob.bodies() == [1])
+
+
+async def test_drained_waits_for_what_was_read_before_the_part_returned_and_must_come_again(
+    connect: Connect,
+) -> None:
+    backlog = MemoryBacklog(message(100))
+    backlog.away = {message(50).doc_id}
+    bob = connect(backlog)
+    await turns()
+    assert bob.bodies() == [100]
+    backlog.away = set()
+    bob.delivery.complete()
+    await turns()
+    bob.delivery.redeliver([message(100).doc_id])
+    await turns()
+    assert bob.bodies() == [100, 100]
+    assert bob.got("drained") == []
+    settle(backlog, bob, 100)
+    await turns()
+    assert bob.got("drained") == [{"t": "drained", "count": 1}]
+
+
 async def test_closing_ends_the_drain_and_forgets_what_is_in_flight(connect: Connect) -> None:
     backlog = MemoryBacklog(*(message(number) for number in range(1, 10)))
     bob = connect(backlog, window=2)

@@ -13,13 +13,14 @@ class Case:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
-        self.full = False
-        self.times_opened = 0
+        self.called: list[str] = []
         monkeypatch.setattr(breaker, "monotonic", lambda: self.now)
-        self.breaker = Breaker(patience=10, haste=2, pressed=lambda: self.full, opened=self._opened)
-
-    def _opened(self) -> None:
-        self.times_opened += 1
+        self.breaker = Breaker(
+            patience=10,
+            haste=2,
+            opened=lambda: self.called.append("opened"),
+            relieve=lambda: self.called.append("relieved"),
+        )
 
     def fails_for(self, seconds: float) -> None:
         self.breaker.failed()
@@ -41,22 +42,31 @@ def test_short_outages_are_waited_out(case: Case) -> None:
 def test_it_opens_once_when_nothing_has_come_through_for_long(case: Case) -> None:
     case.fails_for(10)
     case.breaker.failed()
-    assert (case.breaker.is_open, case.times_opened) == (True, 1)
-
-
-def test_a_full_queue_opens_it_sooner_but_not_at_a_single_failure(case: Case) -> None:
-    case.full = True
-    case.breaker.failed()
-    assert not case.breaker.is_open
-    case.now += 2
-    case.breaker.failed()
     assert case.breaker.is_open
+    assert case.called.count("opened") == 1
+
+
+def test_full_queues_are_relieved_at_every_failure_but_not_at_the_first_ones(case: Case) -> None:
+    case.fails_for(1.9)
+    assert case.called == []
+    case.now += 0.1
+    case.breaker.failed()
+    case.breaker.failed()
+    assert case.called == ["relieved", "relieved"]
+    assert not case.breaker.is_open
 
 
 def test_what_came_through_meanwhile_begins_the_count_anew(case: Case) -> None:
     case.fails_for(9)
     case.breaker.succeeded()
     case.fails_for(9)
+    assert not case.breaker.is_open
+
+
+def test_failures_long_ago_are_another_outage(case: Case) -> None:
+    case.breaker.failed()
+    case.now += 3600
+    case.breaker.failed()
     assert not case.breaker.is_open
 
 
