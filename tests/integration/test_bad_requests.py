@@ -269,7 +269,13 @@ class Scene:
     async def stored(self) -> dict[str, Any]:
         """All that is in the database but what the node keeps for itself, and the trail of refused log-ins."""
         db = self.node.db
-        names = set(await db.list_collection_names()) - {"nodes", "settings", "audit", "audit_head"}
+        names = set(await db.list_collection_names()) - {
+            "nodes",
+            "balances",
+            "settings",
+            "audit",
+            "audit_head",
+        }
         found = {name: await db[name].find().sort("_id").to_list(None) for name in sorted(names)}
         acts = await db.audit.find({"act": {"$ne": "session.refuse"}}).to_list(None)
         return {**found, "audit": acts}

@@ -90,6 +90,7 @@ def test_one_node_is_compared_with_two_that_pass_messages_through_redis(tmp_path
     assert (found["shards"], found["storm"], found["kill"]) == (None, None, None)
 
 
+@pytest.mark.faults
 def test_a_cluster_of_two_shards_is_compared_with_a_replica_set(tmp_path: Path) -> None:
     found = bench(tmp_path, "--scenario shards")
     one, two = found["shards"]["first"], found["shards"]["second"]
@@ -101,6 +102,7 @@ def test_a_cluster_of_two_shards_is_compared_with_a_replica_set(tmp_path: Path) 
     assert two["use"]["mongo_requests"] > 0
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("scenario", ["storm", "kill"])
 def test_devices_that_come_back_at_once_get_all_that_waits_while_others_talk(
     tmp_path: Path, scenario: str
@@ -119,6 +121,7 @@ def test_devices_that_come_back_at_once_get_all_that_waits_while_others_talk(
     assert ("relay 2" in storm["cpu"]) is (scenario == "storm")
 
 
+@pytest.mark.faults
 def test_single_costs_are_fitted_to_loads_of_one_node_and_of_two(tmp_path: Path) -> None:
     found = bench(tmp_path, "--scenario costs --rates 100")
     assert [point["name"] for point in found["costs"]["points"]] == ["one node", "two nodes"]
@@ -128,6 +131,7 @@ def test_single_costs_are_fitted_to_loads_of_one_node_and_of_two(tmp_path: Path)
     )
 
 
+@pytest.mark.faults
 def test_idle_devices_are_watched_and_what_is_kept_is_weighed(tmp_path: Path) -> None:
     line = "--scenario idle --scenario disk --devices 40 --group-devices 8 --idle-seconds 1 --kept 2000"
     found = bench(tmp_path, line)
@@ -137,6 +141,7 @@ def test_idle_devices_are_watched_and_what_is_kept_is_weighed(tmp_path: Path) ->
     assert found["disk"]["oplog"] > found["disk"]["document"]
 
 
+@pytest.mark.faults
 def test_an_interrupt_ends_nodes_cluster_and_devices_and_leaves_no_files(tmp_path: Path) -> None:
     process = start(
         tmp_path, "--scenario shards --pairs 5 --seconds 60 --warmup 0", stdout=subprocess.DEVNULL
