@@ -64,6 +64,7 @@ def processes_using(directory: Path) -> list[str]:
     return found
 
 
+@pytest.mark.faults
 def test_one_node_is_compared_with_two_that_pass_messages_through_redis(tmp_path: Path) -> None:
     found = bench(tmp_path, "--scenario workers --scenario hop --rate 100")
     workers, hop = found["workers"], found["hop"]
