@@ -21,7 +21,7 @@ from relay.store.messages import Page
 from relay.store.mongo import PyMongoError, brief
 
 # Half of those that read pages (relay.store.messages).
-_TURNS: Final = 8
+_TURNS: Final = 4
 _MOST: Final = 250
 _QUEUE: Final = 50_000
 _PATIENCE: Final = 0.1

@@ -6,14 +6,18 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from time import perf_counter
 from typing import Final
 
-_BURST: Final = 4
+_BURST: Final = 8
+# Others have so many times as long as those that went on took, and at most so long (s): a storm of thousands has to end.
+_SHARE: Final = 4
+_MOST_SECONDS: Final = 0.05
 
 
 class Turns:
-    """A few go on at each turn of the event loop, in the order in which they came: thousands that are ready at the same
-    moment would hold up live traffic for as long as all of them take."""
+    """A few go on at a time, in the order in which they came, and then the event loop is everybody else's for as long as that took:
+    thousands that are ready at the same moment would hold up live traffic until all of them are served."""
 
     def __init__(self, burst: int = _BURST) -> None:
         self._burst = burst
@@ -49,10 +53,19 @@ class Turns:
         self._left = self._burst
         # First of all: whatever somebody's turn brings, others have theirs. Those that go on now are run before that, and so is
         # what came from sockets meanwhile.
-        self._next = asyncio.get_running_loop().call_soon(self._turn) if self._queue else None
+        loop = asyncio.get_running_loop()
+        self._next = loop.call_soon(self._after, 2, perf_counter()) if self._queue else None
         while self._queue and self._left:
             if self._queue.popleft()():
                 self._left -= 1
+
+    def _after(self, steps: int, began: float) -> None:
+        """When those that went on have run, the others have as much time as that took."""
+        loop = asyncio.get_running_loop()
+        if steps:
+            self._next = loop.call_soon(self._after, steps - 1, began)
+        else:
+            self._next = loop.call_later(min(_SHARE * (perf_counter() - began), _MOST_SECONDS), self._turn)
 
 
 def _wake(waiter: asyncio.Future[None]) -> bool:
