@@ -20,7 +20,7 @@ from relay.store.gatherer import Gatherer, GathererClosed, GathererFull
 from relay.store.messages import Page
 from relay.store.mongo import PyMongoError, brief
 
-# Half of those that read pages (relay.store.messages).
+# A quarter of those that read pages (relay.store.messages): the live ones read, too.
 _TURNS: Final = 4
 _MOST: Final = 250
 _QUEUE: Final = 50_000
