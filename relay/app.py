@@ -29,18 +29,10 @@ from relay.configured import (
     rate_rules,
     url_of,
 )
+from relay.duties import duties
 from relay.jobs.books import BookKeeper
-from relay.jobs.doubts import Doubts
-from relay.jobs.expiry import Expiry
-from relay.jobs.health import HealthCheck
-from relay.jobs.heartbeat import Heartbeat
-from relay.jobs.housekeeping import InterruptedErasures
-from relay.jobs.parts import Parts
-from relay.jobs.recount import Recount
-from relay.jobs.repair import Released, Repair
-from relay.jobs.revocations import Revocations
-from relay.jobs.supervisor import Job, Supervisor
-from relay.jobs.sweep import LastSeen, Sweep, TimeToLive
+from relay.jobs.supervisor import Supervisor
+from relay.jobs.sweep import Sweep
 from relay.metrics import Metrics
 from relay.pipeline import message_path
 from relay.routing.bus import Alone, Bus
@@ -73,13 +65,13 @@ from relay.store.ledger import Ledger
 from relay.store.mailboxes import Mailboxes
 from relay.store.messages import Messages
 from relay.store.mongo import Mongo, MongoUnavailable
-from relay.store.peers import BEAT_SECONDS, Peers
+from relay.store.peers import Peers
 from relay.store.people import People
 from relay.store.releases import Releases
 from relay.store.revisions import Revisions
 from relay.store.rosters import Rosters
 from relay.store.sessions import Sessions
-from relay.store.shards import CHECK_SECONDS, Shards
+from relay.store.shards import Shards
 from relay.store.timekeeping import READINGS, Timekeeper
 from relay.wire import errors, replies
 from relay.wire.clock import Clock
@@ -92,16 +84,6 @@ _BYE_SPREAD_MS: Final = (500, 5000)
 # resolved before a change can still be committed.
 _SETTLE_SECONDS: Final = 20.0
 _CLOSE_SECONDS: Final = 1.0
-_HEALTH_SECONDS: Final = 2.0
-_DOUBTS_SECONDS: Final = 1.0
-_REVOCATIONS_SECONDS: Final = 2.0
-_ERASURES_SECONDS: Final = 5.0
-_REPAIR_SECONDS: Final = 2.0
-_PRESENCE_SECONDS: Final = 1.0
-_QUOTA_SECONDS: Final = 1.0
-_LAST_SEEN_SECONDS: Final = 10.0
-_TTL_SECONDS: Final = 60.0
-_AUDIT_HEAD_SECONDS: Final = 3600.0
 _PACE: Final = Pace()
 
 log = structlog.get_logger(__name__)
@@ -288,50 +270,18 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
         await bus.start(elsewhere)
         stack.push_async_callback(bus.close)
     jobs = Supervisor(
-        [
-            Job(
-                "heartbeat",
-                Heartbeat(hub, settings.heartbeat_seconds, live.presence.faded).run,
-                min(1.0, settings.heartbeat_seconds / 4),
-            ),
-            Job("presence", live.presence.tick, _PRESENCE_SECONDS),
-            Job("expiry", Expiry(messages, endings, clock.now).run, settings.expiry_seconds, 0.1),
-            Job(
-                "sweep",
-                sweep.run,
-                settings.sweep_seconds,
-                0.2,
-            ),
-            Job(
-                "last seen",
-                LastSeen(hub, accounts, seconds=min(3600, settings.device_inactive_days * 86_400 / 4)).run,
-                _LAST_SEEN_SECONDS,
-                0.2,
-            ),
-            Job("quotas", quotas.run, _QUOTA_SECONDS, 0.2),
-            Job("time to live", TimeToLive(mongo, messages).run, _TTL_SECONDS, 0.1),
-            Job("revocations", Revocations(hub, accounts).run, _REVOCATIONS_SECONDS, 0.1),
-            Job("doubts", Doubts(sends, endings).run, _DOUBTS_SECONDS, 0.1),
-            Job("parts", Parts(messages, endings, clock.now).run, settings.sweep_seconds, 0.2),
-            Job("erasures", InterruptedErasures(context).run, _ERASURES_SECONDS, 0.2),
-            Job("peers", peers.beat, BEAT_SECONDS),
-            Job("books", books.run, _PACE.beat),
-            Job(
-                "recount",
-                Recount(ledger, messages, shards, balances, own=lambda: books.id).run,
-                _PACE.beat,
-                0.2,
-            ),
-            Job("releases", Released(context).run, _REPAIR_SECONDS, 0.2),
-            Job("repair", Repair(context).run, _REPAIR_SECONDS, 0.2),
-            Job("audit head", audit.tell_end, _AUDIT_HEAD_SECONDS, 0.1),
-            Job("shards", shards.run, CHECK_SECONDS, 0.2),
-            Job(
-                "health",
-                HealthCheck(mongo, shards, rates, bus, timekeeper, health, metrics).run,
-                _HEALTH_SECONDS,
-            ),
-        ]
+        duties(
+            settings,
+            context,
+            mongo=mongo,
+            shards=shards,
+            peers=peers,
+            sweep=sweep,
+            books=books,
+            balances=balances,
+            pace=_PACE,
+            timekeeper=timekeeper,
+        )
     )
     admission = Admission(context, verifier)
     addresses = Addresses(settings.trusted_proxies)
