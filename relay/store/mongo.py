@@ -109,7 +109,7 @@ class Mongo:
                 # Every call ends: a connection that hangs must not hold its caller for ever. The message path has
                 # shorter limits of its own.
                 timeoutMS=_CALL_MS,
-                maxPoolSize=256,
+                maxPoolSize=100,
                 # The message path finds unknown outcomes out by itself; the server would write a record for each call.
                 retryWrites=False,
             )
