@@ -240,6 +240,12 @@ async def test_everything_that_the_supervisor_started_ends_with_it_and_valkey_is
     relay = processes(workers=2, drain_seconds=2)
     await begin(relay)
     relay.note_mongod()
+
+    async def told() -> bool:
+        return f"listens on {relay.url}" in relay.said()
+
+    # The supervisor says so when it has heard of the last worker.
+    await until(told, 10, "it tells where it listens")
     assert relay.said().count(f"listens on {relay.url}") == 1
     assert "in your MongoDB" not in relay.said()
     (valkey,) = beneath(relay, VALKEY)
