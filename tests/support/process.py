@@ -59,10 +59,15 @@ def environment(**settings: Any) -> dict[str, str]:
 
 async def run_relay(seconds: float = 30, **settings: Any) -> tuple[int, str, str]:
     """Runs a relay that is expected to end by itself: exit code, standard output, standard error."""
+    return await run_module("relay", seconds=seconds, **settings)
+
+
+async def run_module(*line: str, seconds: float = 30, **settings: Any) -> tuple[int, str, str]:
+    """Runs a module of the project, with arguments, that is expected to end by itself, as ``run_relay`` does."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
-        "relay",
+        *line,
         cwd=ROOT,
         env=environment(**settings),
         stdout=subprocess.PIPE,

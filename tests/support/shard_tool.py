@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import sys
-from asyncio.subprocess import PIPE
 from typing import Any
 
-from tests.support.process import ROOT, environment
+from tests.support.process import run_module
 
 
 class ShardTool:
@@ -20,22 +17,7 @@ class ShardTool:
 
     async def __call__(self, *arguments: str, seconds: float = 60) -> tuple[int, str, str]:
         """Exit code, standard output, standard error."""
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "scripts.tools.shard", *arguments),
-            cwd=ROOT,
-            env=environment(**self._settings),
-            stdout=PIPE,
-            stderr=PIPE,
-        )
-        try:
-            async with asyncio.timeout(seconds):
-                out, err = await process.communicate()
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-        assert process.returncode is not None
-        return process.returncode, out.decode(), err.decode()
+        return await run_module("scripts.tools.shard", *arguments, seconds=seconds, **self._settings)
 
     async def done(self, *arguments: str) -> str:
         """What a command says that does what it should."""
