@@ -161,6 +161,7 @@ def message_path(
                 metrics,
                 timeout=timeout,
                 breaker=breaker,
+                expected=router.expected,
                 accepted=quotas.committed,
                 committed=committed,
                 found=router.found,

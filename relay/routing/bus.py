@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Literal, Protocol
 
 from relay.wire.envelope import Envelope
@@ -21,6 +21,9 @@ class Bus(Protocol):
     @property
     def problem(self) -> str | None:
         """What does not work, for people; None when all does."""
+
+    def expect(self, users: Iterable[str]) -> None:
+        """Messages for these users are being committed, and may have to be delivered in a moment."""
 
     def deliver(self, envelope: Envelope, keys: list[str]) -> None:
         """A committed message for mailboxes that no connection of this node serves."""
@@ -73,6 +76,9 @@ class Alone:
 
     def __init__(self) -> None:
         self._serials = itertools.count(1)
+
+    def expect(self, users: Iterable[str]) -> None:
+        """There is nobody."""
 
     def deliver(self, envelope: Envelope, keys: list[str]) -> None:
         """There is nobody."""

@@ -114,23 +114,30 @@ class Directory:
 
     async def find(self, users: Sequence[str]) -> dict[str, list[Line]]:
         """Where the devices of these users are connected, this node's too; users without any are absent."""
-        found: dict[str, list[Line]] = {}
-        for start in range(0, len(users), _AT_ONCE):
-            some = users[start : start + _AT_ONCE]
-            values = await self._values([self._key(user) for user in some])
-            for user, value in zip(some, values, strict=True):
-                if value:
-                    found[user] = [_line(line) for line in value.split(b"\n")]
-        return found
-
-    async def _values(self, keys: list[str]) -> list[bytes | None]:
-        if not isinstance(self._redis, RedisCluster):
-            values: list[Any] = await self._redis.mget(keys)
-            return values
         async with self._redis.pipeline(transaction=False) as pipe:
+            self.ask(pipe, users)
+            return self.found(users, await pipe.execute())
+
+    def ask(self, pipe: Any, users: Sequence[str]) -> None:
+        """Adds the question where these users' devices are to a pipeline; ``found`` reads the answers."""
+        keys = [self._key(user) for user in users]
+        if isinstance(self._redis, RedisCluster):
             for key in keys:
                 pipe.get(key)
-            return list(await pipe.execute())
+            return
+        for start in range(0, len(keys), _AT_ONCE):
+            pipe.mget(keys[start : start + _AT_ONCE])
+
+    def found(self, users: Sequence[str], answers: Sequence[Any]) -> dict[str, list[Line]]:
+        """As ``find``, from the answers of the pipeline that ``ask`` has added to."""
+        values = (
+            answers if isinstance(self._redis, RedisCluster) else [one for some in answers for one in some]
+        )
+        found: dict[str, list[Line]] = {}
+        for user, value in zip(users, values, strict=True):
+            if value:
+                found[user] = [_line(line) for line in value.split(b"\n")]
+        return found
 
     def _key(self, user: str) -> str:
         return f"{self._prefix}:at:{user}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from relay.routing import hints
@@ -50,6 +50,22 @@ class Gathered:
         for one in self.told:
             found.update(dict.fromkeys(one.users))
         return list(found)
+
+    def split(self, known: Container[str]) -> tuple[Gathered, Gathered]:
+        """What can be told now, as all users that it is for are ``known``, or as it is for nodes; and what must be looked up."""
+        early, rest = Gathered(), Gathered()
+        for message in self.messages:
+            some = early if all(user_of(key) in known for key in message[1]) else rest
+            some.messages.append(message)
+        early.for_node, early.for_all, early.seen = self.for_node, self.for_all, self.seen
+        rest.released, rest.told = self.released, self.told
+        return early, rest
+
+    def only_messages(self) -> Gathered:
+        """The messages of this group."""
+        found = Gathered()
+        found.messages = self.messages
+        return found
 
     def sort(self, lines: Lines, own: str) -> tuple[dict[str, list[Hint]], list[Hint]]:
         """The hints for each node but this one (``own``), and those for all. ``lines`` by user."""

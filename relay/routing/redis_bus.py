@@ -1,15 +1,13 @@
 """The bus over Redis: a directory of devices, a channel for each node, and one for all.
 
-Whatever is to be told gathers while the last group is on its way: one look-up in the directory and one publication for each
-node that is concerned. While Redis does not answer nothing gathers; connections are entered into the directory again when
-it does.
+While Redis does not answer nothing gathers; connections are entered into the directory again when it does.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from time import monotonic
 from typing import Final, Protocol
 
@@ -21,9 +19,9 @@ from relay.routing import hints
 from relay.routing.bus import Event
 from relay.routing.channels import Channel
 from relay.routing.directory import Directory, Entry, Line, Outcome
-from relay.routing.gathering import Gathered, packed
 from relay.routing.hints import Hint, Parcel, Told
 from relay.routing.hub import Hub
+from relay.routing.publishing import Publisher
 from relay.routing.registrations import Registrations
 from relay.tasks import ended
 from relay.wire.clock import wall_ms
@@ -36,7 +34,6 @@ _PAUSE_SECONDS: Final = 0.5
 _BEAT_SECONDS: Final = 1.0
 _FIRST_BEAT_SECONDS: Final = 0.05
 _STALE_MS: Final = 5000
-_PARCELS: Final = 500
 _CLOSE_POLLS: Final = 100
 
 log = structlog.get_logger(__name__)
@@ -74,8 +71,15 @@ class RedisBus:
         self._works = True
         self._ask_at = 0.0
         self._ahead = 0.0
-        self._wake = asyncio.Event()
-        self._gathered = Gathered()
+        self._publisher = Publisher(
+            self._redis,
+            self._directory,
+            node=node,
+            channel=self._channel,
+            all_nodes=self._all,
+            now=self._now,
+            fails=self._fails,
+        )
         self._numbers = 0
         self._unconfirmed: dict[int, tuple[set[str], asyncio.Future[bool]]] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -100,7 +104,7 @@ class RedisBus:
         self._receiver = receiver
         self._tasks = [asyncio.create_task(channel.run(), name=channel.name) for channel in self._channels]
         self._tasks += [
-            asyncio.create_task(self._publish_all(), name="bus publish"),
+            asyncio.create_task(self._publisher.run(), name="bus publish"),
             asyncio.create_task(self._registrations.run(), name="bus directory"),
             asyncio.create_task(self._beat_all(), name="bus beat"),
             asyncio.create_task(self._registrations.renew(), name="bus renew"),
@@ -114,7 +118,7 @@ class RedisBus:
     async def close(self) -> None:
         """Ends, after what is to be said has been, for at most a second."""
         for _ in range(_CLOSE_POLLS):
-            if not (self._works and (self._gathered.items or self._registrations)):
+            if not (self._works and (self._registrations or not self._publisher.idle)):
                 break
             await asyncio.sleep(ANSWER_SECONDS / _CLOSE_POLLS)
         await ended(self._tasks if self._again is None else [*self._tasks, self._again])
@@ -127,29 +131,34 @@ class RedisBus:
 
     # -- what is told
 
+    def expect(self, users: Iterable[str]) -> None:
+        """See ``Bus``."""
+        if self._works:
+            self._publisher.expect(users)
+
     def deliver(self, envelope: Envelope, keys: list[str]) -> None:
         """See ``Bus``."""
         if self._takes(len(keys), envelope.size):
-            self._gathered.messages.append((envelope, keys))
+            self._publisher.gathered.messages.append((envelope, keys))
 
     def release(self, doc_id: str, key: str) -> None:
         """See ``Bus``."""
         if self._takes(1):
-            self._gathered.released.append((doc_id, key))
+            self._publisher.gathered.released.append((doc_id, key))
 
     def tell(self, event: Event, users: list[str], frame: str, but: str | None) -> None:
         """See ``Bus``."""
         if users and self._takes(len(users), len(frame)):
-            self._gathered.told.append(Told(event, frame, users, but))
+            self._publisher.gathered.told.append(Told(event, frame, users, but))
 
     def tell_device(self, key: str, frame: str) -> None:
         """See ``Bus``."""
         if self._takes(1, len(frame)):
-            self._gathered.told.append(Told("keys", frame, [user_of(key)], only=key))
+            self._publisher.gathered.told.append(Told("keys", frame, [user_of(key)], only=key))
 
     def seen(self, user: str, moment: int) -> None:
         """See ``Bus``."""
-        seen = self._gathered.seen
+        seen = self._publisher.gathered.seen
         if user in seen or self._takes(1):
             seen[user] = max(moment, seen.get(user, 0))
 
@@ -164,7 +173,7 @@ class RedisBus:
     def confirm(self, node: str, numbers: list[int]) -> None:
         """What that node has changed is believed here no more."""
         if self._takes(1):
-            self._gathered.for_node.append((node, hints.Confirmed(self._node, numbers)))
+            self._publisher.gathered.for_node.append((node, hints.Confirmed(self._node, numbers)))
 
     def confirmed(self, node: str, numbers: Iterable[int]) -> None:
         """Another node has confirmed."""
@@ -245,7 +254,7 @@ class RedisBus:
 
     def _replace(self, before: Line, key: str) -> None:
         if self._takes(1):
-            self._gathered.for_node.append((before.node, hints.Replaced(key, before.serial)))
+            self._publisher.gathered.for_node.append((before.node, hints.Replaced(key, before.serial)))
 
     async def renew(self) -> None:
         """Renews the lines of all connections in the directory, as is done every half minute."""
@@ -262,23 +271,22 @@ class RedisBus:
 
     def _announce(self, hint: Hint) -> None:
         if self._takes(1):
-            self._gathered.for_all.append(hint)
+            self._publisher.gathered.for_all.append(hint)
 
     def _takes(self, items: int, size: int = 0) -> bool:
         if not self._works:
             return False
-        if not self._gathered.takes(items, size):
+        if not self._publisher.gathered.takes(items, size):
             self._dropped.inc(items)
             return False
-        self._wake.set()
+        self._publisher.wake()
         return True
 
     def _fails(self, error: BaseException) -> None:
         self._ask_at = monotonic() + _PAUSE_SECONDS * random.uniform(0.5, 1.5)
         if self._works:
             self._works = False
-            self._dropped.inc(self._gathered.items)
-            self._gathered = Gathered()
+            self._dropped.inc(self._publisher.forget())
             log.warning("Redis does not answer; other nodes are told nothing", error=type(error).__name__)
 
     async def _beat_all(self) -> None:
@@ -341,45 +349,6 @@ class RedisBus:
     def _hand(self, node: str, its: Iterable[Hint]) -> None:
         if self._receiver is not None:
             self._receiver.take(node, its)
-
-    # -- publishing
-
-    async def _publish_all(self) -> None:
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            while self._gathered.items:
-                try:
-                    await self._publish()
-                except TROUBLE as error:
-                    self._fails(error)
-                except Exception:
-                    log.exception("what was to be told to other nodes is lost")
-
-    async def _publish(self) -> None:
-        group, self._gathered = self._gathered, Gathered()
-        began = self._now()
-        users = group.users()
-        lines: dict[str, list[Line]] = {}
-        if users:
-            async with asyncio.timeout(2 * ANSWER_SECONDS):
-                lines = await self._directory.find(users)
-        parcels, for_all = group.sort(lines, self._node)
-        out = [
-            (self._channel(node), payload)
-            for node, its in parcels.items()
-            for payload in packed(self._node, began, its)
-        ]
-        out += [(self._all, payload) for payload in packed(self._node, began, for_all)]
-        for start in range(0, len(out), _PARCELS):
-            await self._send(out[start : start + _PARCELS])
-
-    async def _send(self, out: Sequence[tuple[str, bytes]]) -> None:
-        async with asyncio.timeout(2 * ANSWER_SECONDS):
-            async with self._redis.pipeline(transaction=False) as pipe:
-                for channel, payload in out:
-                    pipe.execute_command("SPUBLISH", channel, payload)
-                await pipe.execute()
 
 
 def _nothing() -> None:

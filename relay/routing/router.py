@@ -14,7 +14,7 @@ from relay.routing.hub import Hub
 from relay.routing.receipts import Receipts
 from relay.store.endings import Settlement
 from relay.wire.envelope import Envelope
-from relay.wire.ids import head_id
+from relay.wire.ids import head_id, user_of
 
 
 class Router:
@@ -28,6 +28,16 @@ class Router:
         self.others: Callable[[], bool] = _nobody
         self.fanout = Fanout(self._deliver_to, lambda: self.others())
         metrics.watch_queue("fanout", lambda: self.fanout.waiting)
+
+    def expected(self, envelopes: Iterable[Envelope]) -> None:
+        """These are being committed: where they may have to be handed over is found out meanwhile."""
+        if self._bus.shared:
+            self._bus.expect(
+                user_of(key)
+                for envelope in envelopes
+                if envelope.parts == 1
+                for key in self._not_here(envelope)
+            )
 
     def committed(self, envelopes: Sequence[Envelope]) -> None:
         """Delivers fresh messages to connected devices; the others find them when they connect."""
@@ -57,10 +67,13 @@ class Router:
                 connection.delivery.push(envelope)
 
     def _hand_over(self, envelope: Envelope) -> None:
-        serving = self._hub.serving
-        missing = [key for key in envelope.awaiting if not key.endswith("/!") and not serving(key)]
+        missing = self._not_here(envelope)
         if missing:
             self._bus.deliver(envelope, missing)
+
+    def _not_here(self, envelope: Envelope) -> list[str]:
+        serving = self._hub.serving
+        return [key for key in envelope.awaiting if not key.endswith("/!") and not serving(key)]
 
     def _deliver_to(self, key: str, envelopes: Sequence[Envelope]) -> None:
         for connection in self._hub.serving(key):

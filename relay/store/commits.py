@@ -44,10 +44,10 @@ log = structlog.get_logger(__name__)
 
 
 class Commits:
-    """Commits groups of submissions. ``accepted`` gets the fresh messages of a group, each once and with all its recipients;
-    ``committed`` the pieces in which they are stored, ready to deliver; ``found`` the device
-    keys for whom something turned up in the store that was not delivered so; ``strayed`` a message that was committed while
-    these of its recipients were being removed."""
+    """Commits groups of submissions. ``expected`` gets the messages of a group that is about to be written; ``accepted`` the fresh
+    ones of a group that was, each once and with all its recipients; ``committed`` the pieces in which they are stored, ready to
+    deliver; ``found`` the device keys for whom something turned up in the store that was not delivered so; ``strayed`` a message
+    that was committed while these of its recipients were being removed."""
 
     def __init__(
         self,
@@ -60,6 +60,7 @@ class Commits:
         *,
         timeout: float,
         breaker: Breaker,
+        expected: Callable[[Iterable[Envelope]], None],
         accepted: Callable[[Sequence[Envelope]], None],
         committed: Callable[[Sequence[Envelope]], None],
         found: Callable[[Iterable[str]], None],
@@ -73,6 +74,7 @@ class Commits:
         self._retries = metrics.retries.labels("send")
         self._timeout = timeout
         self._breaker = breaker
+        self._expected = expected
         self._accepted = accepted
         self._committed = committed
         self._found = found
@@ -216,6 +218,7 @@ class Commits:
             await self._answer_from_fates(asked_again, inserted=bool(attempt), tried=bool(attempt))
         batch = [submission for submission in batch if not submission.settled and not submission.held]
         if batch:
+            self._expected(submission.envelope for submission in batch)
             await self._insert(batch, attempt)
 
     async def _insert(self, batch: list[Submission], attempt: int) -> None:

@@ -64,6 +64,7 @@ class Store:
         )
         self.conversations = Conversations()
         self.audiences = Audiences(Rosters(inactive=timedelta(days=30)).load)
+        self.expected: list[Envelope] = []
         self.accepted: list[Envelope] = []
         self.committed: list[Envelope] = []
         self.settlements: list[Settlement] = []
@@ -100,6 +101,7 @@ class Store:
             breaker=Breaker(),
             found=lambda _: None,
             strayed=lambda doc_id, keys: self.endings.drop(doc_id, keys, deadline=monotonic() + 10),
+            expected=self.expected.extend,
             accepted=self.accepted.extend,
             committed=self.committed.extend,
         )
@@ -124,6 +126,7 @@ class Store:
         await self.mongo.fates.delete_many({})
         for outcome in OUTCOMES:
             self.ledger.add(outcome, -self.ledger.count(outcome))
+        self.expected.clear()
         self.accepted.clear()
         self.committed.clear()
         self.settlements.clear()

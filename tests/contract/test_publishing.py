@@ -1,0 +1,176 @@
+"""What a node tells others, over a real Valkey: when it goes out, and to whom."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from relay.redis_client import AnyRedis, close, connect
+from relay.routing import hints, publishing
+from relay.routing.directory import Directory, Entry
+from relay.routing.hints import Message
+from relay.routing.publishing import Publisher, Whereabouts
+from relay.tasks import ended
+from relay.wire.envelope import Envelope
+from tests.support.backlog import message
+from tests.support.valkey import open_valkey
+
+PREFIX = "relay:test"
+
+
+class Nodes:
+    """This node's publisher, whose turns are taken one by one, and what two others hear."""
+
+    def __init__(self, redis: AnyRedis, pubsub: Any) -> None:
+        self.redis = redis
+        self.failures: list[BaseException] = []
+        self.publisher = Publisher(
+            redis,
+            Directory(redis, prefix=PREFIX, node="own"),
+            node="own",
+            channel=channel,
+            all_nodes=f"{PREFIX}:all",
+            now=lambda: 5,
+            fails=self.failures.append,
+        )
+        self._pubsub = pubsub
+
+    async def enter(self, node: str, user: str) -> None:
+        """The phone of this user connects to that node."""
+        await Directory(self.redis, prefix=PREFIX, node=node).note([Entry("enter", user, "phone", 1)])
+
+    def commit(self, envelope: Envelope) -> None:
+        """This message is to be told to whom it is for."""
+        assert self.publisher.gathered.takes(1, 1)
+        self.publisher.gathered.messages.append((envelope, list(envelope.awaiting)))
+
+    async def turn(self) -> list[tuple[str, int]]:
+        """One turn. Returns which nodes have heard which messages (``seq``) since."""
+        await self.publisher._turn()
+        heard: list[tuple[str, int]] = []
+        while True:
+            found = await self._pubsub.get_message(timeout=0.2)
+            if found is None:
+                return heard
+            if found["type"] == "smessage":
+                node = found["channel"].decode().rpartition(":")[2]
+                its = hints.decode(found["data"]).hints
+                heard += [(node, one.framed.envelope().seq) for one in its if isinstance(one, Message)]
+
+
+def channel(node: str) -> str:
+    return f"{PREFIX}:node:{node}"
+
+
+@pytest.fixture
+async def nodes(tmp_path: Path) -> AsyncIterator[Nodes]:
+    async with open_valkey(tmp_path) as server:
+        redis = connect(server.url, connections=4, seconds=5)
+        pubsub: Any = redis.pubsub()
+        await pubsub.ssubscribe(channel("there"), channel("far"))
+        yield Nodes(redis, pubsub)
+        await pubsub.aclose()
+        await close(redis)
+
+
+async def test_a_message_that_was_expected_goes_out_in_the_first_turn(nodes: Nodes) -> None:
+    await nodes.enter("there", "bob")
+    nodes.publisher.expect(["bob"])
+    assert await nodes.turn() == []
+    nodes.commit(message(1, "bob/phone"))
+    assert await nodes.turn() == [("there", 1)]
+    assert await nodes.turn() == []
+    assert nodes.publisher.idle
+
+
+async def test_a_message_that_nobody_expected_goes_out_in_the_second(nodes: Nodes) -> None:
+    await nodes.enter("there", "bob")
+    nodes.commit(message(1, "bob/phone"))
+    assert await nodes.turn() == []
+    assert not nodes.publisher.idle
+    assert await nodes.turn() == [("there", 1)]
+
+
+async def test_a_device_that_has_moved_since_it_was_expected_is_told_where_it_is(nodes: Nodes) -> None:
+    await nodes.enter("there", "bob")
+    nodes.publisher.expect(["bob", "cleo"])
+    await nodes.turn()
+    # While the message was being committed.
+    await nodes.enter("far", "bob")
+    await nodes.enter("far", "cleo")
+    nodes.commit(message(1, "bob/phone"))
+    nodes.commit(message(2, "cleo/phone"))
+    assert await nodes.turn() == [("there", 1)]
+    assert sorted(await nodes.turn()) == [("far", 1), ("far", 2)]
+    assert await nodes.turn() == []
+
+
+async def test_one_that_is_only_partly_known_is_told_once_to_each_node(nodes: Nodes) -> None:
+    await nodes.enter("there", "bob")
+    await nodes.enter("far", "cleo")
+    nodes.publisher.expect(["bob"])
+    await nodes.turn()
+    nodes.commit(message(1, "bob/phone", "cleo/phone"))
+    assert await nodes.turn() == []
+    assert sorted(await nodes.turn()) == [("far", 1), ("there", 1)]
+
+
+async def test_what_is_dropped_is_not_told_later(nodes: Nodes) -> None:
+    await nodes.enter("there", "bob")
+    nodes.commit(message(1, "bob/phone"))
+    await nodes.turn()
+    nodes.commit(message(2, "bob/phone"))
+    assert nodes.publisher.forget() == 1
+    assert nodes.publisher.idle
+    assert await nodes.turn() == []
+
+
+async def test_it_works_by_itself_and_survives_a_redis_that_goes_away(tmp_path: Path) -> None:
+    async with open_valkey(tmp_path) as server:
+        redis = connect(server.url, connections=4, seconds=1)
+        pubsub: Any = redis.pubsub()
+        await pubsub.ssubscribe(channel("there"), channel("far"))
+        nodes = Nodes(redis, pubsub)
+        await nodes.enter("there", "bob")
+        task = asyncio.create_task(nodes.publisher.run())
+        nodes.publisher.expect(["bob"])
+        nodes.commit(message(1, "bob/phone"))
+        nodes.publisher.wake()
+        async with asyncio.timeout(10):
+            while not nodes.publisher.idle:
+                await asyncio.sleep(0.01)
+        await server.kill()
+        nodes.commit(message(2, "bob/phone"))
+        nodes.publisher.wake()
+        async with asyncio.timeout(10):
+            while not nodes.failures:
+                await asyncio.sleep(0.01)
+        assert not task.done()
+        await ended([task])
+        await pubsub.aclose()
+        await close(redis)
+
+
+def test_no_more_is_remembered_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(publishing, "monotonic", lambda: now)
+    some = Whereabouts()
+    assert some.want(f"user {number}" for number in range(30_000))
+    users = list(some.take_wanted())
+    assert len(users) == 20_000
+    some.note(users, {})
+    some.note(["ann"], {})
+    assert set(some.known(["ann", "user 0", "user 1"])) == {"ann", "user 1"}
+    # Known afresh: nobody need be asked.
+    assert not some.want(["ann", "user 1"])
+    now += 1.5
+    assert some.known(["ann"])
+    assert some.want(["ann"])
+    now += 5
+    assert not some.known(["ann"])
+    some.note(["bob"], {})
+    assert not some.known(["user 1"]) and list(some.known(["bob"])) == ["bob"]
