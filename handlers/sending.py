@@ -155,6 +155,9 @@ async def known(ctx: Context, sender: Sender, op: Send) -> Stored | None:
     doc_id = document_id(op.conv, op.id)
     found = (await ctx.messages.read([doc_id], committed=True)).get(doc_id)
     if found is not None:
+        if (found.get("kind"), found.get("replyTo")) != (op.kind, op.reply_to):
+            # It has the id of an earlier message and is another one.
+            return None
         first = owner(found)
         stored = Stored(found["seq"], int(found["createdAt"]), fresh=False)
     elif op.again:
@@ -184,15 +187,19 @@ async def check_withdrawal(ctx: Context, sender: Sender, op: Send) -> None:
         raise RelayError("forbidden", "only its sender can withdraw a message")
 
 
-def withdraw(ctx: Context, op: Send) -> None:
-    """The withdrawal is stored: the original is deleted where it still waits. When this fails nothing is lost: devices
-    that get the original know that it is withdrawn."""
+def withdraw(ctx: Context, sender: str, op: Send) -> None:
+    """The withdrawal is stored: the original is deleted where it still waits, if this user has sent it: what is answered as stored
+    may be a resend, whose claims nobody has checked. When this fails nothing is lost: devices that get the original know that it
+    is withdrawn."""
     if op.reply_to is None:
         return
     ctx.messages.hot.forget(document_id(op.conv, op.reply_to))
     try:
         ctx.endings.discard(
-            document_id(op.conv, op.reply_to), "withdrawn", deadline=monotonic() + ctx.limits.send_deadline
+            document_id(op.conv, op.reply_to),
+            "withdrawn",
+            deadline=monotonic() + ctx.limits.send_deadline,
+            sender=sender,
         )
     except BatcherClosed:
         return

@@ -58,7 +58,7 @@ async def send(ctx: Context, caller: Caller, request: web.Request) -> web.Respon
     if isinstance(found, RelayError):
         raise found
     if op.kind == sending.WITHDRAWN:
-        sending.withdraw(ctx, op)
+        sending.withdraw(ctx, sender.user, op)
     return answer(StoredAnswer(conv=op.conv, id=op.id, seq=found.seq, at=found.at), 201)
 
 

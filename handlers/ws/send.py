@@ -76,7 +76,7 @@ def _answer(ctx: Context, peer: Peer, op: Send, outcome: Stored | RelayError) ->
     if isinstance(outcome, Stored):
         peer.outbox.put(replies.stored(op.conv, op.id, outcome.seq, outcome.at, op.ref))
         if op.kind == sending.WITHDRAWN:
-            sending.withdraw(ctx, op)
+            sending.withdraw(ctx, peer.user, op)
         return
     ctx.metrics.errors.labels(outcome.code).inc()
     ctx.metrics.reached(outcome.limit)

@@ -57,12 +57,12 @@ class EndingGroup:
         """Messages of which a part ends here: their writing and number of documents, by document id."""
         self._whole: set[str] = set()
         self._acks: dict[str, list[Ack]] = {}
-        self._removals: dict[str, Fate] = {}
+        self._removals: dict[str, list[Removal]] = {}
         self._releases: dict[str, set[str]] = {}
         for ending in batch:
             if isinstance(ending, Removal):
                 for doc_id in ending.doc_ids:
-                    self._removals.setdefault(doc_id, ending.fate)
+                    self._removals.setdefault(doc_id, []).append(ending)
                     self.read[doc_id] = None
                 if ending.whole:
                     self._whole.update(ending.doc_ids)
@@ -92,7 +92,7 @@ class EndingGroup:
         for doc_id in self._whole & documents.keys():
             parts = parts_of(documents[doc_id])
             for part in parts:
-                self._removals.setdefault(part, self._removals[doc_id])
+                self._removals.setdefault(part, []).extend(self._removals[doc_id])
             wanted += parts
         return wanted
 
@@ -139,7 +139,7 @@ class EndingGroup:
         remaining -= dropped
         expected.update({key: Expectation("released", None) for key in dropped})
         self.settlement.released.extend((doc_id, key) for key in dropped)
-        fate = self._removals.get(doc_id)
+        fate = self._fate_of(doc_id, user)
         entry = None
         if not remaining or fate is not None:
             # A message that nobody got before its last mailbox was removed is released, not delivered.
@@ -170,6 +170,13 @@ class EndingGroup:
             self.counts[expectation.outcome] += 1
             if expectation.told is not None:
                 self.settlement.acknowledged.append(expectation.told)
+
+    def _fate_of(self, doc_id: str, sender: str) -> Fate | None:
+        """What a removal makes of this message of that sender."""
+        for removal in self._removals.get(doc_id, ()):
+            if removal.sender in (None, sender):
+                return removal.fate
+        return None
 
     def doubts(self) -> dict[str, dict[str, Expectation]]:
         """What this group may have brought about, when nobody knows whether it did."""

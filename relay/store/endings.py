@@ -48,9 +48,10 @@ class Ack:
 
 
 class Removal:
-    """These messages end now, for everybody who still awaits them; with ``whole`` their parts, too."""
+    """These messages end now, for everybody who still awaits them; with ``whole`` their parts, too. With ``sender`` only those that
+    this user has sent."""
 
-    __slots__ = ("deadline", "doc_ids", "done", "fate", "whole")
+    __slots__ = ("deadline", "doc_ids", "done", "fate", "sender", "whole")
 
     def __init__(
         self,
@@ -60,9 +61,11 @@ class Removal:
         deadline: float,
         done: Callable[[bool], None] | None = None,
         whole: bool = False,
+        sender: str | None = None,
     ) -> None:
         self.doc_ids = doc_ids
         self.fate = fate
+        self.sender = sender
         self.whole = whole
         self.deadline = deadline
         self.done = done or _nothing

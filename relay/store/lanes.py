@@ -189,9 +189,12 @@ class EndingLanes:
         ack = Ack(user, device, messages, at=at, deadline=deadline, done=done, quiet=quiet)
         self._submit(conversation, ack, len(messages))
 
-    def discard(self, doc_id: str, fate: Fate, *, deadline: float) -> None:
-        """Ends one message for everybody who still awaits it, without waiting for it. Raises BatcherClosed."""
-        self._submit(conversation_of(doc_id), Removal([doc_id], fate, deadline=deadline, whole=True))
+    def discard(self, doc_id: str, fate: Fate, *, deadline: float, sender: str | None = None) -> None:
+        """Ends one message for everybody who still awaits it, without waiting for it; with ``sender`` only when this user has sent
+        it. Raises BatcherClosed."""
+        self._submit(
+            conversation_of(doc_id), Removal([doc_id], fate, deadline=deadline, whole=True, sender=sender)
+        )
 
     def drop(self, doc_id: str, keys: Sequence[str], *, deadline: float) -> None:
         """Takes mailboxes off one message, without waiting for it. Raises BatcherClosed."""

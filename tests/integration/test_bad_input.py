@@ -394,6 +394,46 @@ async def test_anothers_message_id_is_refused_and_the_message_unchanged(node: No
         assert (await s.bob.expect("error", ref=op["ref"]))["code"] == "forbidden"
 
 
+@pytest.mark.parametrize("left", [False, True], ids=["a member", "a former member"])
+@pytest.mark.parametrize("gone", [False, True], ids=["waits", "is gone"])
+async def test_nobody_withdraws_anothers_message_by_the_id_of_an_own_one(
+    node: Node, gone: bool, left: bool
+) -> None:
+    # The answer to a resend is found by its id: what else it says was never checked.
+    conv = await node.group("ann", ["bob", "mallory"])
+    ann, mallory = await node.connect("ann"), await node.connect("mallory")
+    await (await node.connect("bob")).close()
+    own = (await mallory.sent(conv, "my own"))["id"]
+    if gone:
+        for user in ("ann", "bob"):
+            device = ann if user == "ann" else await node.connect("bob")
+            await device.expect("msg", id=own)
+            await device.ack(conv, own)
+        await mallory.expect("receipt")
+    theirs = (await ann.sent(conv, "ann's"))["id"]
+    if left:
+        status, _ = await node.request("DELETE", f"/v1/conversations/{conv}/members/mallory", "ann", "phone")
+        assert status < 300
+    attack = {"id": own, "conv": conv, "kind": "withdrawn", "body": None, "replyTo": theirs, "again": True}
+    await mallory.put({"t": "send", "ref": "w", **attack})
+    heard = await mallory.next()
+    while heard.get("ref") != "w":
+        heard = await mallory.next()
+    status, _ = await node.request("POST", "/v1/messages", "mallory", "phone", attack)
+    if gone:
+        assert (heard["t"], status) == ("stored", 201)
+    else:
+        code = "not_member" if left else "forbidden"
+        assert (heard.get("code"), status) == (code, 404 if left else 403)
+    # Whatever was queued for its end has come to it when this has.
+    await ann.put({"t": "ack", "conv": conv, "ids": [new_id()], "ref": "behind"})
+    await ann.expect("acked", ref="behind")
+    waiting = await node.db.messages.find_one({"id": theirs})
+    assert waiting is not None and "bob/phone" in waiting["awaiting"]
+    bob = await node.connect("bob")
+    assert (await bob.expect("msg", id=theirs))["body"] == "ann's"
+
+
 async def test_a_document_that_cannot_be_stored_fails_alone_in_a_batch_of_500(nodes: NodeFactory) -> None:
     node = await nodes.start(commits_in_flight=1)
     conv = await node.direct("ann", "bob")
