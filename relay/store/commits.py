@@ -19,7 +19,7 @@ from typing import Any, Final
 import structlog
 
 from relay.metrics import Metrics
-from relay.store.audience import Audiences
+from relay.store.audience import Audience, Audiences
 from relay.store.breaker import Breaker
 from relay.store.documents import owner
 from relay.store.fates import Fates
@@ -29,7 +29,7 @@ from relay.store.mongo import BulkWriteError, Mongo, PyMongoError, brief, time_l
 from relay.store.submissions import GivenUp, Stored, Submission, conflict, stranger, unreachable
 from relay.wire.envelope import Envelope
 from relay.wire.errors import RelayError
-from relay.wire.ids import RELAY_USER, user_of
+from relay.wire.ids import RELAY_USER, is_placeholder, user_of
 
 DUPLICATE: Final = 11000
 # What MongoDB says of a document that it will never take: bad value, failed to parse, type mismatch, invalid BSON,
@@ -403,6 +403,9 @@ class Commits:
             awaiting = [*audience.awaiting(submission.sender_key)]
             awaiting += [key for key in submission.also if key not in awaiting]
             envelope = submission.envelope
+            if attempt and submission.check is not None:
+                # It may be stored by now, and has no ciphertext for who has come since.
+                awaiting = _left(envelope.awaiting, awaiting, audience)
             trimmed = [*audience.trimmed(submission.sender_key)]
             # A system message's for those who are no members any more were full when it was made.
             trimmed += [key for key in envelope.trimmed if user_of(key) not in audience.members]
@@ -429,3 +432,11 @@ class Commits:
         for submission, refusal in refused:
             if not submission.held:
                 submission.settle(refusal)
+
+
+def _left(before: Sequence[str], now: Iterable[str], audience: Audience) -> list[str]:
+    """Those mailboxes of ``before`` that are awaited still; one for any device of a member is, whatever devices there are now."""
+    still = set(now)
+    return [
+        key for key in before if key in still or (is_placeholder(key) and user_of(key) in audience.members)
+    ]

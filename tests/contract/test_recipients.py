@@ -178,6 +178,40 @@ async def test_a_sealed_message_whose_devices_changed_while_it_was_queued_is_ref
     assert store.ledger.count("accepted") == 0
 
 
+async def test_a_sealed_message_that_is_tried_again_is_for_nobody_who_came_meanwhile(
+    store: Store, recipients: Recipients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, outcome = submission(store, recipients, sealed=True)
+    one.envelope.awaiting.append("dan/*")
+    one.encode()
+    insert = store.commits._collection.insert_many
+    tries = 0
+
+    class Lost:
+        def __getattr__(self, name: str) -> object:
+            return getattr(collection, name)
+
+        async def insert_many(self, *args: object, **options: object) -> object:
+            nonlocal tries
+            tries += 1
+            if tries > 1:
+                return await insert(*args, **options)
+            one.audience.stale = True
+            recipients.members = {
+                "ann": ["ann/phone"],
+                "bob": ["bob/phone", "bob/tablet"],
+                "dan": ["dan/laptop"],
+            }
+            raise PyMongoError("no answer")
+
+    collection = store.commits._collection
+    monkeypatch.setattr(store.commits, "_collection", Lost())
+    await store.commits.commit([one])
+    assert isinstance(await outcome, Stored)
+    # It has no ciphertext for the tablet; cleo has left; dan's first device drains what waits for any.
+    assert await awaiting(store, one) == ["bob/phone", "dan/*"]
+
+
 async def test_who_became_full_meanwhile_is_left_out_and_booked(store: Store, recipients: Recipients) -> None:
     one, outcome = submission(store, recipients)
     one.audience.stale = True
