@@ -35,6 +35,8 @@ from relay.wire.envelope import Envelope
 # A group of acknowledgements holds so many times as many as one of messages. Two groups may wait; then sockets are not
 # read, so that messages do not come faster than they can be ended.
 _ACK_GROUP: Final = 4
+# Among many devices, where a group that is large enough finds whole parts acknowledged, and deletes what it would have updated.
+_CROWD_GROUP: Final = 16
 _ACK_SPACING: Final = 0.015
 # Parts of messages to many devices that wait to be committed: so many groups, then their senders are not read.
 _LARGE_GROUPS: Final = 2
@@ -103,22 +105,23 @@ def message_path(
             settled=settled,
         )
 
-        def queue(name: str) -> Batcher[Ending]:
+        def queue(name: str, most: int) -> Batcher[Ending]:
             return Batcher[Ending](
                 _named(name, shard),
                 acks.commit,
                 acks.abandon,
                 metrics=metrics,
-                max_items=_ACK_GROUP * settings.commit_messages,
+                max_items=most,
                 max_bytes=settings.commit_bytes,
-                queue_items=min(settings.queue_messages, 2 * _ACK_GROUP * settings.commit_messages),
+                queue_items=min(settings.queue_messages, 2 * most),
                 queue_bytes=settings.queue_bytes,
                 workers=1,
                 dead=dead,
                 spacing=_ACK_SPACING,
             )
 
-        few, crowd = queue("ack"), queue("ack-large")
+        few = queue("ack", _ACK_GROUP * settings.commit_messages)
+        crowd = queue("ack-large", _CROWD_GROUP * settings.commit_messages)
         return EndingLane(few, crowd, acks)
 
     endings = EndingLanes(shards.lane_of, ending_lane)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from time import monotonic
 from typing import Any, Final
 
@@ -125,24 +125,28 @@ class Acks:
     async def _attempt(self, group: EndingGroup, *, careful: bool) -> None:
         if group.read:
             await self._read(group, careful=careful)
-        entries = [*group.sole_entries, *group.final_entries]
-        if entries:
-            await self._fates.record(entries, self._now())
-        if group.updates:
-            with time_limit(self._timeout):
-                await self._collection.bulk_write(group.updates, ordered=False)
-        deleted = 0
-        if group.sole:
-            deleted = await self._delete([(doc_id, sole.seq) for doc_id, (sole, _) in group.sole.items()])
-        if group.final:
-            await self._delete(list(group.final.items()))
-        if group.updates:
-            await self._finish_emptied(group)
+        # Calls that do not depend on each other go side by side; a fate is on record before its message is deleted.
+        await _together(self._record(group), self._update(group))
+        _, deleted, _ = await _together(
+            self._delete(list(group.final.items())),
+            self._delete(group.sole_places),
+            self._finish_emptied(group),
+        )
         self._headless.update(group.ended_parts)
         self._ledger.add("acknowledged", deleted)
         for outcome, count in group.counts.items():
             if count:
                 self._ledger.add(outcome, count)
+
+    async def _record(self, group: EndingGroup) -> None:
+        entries = [*group.sole_entries, *group.final_entries]
+        if entries:
+            await self._fates.record(entries, self._now())
+
+    async def _update(self, group: EndingGroup) -> None:
+        if group.updates:
+            with time_limit(self._timeout):
+                await self._collection.bulk_write(group.updates, ordered=False)
 
     async def _read(self, group: EndingGroup, *, careful: bool) -> None:
         doubtful = careful or any(doc_id in self._doubts for doc_id in group.read)
@@ -251,6 +255,8 @@ class Acks:
     async def _delete(self, wanted: Sequence[tuple[str, int]]) -> int:
         """By id, conversation and ``seq``: a later incarnation of an id must survive. Parts before heads: without its head a
         part is nobody's message."""
+        if not wanted:
+            return 0
         parts = [one for one in wanted if is_part(one[0])]
         if parts and len(parts) < len(wanted):
             return await self._delete(parts) + await self._delete(
@@ -261,6 +267,8 @@ class Acks:
 
     async def _finish_emptied(self, group: EndingGroup) -> None:
         """Another node may have settled the rest of what this group only shrank."""
+        if not group.shrunk:
+            return
         documents = await self._messages.read(group.shrunk)
         emptied = [document for document in documents.values() if not document["awaiting"]]
         if not emptied:
@@ -274,6 +282,15 @@ class Acks:
             if "part" in document:
                 place = (str(document["writing"]), int(document["parts"]))
                 self._headless[head_id(document["_id"])] = place
+
+
+async def _together(*steps: Coroutine[Any, Any, Any]) -> list[Any]:
+    """Takes these steps side by side. Raises the first exception, when all of them are over."""
+    found = await asyncio.gather(*steps, return_exceptions=True)
+    for one in found:
+        if isinstance(one, BaseException):
+            raise one
+    return found
 
 
 def _always(_: str) -> bool:

@@ -86,6 +86,11 @@ class EndingGroup:
             self._acks.setdefault(doc_id, []).insert(0, ack)
         self.sole_entries = [self._sole_entry(doc_id, sole, ack) for doc_id, (sole, ack) in self.sole.items()]
 
+    @property
+    def sole_places(self) -> list[tuple[str, int]]:
+        """Id and ``seq`` of the messages that are deleted without having been read."""
+        return [(doc_id, sole.seq) for doc_id, (sole, _) in self.sole.items()]
+
     def parts_of_whole(self, documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
         """The parts that end together with these heads."""
         wanted: list[str] = []

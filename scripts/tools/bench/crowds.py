@@ -33,7 +33,7 @@ from scripts.tools.bench.crowd_messages import (
 )
 from scripts.tools.bench.live import Target
 from scripts.tools.bench.processes import Usage, spent, usages
-from scripts.tools.bench.relay_metrics import Scrape, scrape
+from scripts.tools.bench.relay_metrics import Commits, Scrape, scrape
 from scripts.tools.bench.report import Check, Show
 from scripts.tools.bench.stage import AUDIENCE, BenchError, RelayNode, helper
 
@@ -46,13 +46,14 @@ Wanted = TypeVar("Wanted", Done, Entered, Said, Settled)
 
 class Window(msgspec.Struct, frozen=True, kw_only=True):
     """A measured window: deliveries whose acknowledgement became durable in it, and what they cost. ``cpu_us`` is CPU per
-    delivery in µs, ``cores`` CPU seconds a second, by process (``crowd`` is the devices)."""
+    delivery in µs, ``cores`` CPU seconds a second, by process (``crowd`` is the devices); ``commits`` by queue."""
 
     seconds: float
     deliveries: int
     rate: float
     cpu_us: dict[str, float]
     cores: dict[str, float]
+    commits: dict[str, Commits]
 
 
 @dataclass(slots=True)
@@ -96,7 +97,7 @@ class Venue:
         first, before, began = await self._reading()
         await asyncio.sleep(seconds)
         last, after, ended = await self._reading()
-        deliveries = last - first
+        deliveries = last.ended["acknowledged"] - first.ended["acknowledged"]
         cpu = spent(before, after)
         return Window(
             seconds=ended - began,
@@ -108,11 +109,11 @@ class Venue:
                 if name not in ("others", "bench")
             },
             cores={name: used / (ended - began) for name, used in cpu.items()},
+            commits=last.commits_since(first),
         )
 
-    async def _reading(self) -> tuple[int, dict[str, Usage], float]:
-        found = await scrape(self.http, self.target.url)
-        return found.ended["acknowledged"], usages(self.pids), perf_counter()
+    async def _reading(self) -> tuple[Scrape, dict[str, Usage], float]:
+        return await scrape(self.http, self.target.url), usages(self.pids), perf_counter()
 
     async def account(self, settled: Settled, *, absent: int = 0, others: int = 0) -> list[Check]:
         """What must be true now: every delivery came once or waits for one of the ``absent`` devices of the first group, and
