@@ -13,11 +13,9 @@ from array import array
 from time import perf_counter
 from typing import Final, TypeVar
 
-import msgspec
-import uvloop
-
 from relay.security.tokens import mint
 from relay.wire.ids import MESSAGE_ID
+from scripts.tools.bench.asked import GiveUp, serve
 from scripts.tools.bench.crowd_messages import (
     Answer,
     AnyRequest,
@@ -31,7 +29,6 @@ from scripts.tools.bench.crowd_messages import (
     Settled,
     Stop,
     Talk,
-    Unable,
 )
 from scripts.tools.bench.groups import DEVICE, user_name
 from scripts.tools.bench.pairs import message_id, percentiles
@@ -56,13 +53,8 @@ _READY_SECONDS: Final = 180.0
 _REACH_SECONDS: Final = 30.0
 _SETTLE_SECONDS: Final = 60.0
 _TOKEN_SECONDS: Final = 24 * 3600
-_LINE: Final = 1 << 22
 
 Result = TypeVar("Result")
-
-
-class GiveUp(Exception):
-    """The request cannot be carried out; one line."""
 
 
 class Message:
@@ -399,65 +391,36 @@ def _acknowledgement(came: list[Msg]) -> bytes:
 # -- the process
 
 
-async def _serve(reader: asyncio.StreamReader) -> None:
-    decode = msgspec.json.Decoder(AnyRequest).decode
-    crowd: Crowd | None = None
-    try:
-        while line := await reader.readline():
-            request = decode(line)
-            if isinstance(request, Gather):
-                crowd = Crowd(request)
-                _tell(Done())
-                continue
-            assert crowd is not None
-            _tell(await _carry_out(request, crowd))
-    finally:
-        if crowd is not None:
-            crowd.close()
-            # Connections say goodbye on the next turn.
-            await asyncio.sleep(0.05)
+class Process:
+    """What is asked, carried out."""
 
+    def __init__(self) -> None:
+        self._crowd: Crowd | None = None
 
-async def _carry_out(request: Enter | Say | Talk | Stop, crowd: Crowd) -> Answer:
-    match request:
-        case Enter():
-            return await crowd.enter(request)
-        case Say():
-            return await crowd.say(request)
-        case Talk():
-            crowd.talk(request)
+    async def answer(self, request: AnyRequest) -> Answer:
+        """The answer. Raises GiveUp and OSError."""
+        if isinstance(request, Gather):
+            self._crowd = Crowd(request)
             return Done()
-        case Stop():
-            return await crowd.stop()
+        crowd = self._crowd
+        assert crowd is not None
+        match request:
+            case Enter():
+                return await crowd.enter(request)
+            case Say():
+                return await crowd.say(request)
+            case Talk():
+                crowd.talk(request)
+                return Done()
+            case Stop():
+                return await crowd.stop()
 
-
-def _tell(answer: Answer) -> None:
-    sys.stdout.buffer.write(msgspec.json.encode(answer) + b"\n")
-    sys.stdout.buffer.flush()
-
-
-async def _main() -> int:
-    reader = asyncio.StreamReader(limit=_LINE)
-    await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), sys.stdin
-    )
-    code = 0
-    try:
-        await _serve(reader)
-    except* (OSError, GiveUp, TimeoutError) as problems:
-        problem: BaseException = problems
-        while isinstance(problem, BaseExceptionGroup):
-            problem = problem.exceptions[0]
-        _tell(Unable(reason=" ".join(str(problem).split()) or type(problem).__name__))
-        code = 1
-    return code
-
-
-def main() -> int:
-    """The process; its exit code."""
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_main())
+    def close(self) -> None:
+        """Closes every connection."""
+        if self._crowd is not None:
+            self._crowd.close()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    process = Process()
+    sys.exit(serve(AnyRequest, process.answer, process.close))

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import aiohttp
 import msgspec
@@ -16,6 +16,7 @@ import msgspec
 from relay.store.mongo import Mongo
 from relay.wire.ids import PARTS_KEY
 from scripts.tools.bench import groups, live
+from scripts.tools.bench.asked import Helper
 from scripts.tools.bench.crowd_messages import (
     AnyAnswer,
     Done,
@@ -29,19 +30,15 @@ from scripts.tools.bench.crowd_messages import (
     Settled,
     Stop,
     Talk,
-    Unable,
 )
 from scripts.tools.bench.live import Target
 from scripts.tools.bench.processes import Usage, spent, usages
 from scripts.tools.bench.relay_metrics import Commits, Scrape, scrape
 from scripts.tools.bench.report import Check, Show
-from scripts.tools.bench.stage import AUDIENCE, BenchError, RelayNode, helper
+from scripts.tools.bench.stage import AUDIENCE, RelayNode, helper
 
 _EMPTY_SECONDS: Final = 20.0
 _LOOK_SECONDS: Final = 0.1
-_decode: Final = msgspec.json.Decoder(AnyAnswer).decode
-
-Wanted = TypeVar("Wanted", Done, Entered, Said, Settled)
 
 
 class Window(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,28 +63,28 @@ class Venue:
     groups: list[Group]
     http: aiohttp.ClientSession
     pids: dict[str, int]
-    _process: asyncio.subprocess.Process
+    _crowd: Helper[Request]
     _before: Scrape
 
     async def gather(self, request: Gather) -> None:
         """Tells the crowd who it is: the first thing. Raises BenchError."""
-        await self._ask(request, Done)
+        await self._crowd.ask(request, Done)
 
     async def enter(self, first: int, count: int) -> Entered:
         """These devices connect. Raises BenchError."""
-        return await self._ask(Enter(first=first, count=count), Entered)
+        return await self._crowd.ask(Enter(first=first, count=count), Entered)
 
     async def say(self, messages: int, pause: float) -> Said:
         """One message after the other into the first group. Raises BenchError."""
-        return await self._ask(Say(messages=messages, pause=pause), Said)
+        return await self._crowd.ask(Say(messages=messages, pause=pause), Said)
 
     async def talk(self, senders: int, window: int) -> None:
         """All groups talk until ``stop``. Raises BenchError."""
-        await self._ask(Talk(senders=senders, window=window), Done)
+        await self._crowd.ask(Talk(senders=senders, window=window), Done)
 
     async def stop(self) -> Settled:
         """The crowd falls silent. Raises BenchError."""
-        return await self._ask(Stop(), Settled)
+        return await self._crowd.ask(Stop(), Settled)
 
     async def window(self, warmup: float, seconds: float, show: Show, doing: str) -> Window:
         """Measures what goes on for so long. Raises aiohttp.ClientError."""
@@ -179,22 +176,6 @@ class Venue:
         finally:
             mongo.close()
 
-    async def _ask(self, request: Request, wanted: type[Wanted]) -> Wanted:
-        process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with contextlib.suppress(ConnectionError):
-            process.stdin.write(msgspec.json.encode(request) + b"\n")
-            await process.stdin.drain()
-        line = await process.stdout.readline()
-        if not line:
-            raise BenchError("the crowd ended unexpectedly; the lines above say why")
-        found = _decode(line)
-        if isinstance(found, Unable):
-            raise BenchError(found.reason)
-        assert isinstance(found, wanted)
-        return found
-
 
 @contextlib.asynccontextmanager
 async def venue(
@@ -212,9 +193,10 @@ async def venue(
         made = await asyncio.to_thread(groups.make, uri, target.node.database, sizes)
         http = await stack.enter_async_context(aiohttp.ClientSession())
         process = await stack.enter_async_context(helper("scripts.tools.bench.crowd"))
+        crowd = Helper[Request](process, "the crowd", AnyAnswer)
         before = await scrape(http, target.url)
         found = Venue(
-            target, target.node, uri, made, http, {**target.pids, "crowd": process.pid}, process, before
+            target, target.node, uri, made, http, {**target.pids, "crowd": process.pid}, crowd, before
         )
         host, port = live.address(target.url)
         await found.gather(

@@ -11,11 +11,9 @@ import sys
 from time import perf_counter
 from typing import Final
 
-import msgspec
-import uvloop
-
 from relay.security.tokens import mint
-from scripts.tools.bench.crowd_messages import Answer, Done, Group, Unable
+from scripts.tools.bench.asked import GiveUp, serve
+from scripts.tools.bench.crowd_messages import Answer, Done, Group
 from scripts.tools.bench.groups import DEVICE, user_name
 from scripts.tools.bench.pairs import message_id, percentiles
 from scripts.tools.bench.sockets import Drained, Error, Msg, Op, Receiver, Socket, Stored, connect
@@ -37,11 +35,6 @@ _POST_SECONDS: Final = 60.0
 _LOSE_SECONDS: Final = 20.0
 # As a device waits after a refusal, at first.
 _AGAIN_SECONDS: Final = (0.2, 1.0)
-_LINE: Final = 1 << 22
-
-
-class GiveUp(Exception):
-    """The request cannot be carried out; one line."""
 
 
 class Message:
@@ -285,66 +278,37 @@ class Storm:
                 device.socket.close()
 
 
-async def _serve(reader: asyncio.StreamReader) -> None:
-    decode = msgspec.json.Decoder(AnyRequest).decode
-    storm: Storm | None = None
-    try:
-        while line := await reader.readline():
-            request = decode(line)
-            if isinstance(request, Assemble):
-                storm = Storm(request)
-                _tell(Done())
-                continue
-            assert storm is not None
-            _tell(await _carry_out(request, storm))
-    finally:
-        if storm is not None:
-            storm.close()
-            # Connections say goodbye on the next turn.
-            await asyncio.sleep(0.05)
+class Process:
+    """What is asked, carried out."""
 
+    def __init__(self) -> None:
+        self._storm: Storm | None = None
 
-async def _carry_out(request: Come | Post | Lose | Settle, storm: Storm) -> Answer:
-    match request:
-        case Come():
-            return await storm.come(request)
-        case Post():
-            await storm.post(request)
+    async def answer(self, request: AnyRequest) -> Answer:
+        """The answer. Raises GiveUp and OSError."""
+        if isinstance(request, Assemble):
+            self._storm = Storm(request)
             return Done()
-        case Lose():
-            await storm.lose(request)
-            return Done()
-        case Settle():
-            return storm.settled()
+        storm = self._storm
+        assert storm is not None
+        match request:
+            case Come():
+                return await storm.come(request)
+            case Post():
+                await storm.post(request)
+                return Done()
+            case Lose():
+                await storm.lose(request)
+                return Done()
+            case Settle():
+                return storm.settled()
 
-
-def _tell(answer: Answer) -> None:
-    sys.stdout.buffer.write(msgspec.json.encode(answer) + b"\n")
-    sys.stdout.buffer.flush()
-
-
-async def _main() -> int:
-    reader = asyncio.StreamReader(limit=_LINE)
-    await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), sys.stdin
-    )
-    code = 0
-    try:
-        await _serve(reader)
-    except* (OSError, GiveUp, TimeoutError) as problems:
-        problem: BaseException = problems
-        while isinstance(problem, BaseExceptionGroup):
-            problem = problem.exceptions[0]
-        _tell(Unable(reason=" ".join(str(problem).split()) or type(problem).__name__))
-        code = 1
-    return code
-
-
-def main() -> int:
-    """The process; its exit code."""
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_main())
+    def close(self) -> None:
+        """Closes every connection."""
+        if self._storm is not None:
+            self._storm.close()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    process = Process()
+    sys.exit(serve(AnyRequest, process.answer, process.close))
