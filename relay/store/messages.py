@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import structlog
 from bson.datetime_ms import DatetimeMS
@@ -64,6 +64,13 @@ class Page:
     envelopes: list[Envelope]
     exhausted: bool
     complete: bool = True
+
+
+class Awaited(NamedTuple):
+    """Ids of messages that wait for somebody. ``complete``: of all shards, not only of those that answer."""
+
+    ids: list[str]
+    complete: bool
 
 
 class Messages:
@@ -336,24 +343,29 @@ class Messages:
         before: int | None = None,
         exclude: Collection[str] = (),
         exclude_sender: str | None = None,
-    ) -> list[str]:
-        """Ids of messages that wait for any of these mailboxes, of one conversation when named, accepted before ``before``
-        (ms) when given."""
+    ) -> Awaited:
+        """Messages that wait for any of these mailboxes, of one conversation when named, accepted before ``before`` (ms) when
+        given. Raises ShardDown when that conversation's shard does not answer."""
         query: dict[str, Any] = {"awaiting": {"$in": list(keys)}}
-        if conversation is not None:
-            query["conversationId"] = conversation
         if before is not None:
             query["createdAt"] = {"$lt": DatetimeMS(before)}
         if exclude:
             query["_id"] = {"$nin": list(exclude)}
         if exclude_sender is not None:
             query["sender.user"] = {"$ne": exclude_sender}
-        if conversation is not None and self._shards.is_down(conversation):
-            raise ShardDown
         async with self._finders:
-            with time_limit(NO_LIMIT if conversation is not None or not self._shards.down else self._timeout):
+            # As in ``waiting``.
+            complete = True
+            if conversation is not None:
+                query["conversationId"] = conversation
+                if self._shards.is_down(conversation):
+                    raise ShardDown
+            elif reachable := self._shards.reachable:
+                complete = False
+                query.update(reachable)
+            with time_limit(NO_LIMIT if conversation is not None or complete else self._timeout):
                 cursor = self._collection.find(query, {"_id": 1}).limit(limit)
-                return [document["_id"] async for document in cursor if _is_id(document["_id"])]
+                return Awaited([row["_id"] async for row in cursor if _is_id(row["_id"])], complete)
 
     async def count_waiting(self, *, seconds: float = 0) -> int:
         """How many deliveries (message and device) wait in the store, on the shards that answer. Reads every message, for

@@ -2,7 +2,8 @@
 waits for it.
 
 A release is written down before its cause takes effect, and is done twice: once its cause has taken effect, and when nothing
-that was resolved before can still be on its way. A node that dies in between leaves it to whoever looks next.
+that was resolved before can still be on its way. A node that dies in between leaves it to whoever looks next. What waits on
+shards that do not answer is released when they are back: until every shard was looked at a release stays due.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ class Releases:
         return Planned(document)
 
     async def run(self, planned: Planned) -> None:
-        """Does a planned release now. The job repeats it later, and does it should this fail."""
+        """Does a planned release now, as far as the messages' shards let it; the job does the rest, and repeats it later. Raises
+        what the store raises when it cannot even be looked up."""
         collection = Release.get_motor_collection()
         document = dict(planned.document)
         name = document.pop("_id")
@@ -114,7 +116,7 @@ class Releases:
             else:
                 await collection.update_one({"_id": name}, {"$set": {"dueAt": utc_now() + _AGAIN}})
             return
-        if not await self._release(name, mailbox, conversation, before):
+        if not await self._try_release(name, mailbox, conversation, before):
             await collection.update_one({"_id": name}, {"$set": {"dueAt": utc_now() + _AGAIN}})
         elif claimed["passes"]:
             await collection.delete_one({"_id": name})
@@ -141,12 +143,23 @@ class Releases:
         since = device.get("since")
         return since is not None and since >= at, None if since is None else milliseconds(since)
 
+    async def _try_release(
+        self, name: str, mailbox: str, conversation: str | None, before: int | None
+    ) -> bool:
+        try:
+            return await self._release(name, mailbox, conversation, before)
+        except (PyMongoError, BatcherClosed) as error:
+            # Its cause has taken effect, and who asked for that must not be told otherwise.
+            log.warning("a release is not done yet", error=brief(error))
+            return False
+
     async def _release(self, name: str, mailbox: str, conversation: str | None, before: int | None) -> bool:
+        """Releases what can be; whether that is all there is."""
         keys = await self._keys(mailbox)
         stuck: set[str] = set()
         page: set[str] = set()
         while True:
-            found = await self._messages.awaited(
+            found, complete = await self._messages.awaited(
                 keys,
                 limit=_PAGE,
                 conversation=conversation,
@@ -156,7 +169,7 @@ class Releases:
                 exclude_sender=None if conversation is None else RELAY_USER,
             )
             if not found:
-                return True
+                return complete
             # What comes twice is no message and cannot be released.
             stuck |= page.intersection(found)
             page = set(found) - stuck

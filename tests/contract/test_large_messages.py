@@ -302,7 +302,7 @@ def new_doc() -> str:
 async def test_removing_members_releases_their_parts_and_the_last_one_ends_the_message(store: Store) -> None:
     envelope = await sent(store)
     await ack_all(store, KEYS[:7], envelope.doc_id)
-    waiting = await store.messages.awaited(KEYS[7:], limit=100)
+    waiting, _ = await store.messages.awaited(KEYS[7:], limit=100)
     assert await store.endings.release(waiting, KEYS[7:], deadline=monotonic() + 5)
     assert await documents(store) == []
     assert store.ledger.count("released") == 3

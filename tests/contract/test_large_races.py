@@ -264,7 +264,7 @@ async def test_what_is_no_message_yet_is_neither_released_nor_expired(
 
     async def end() -> None:
         if ending == "release":
-            waiting = await store.messages.awaited(KEYS[7:], limit=100)
+            waiting, _ = await store.messages.awaited(KEYS[7:], limit=100)
             assert await store.endings.release(waiting, KEYS[7:], deadline=monotonic() + 5)
         else:
             due = await store.messages.due(store.clock.now(), 100)
