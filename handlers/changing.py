@@ -18,6 +18,7 @@ from handlers.context import Context
 from relay.store.batcher import BatcherClosed
 from relay.store.releases import Planned
 from relay.store.revisions import NOWHERE, Event, Origin, Proposal, Revision, Situation
+from relay.store.shards import ShardDown
 from relay.store.submissions import Stored, Submission
 from relay.wire.codec import dumps
 from relay.wire.envelope import Envelope
@@ -200,18 +201,27 @@ def dissolving(situation: Situation) -> Proposal | None:
 
 async def leave_all(ctx: Context, user: str) -> None:
     """Takes a person out of every conversation, as erasure does: groups that would be orphaned get another admin, empty
-    ones are dissolved, direct conversations stay with the other person. May be repeated."""
+    ones are dissolved, direct conversations stay with the other person. May be repeated. One that cannot be left keeps none of
+    the others; raises the first of such errors, ShardDown for a group on a shard that does not answer."""
     conversations = await ctx.conversations.of_user(user, _MOST_LEFT)
+    failed: BaseException | None = None
     for start in range(0, len(conversations), _LEFT_AT_ONCE):
-        await asyncio.gather(
-            *(_leave(ctx, name, kind, user) for name, kind in conversations[start : start + _LEFT_AT_ONCE])
+        outcomes = await asyncio.gather(
+            *(_leave(ctx, name, kind, user) for name, kind in conversations[start : start + _LEFT_AT_ONCE]),
+            return_exceptions=True,
         )
+        failed = failed or next(filter(None, outcomes), None)
     await ctx.conversations.forget_creator(user, ctx.pseudonyms.of(user))
+    if failed is not None:
+        raise failed
 
 
 async def _leave(ctx: Context, conversation: str, kind: str, user: str) -> None:
     try:
         if kind == "group":
+            if ctx.messages.is_away(conversation):
+                # Its members cannot be told. Whoever began all the same would leave a change that blocks the next ones.
+                raise ShardDown
             await _leave_group(ctx, conversation, user)
         else:
             await change(ctx, conversation, None, [user], lambda _: Proposal("left", [user]))

@@ -3,6 +3,9 @@
 The intent is written first. Everything after it is a list of steps, each safe to repeat. A request for erasure does all of
 them once; the job (relay.jobs.housekeeping) does them again until nothing that was admitted or resolved before can still
 be on its way, and only then lets the intent go. A node that dies anywhere in between therefore leaves nothing behind.
+
+Every step does all that can be done and only then says what could not, and what one step cannot do keeps no other from its
+turn: while a shard does not answer, what lies there stays due, and nothing else.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from handlers.context import Context
 from handlers.revoking import cut_off
 from relay.store.erasure import Erasures, Intent
 from relay.store.mongo import PyMongoError, brief
+from relay.store.shards import ShardDown
 from relay.wire import errors
 from relay.wire.clock import utc_now
 from relay.wire.errors import RelayError
@@ -32,15 +36,14 @@ log = structlog.get_logger(__name__)
 
 async def erase(ctx: Context, user: str, *, address: str = "", agent: str = "") -> None:
     """Erases a person who asks for it. When this returns it is durably decided, and usually done but for the bare id; what
-    is left is done within a minute, whatever happens to this node. Raises RelayError and what the store raises as long as
-    nothing is decided."""
+    is left is done within a minute, whatever happens to this node, and on a shard that does not answer when it is back. Raises
+    RelayError and what the store raises as long as nothing is decided."""
     # The steps drop the personal part of this entry too; what stays says that somebody was erased, and when.
     await ctx.audit.record("me.erase", actor=user, target=user, address=address, agent=agent)
     intent = await _erasures(ctx).begin(user)
     try:
         async with asyncio.timeout(_PATIENCE_SECONDS):
-            for step in STEPS:
-                await step(ctx, intent)
+            await _do(ctx, intent)
     except (TimeoutError, PyMongoError, RelayError) as error:
         log.warning("an erasure goes on in the background", error=brief(error))
 
@@ -48,14 +51,30 @@ async def erase(ctx: Context, user: str, *, address: str = "", agent: str = "") 
 async def resume(ctx: Context, intent: Intent, settle: timedelta = SETTLE) -> bool:
     """Does every step again, and ends the erasure when ``settle`` has passed since it began; whether it has ended.
     A change of a conversation that stopped half-way is awaited: the repair job finishes it."""
+    if not await _do(ctx, intent):
+        return True
+    if utc_now() - intent.at < settle or not await _erasures(ctx).is_complete(intent):
+        return False
+    # What waits for the devices is found by their documents, which go now.
+    if await ctx.releases.is_ahead(intent.user):
+        return False
+    await _erasures(ctx).finish(intent)
+    return True
+
+
+async def _do(ctx: Context, intent: Intent) -> bool:
+    """Does every step; raises the first error when all had their turn. False when the erasure has ended meanwhile."""
+    failed: Exception | None = None
     for step in STEPS:
         # Another node may have ended it, and the id may belong to somebody again.
         if not await _erasures(ctx).is_pending(intent):
-            return True
-        await step(ctx, intent)
-    if utc_now() - intent.at < settle or not await _erasures(ctx).is_complete(intent):
-        return False
-    await _erasures(ctx).finish(intent)
+            return False
+        try:
+            await step(ctx, intent)
+        except Exception as error:  # noqa: BLE001 - a document that is none of ours may be in the way
+            failed = failed or error
+    if failed is not None:
+        raise failed
     return True
 
 
@@ -77,11 +96,19 @@ async def _leave(ctx: Context, intent: Intent) -> None:
     await leave_all(ctx, intent.user)
 
 
+async def _rename(ctx: Context, intent: Intent) -> None:
+    devices = await _erasures(ctx).end_devices(intent)
+    where = ctx.messages.reachable
+    await _erasures(ctx).rename_deliveries(intent, devices, where)
+    if where:
+        raise ShardDown
+
+
 async def _release(ctx: Context, intent: Intent) -> None:
     # The devices' documents are still there: a release finds the mailboxes by them, this time and when it is repeated.
-    devices = await _erasures(ctx).end_devices(intent)
-    await _erasures(ctx).rename_deliveries(intent, devices)
-    await ctx.releases.run(await ctx.releases.plan(intent.user))
+    # While a shard is down for long, one is planned, not one at every round.
+    if not await ctx.releases.is_ahead(intent.user):
+        await ctx.releases.run(await ctx.releases.plan(intent.user))
 
 
 async def _drop_people(ctx: Context, intent: Intent) -> None:
@@ -105,6 +132,7 @@ STEPS: Final[tuple[Step, ...]] = (
     _drop_people,
     _forget,
     _leave,
+    _rename,
     _release,
     _drop_memberships,
     _forget,

@@ -25,7 +25,10 @@ class Release(Document):
     class Settings:
         name = "releases"
         keep_nulls = False
-        indexes: ClassVar[list[IndexModel]] = [IndexModel([("dueAt", ASCENDING)], name="dueAt")]
+        indexes: ClassVar[list[IndexModel]] = [
+            IndexModel([("dueAt", ASCENDING)], name="dueAt"),
+            IndexModel([("mailbox", ASCENDING)], name="mailbox"),
+        ]
 
 
 class Erasure(Document):

@@ -16,6 +16,7 @@ MESSAGES: Final = "messages"
 FATES: Final = "fates"
 CREATED_TTL_INDEX: Final = "createdAt_ttl"
 WAITING_INDEX: Final = "awaiting_seq"
+DELIVERED_INDEX: Final = "deliveredTo_user"
 FATES_TTL_INDEX: Final = "at_ttl"
 EXPIRES_GRACE_SECONDS: Final = 60
 """The expiry job ends messages as soon as they are due, and counts them; MongoDB deletes, uncounted, what the job has not
@@ -87,7 +88,7 @@ def message_indexes(ttl_seconds: int) -> list[IndexModel]:
         IndexModel([("awaiting", ASCENDING), ("seq", ASCENDING), ("_id", ASCENDING)], name=WAITING_INDEX),
         IndexModel(
             [("deliveredTo.user", ASCENDING)],
-            name="deliveredTo_user",
+            name=DELIVERED_INDEX,
             partialFilterExpression={"deliveredTo.user": {"$exists": True}},
         ),
         IndexModel([("createdAt", ASCENDING)], name=CREATED_TTL_INDEX, expireAfterSeconds=ttl_seconds),

@@ -90,7 +90,8 @@ async def export(ctx: Context, caller: Caller, request: web.Request) -> web.Stre
 async def erase(ctx: Context, caller: Caller, request: web.Request) -> web.Response:
     """Erases the account with everything in it: devices, keys, contacts, memberships, what waits for the devices, and the
     name in other people's lists. It cannot be undone. Tokens are refused from here on; what is left to do when this is
-    answered is done within a minute. Messages sent before stay with those who received them."""
+    answered is done within a minute, and where the store does not answer as soon as it does. Messages sent before stay with
+    those who received them."""
     await erasing.erase(ctx, caller.user, address=caller.address, agent=caller.agent)
     return answer(DoneAnswer())
 

@@ -19,7 +19,7 @@ from models.accounts import Device, User
 from models.contacts import Contact, Report
 from models.conversations import Conversation, Membership
 from models.housekeeping import Erasure, Tombstone
-from models.messages import MESSAGES
+from models.messages import DELIVERED_INDEX, MESSAGES, WAITING_INDEX
 from relay.security.pseudonyms import Pseudonyms
 from relay.store.mongo import DuplicateKeyError
 from relay.wire.clock import utc_now
@@ -137,21 +137,25 @@ class Erasures:
             and await Conversation.get_motor_collection().find_one(naming, {"_id": 1}) is None
         )
 
-    async def rename_deliveries(self, intent: Intent, devices: Sequence[str]) -> None:
-        """In messages of others that still wait: who has got them becomes a pseudonym, and what was sealed for their devices
-        goes."""
+    async def rename_deliveries(
+        self, intent: Intent, devices: Sequence[str], where: Mapping[str, Any]
+    ) -> None:
+        """In messages of others that still wait, and meet the condition ``where``: who has got them becomes a pseudonym, and
+        what was sealed for their devices goes."""
         sealed = {"sealed": {"device": {"$in": list(devices)}}}
         name = {
             "deliveredTo.$[own].user": self._pseudonyms.of(intent.user),
             "deliveredTo.$[own].device": _NO_DEVICE,
         }
         await _change_messages(
-            {"deliveredTo.user": intent.user},
+            {"deliveredTo.user": intent.user, **where},
+            DELIVERED_INDEX,
             {"$set": name, "$pull": sealed},
             [{"own.user": intent.user}],
         )
         await _change_messages(
-            {"awaiting": {"$in": list(devices)}, "sealed.device": {"$in": list(devices)}},
+            {"awaiting": {"$in": list(devices)}, "sealed.device": {"$in": list(devices)}, **where},
+            WAITING_INDEX,
             {"$pull": sealed},
             None,
         )
@@ -174,13 +178,16 @@ async def _delete(collection: Any, query: Mapping[str, Any]) -> None:
 
 
 async def _change_messages(
-    query: Mapping[str, Any], change: Mapping[str, Any], filters: list[Mapping[str, Any]] | None
+    query: Mapping[str, Any],
+    index: str,
+    change: Mapping[str, Any],
+    filters: list[Mapping[str, Any]] | None,
 ) -> None:
     """Changes the messages that match, each by its shard key, until none matches any more."""
     collection = User.get_motor_collection().database[MESSAGES]
     before: set[str] = set()
     while True:
-        cursor = collection.find(query, {"conversationId": 1}).limit(_PAGE)
+        cursor = collection.find(query, {"conversationId": 1}, hint=index).limit(_PAGE)
         found = {row["_id"]: row["conversationId"] async for row in cursor}
         # What is no message, and stays as it is, comes back.
         if not found or before.issuperset(found):

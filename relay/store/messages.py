@@ -288,8 +288,13 @@ class Messages:
         return found
 
     def is_away(self, stored_id: str) -> bool:
-        """Whether it lies, if it does, on a shard that does not answer."""
+        """Whether a message, or a conversation, lies, if it does, on a shard that does not answer."""
         return self._shards.is_down(conversation_of(stored_id))
+
+    @property
+    def reachable(self) -> Mapping[str, Any]:
+        """A condition for all messages on the shards that answer: empty when all do. Raises ShardDown when none does."""
+        return self._shards.reachable
 
     def is_due(self, document: Mapping[str, Any], now: int) -> bool:
         """Whether a stored message is past its time."""

@@ -72,6 +72,11 @@ class Releases:
         await Release.get_motor_collection().insert_one(document)
         return Planned(document)
 
+    async def is_ahead(self, mailbox: str) -> bool:
+        """Whether a release of this mailbox in all conversations is planned, all of which is still to come."""
+        ahead = {"mailbox": mailbox, "conversationId": None, "passes": 0}
+        return await Release.get_motor_collection().find_one(ahead, {"_id": 1}) is not None
+
     async def run(self, planned: Planned) -> None:
         """Does a planned release now, as far as the messages' shards let it; the job does the rest, and repeats it later. Raises
         what the store raises when it cannot even be looked up."""
