@@ -8,6 +8,7 @@ were removed, are told by a system message; the revision ends. Every step may be
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any, Final
@@ -15,7 +16,9 @@ from typing import Any, Final
 from bson.errors import BSONError
 
 from handlers.context import Context
+from relay.store.audit import CHANGE
 from relay.store.batcher import BatcherClosed
+from relay.store.mongo import PyMongoError
 from relay.store.releases import Planned
 from relay.store.revisions import NOWHERE, Event, Origin, Proposal, Revision, Situation
 from relay.store.shards import ShardDown
@@ -65,37 +68,53 @@ async def change(
             )
             if revision is None:
                 return None
-            await carry_out(ctx, revision)
+            await carry_out(ctx, revision, first=own)
             if own:
                 return revision
 
 
-async def carry_out(ctx: Context, revision: Revision) -> None:
-    """Does every step of a revision. May be repeated, also by several at once. Raises RelayError when the store does not
-    take the system message; the repair job goes on later."""
+async def carry_out(ctx: Context, revision: Revision, *, first: bool = False) -> None:
+    """Does every step of a revision. May be repeated, also by several at once; ``first``: nobody can have begun yet. Raises
+    RelayError when the store does not take the system message; the repair job goes on later."""
     with ctx.revisions.carrying(revision):
-        await _carry_out(ctx, revision)
+        applied = revision.applied
+        try:
+            if not applied:
+                releases = await _apply(ctx, revision, first=first)
+                if releases is None:
+                    return
+                applied = True
+                for name in releases:
+                    await ctx.releases.run(name)
+            elif not await ctx.revisions.is_pending(revision):
+                return
+            # What is applied is left alone when this has to be tried again; a release has its own job.
+            if revision.type == "group":
+                await _announce(ctx, revision)
+            await ctx.revisions.finish(revision)
+        except (PyMongoError, RelayError):
+            with contextlib.suppress(PyMongoError):
+                await ctx.revisions.failed(revision, applied=applied)
+            raise
 
 
-async def _carry_out(ctx: Context, revision: Revision) -> None:
-    await _audit(ctx, revision)
+async def _apply(ctx: Context, revision: Revision, *, first: bool) -> list[Planned] | None:
+    """Until nothing resolved before can be committed any more. The releases that are to be done; None when somebody else has
+    finished the revision."""
+    await _audit(ctx, revision, first=first)
     releases: list[Planned] = []
     if revision.event in ("removed", "left"):
         releases = [
             await ctx.releases.plan(user, conversation=revision.conversation) for user in revision.users
         ]
     if not await ctx.revisions.apply(revision):
-        return
+        return None
     if revision.event in _SEEN_BY:
         ctx.live.presence.recheck(revision.users)
     # Nobody can have resolved a conversation before it was made.
     if revision.event != "created":
         await ctx.invalidation.tell(conversations=[revision.conversation])
-    for name in releases:
-        await ctx.releases.run(name)
-    if revision.type == "group":
-        await _announce(ctx, revision)
-    await ctx.revisions.finish(revision)
+    return releases
 
 
 def may_manage(situation: Situation) -> None:
@@ -247,16 +266,18 @@ def _crowning(heir: str) -> Decide:
     return lambda _: Proposal("role", [heir], role="admin")
 
 
-async def _audit(ctx: Context, revision: Revision) -> None:
-    """Before anything is done: an act that is carried out again is noted again, none is left out."""
+async def _audit(ctx: Context, revision: Revision, *, first: bool) -> None:
+    """Before anything is done: no act is left out. One that is carried out again is looked for first."""
     if revision.type != "group":
         return
-    details: dict[str, str | int | bool] = {"conversation": revision.conversation}
+    details: dict[str, str | int | bool] = {"conversation": revision.conversation, CHANGE: revision.id}
     if revision.role is not None:
         details["role"] = revision.role
     targets: Sequence[str | None] = revision.users if revision.event in _ON_PEOPLE else [None]
     if targets == [None]:
         details["members"] = len(revision.users)
+    if not first:
+        targets = await ctx.audit.missing(revision.id, targets)
     await asyncio.gather(
         *(
             ctx.audit.record(

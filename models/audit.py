@@ -41,6 +41,11 @@ class AuditEntry(Document):
         indexes: ClassVar[list[IndexModel]] = [
             IndexModel([("actorKey", ASCENDING), ("_id", ASCENDING)], name="actorKey"),
             IndexModel([("targetKey", ASCENDING), ("_id", ASCENDING)], name="targetKey"),
+            IndexModel(
+                [("details.change", ASCENDING)],
+                name="change",
+                partialFilterExpression={"details.change": {"$exists": True}},
+            ),
         ]
 
 

@@ -51,6 +51,11 @@ class Conversation(Document):
                 partialFilterExpression={"pending.at": {"$exists": True}},
             ),
             IndexModel(
+                [("pending.dueAt", ASCENDING), ("pending.at", ASCENDING), ("_id", ASCENDING)],
+                name="pending_due",
+                partialFilterExpression={"pending.at": {"$exists": True}},
+            ),
+            IndexModel(
                 [("dissolvedAt", ASCENDING)],
                 name="dissolvedAt_ttl",
                 expireAfterSeconds=REMOVED_SECONDS + 86_400,

@@ -49,6 +49,7 @@ from relay.session.admission import Admission
 from relay.session.gateway import Gateway, GatewaySettings
 from relay.session.web import Runner, application
 from relay.store.accounts import Accounts
+from relay.store.attempts import Attempts
 from relay.store.audience import Audiences
 from relay.store.audit import Audit, check_key
 from relay.store.backlogs import Backlogs
@@ -230,7 +231,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
         metrics=metrics,
         health=health,
         rosters=rosters,
-        revisions=Revisions(peers.id, peers.lives),
+        revisions=Revisions(peers.id, peers.lives, Attempts(lambda: shards.reachable)),
         changes=Changes(conversations),
         sessions=Sessions(
             refresh_days=settings.refresh_token_days,

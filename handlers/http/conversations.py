@@ -50,7 +50,7 @@ async def create(ctx: Context, caller: Caller, request: web.Request) -> web.Resp
     await ctx.rates.check("conversation", caller.user)
     conversation, revision, created = await _made(ctx, caller, wanted, others)
     if revision is not None:
-        await changing.carry_out(ctx, revision)
+        await changing.carry_out(ctx, revision, first=created)
     view = await ctx.conversations.get(conversation, caller.user)
     return answer(shown(view), 201 if created else 200)
 

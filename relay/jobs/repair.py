@@ -34,8 +34,11 @@ class Repair:
         revisions = self._ctx.revisions
         try:
             async with revisions.turn(revision.conversation):
-                if await revisions.is_pending(revision) and await revisions.is_abandoned(revision):
-                    await changing.carry_out(self._ctx, revision)
+                if not await revisions.is_abandoned(revision):
+                    return
+                claimed = await revisions.claim(revision)
+                if claimed is not None:
+                    await changing.carry_out(self._ctx, claimed)
         except (PyMongoError, RelayError) as error:
             # It must not keep the others from being finished.
             log.warning("a change of a conversation is not finished yet", error=brief(error))

@@ -45,6 +45,8 @@ _PAGE: Final = 500
 _DUPLICATE: Final = 11000
 _STRAYS: Final = 100
 _TAMPERED: Final = "the head of the audit trail was tampered with; see scripts/admin audit verify"
+CHANGE: Final = "change"
+"""The name in an entry's details of the change of a conversation that it is part of."""
 # Telling a person that somebody blocked or reported them would tell them about that other person.
 _CONFIDENTIAL: Final = ("contact.", "report.")
 
@@ -130,6 +132,13 @@ class Audit:
                 await item.done
         except TimeoutError:
             raise late from None
+
+    async def missing(self, change: str, targets: Sequence[str | None]) -> list[str | None]:
+        """Those of these targets of a change that no entry of it names: who tries it again records the rest."""
+        found = committed().find({f"details.{CHANGE}": change}, {"targetKey": 1})
+        noted = {entry.get("targetKey") async for entry in found}
+        keys = {target: None if target is None else self._pseudonyms.of(target) for target in targets}
+        return [target for target in targets if keys[target] not in noted]
 
     async def close(self) -> None:
         """Ends the writer; what is queued is written first, if that takes no longer than two seconds."""

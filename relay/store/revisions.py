@@ -20,6 +20,7 @@ from typing import Any, Final, Literal, NamedTuple
 from pymongo import ReturnDocument, UpdateOne
 
 from models.conversations import Conversation, Membership
+from relay.store.attempts import Attempts
 from relay.store.mongo import DuplicateKeyError
 from relay.wire import ids
 from relay.wire.clock import utc_now
@@ -32,6 +33,7 @@ _PATIENCE_SECONDS: Final = 3.0
 _STALLED: Final = timedelta(seconds=60)
 _REPAIRED: Final = timedelta(seconds=2)
 _REPAIR: Final = 100
+_SCANNED: Final = 1000
 
 
 class Origin(NamedTuple):
@@ -70,7 +72,8 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """A change that is under way. ``id`` is also the id of the system message that tells of it."""
+    """A change that is under way. ``id`` is also the id of the system message that tells of it. ``tries``, ``due`` and ``applied`` are
+    relay.store.attempts'."""
 
     conversation: str
     type: ConversationType
@@ -84,14 +87,23 @@ class Revision:
     node: str = ""
     address: str = ""
     agent: str = ""
+    tries: int = 0
+    due: datetime | None = None
+    applied: bool = False
 
 
 class Revisions:
     """Begins, carries out and ends revisions. ``lives`` says whether another node is still there to do so with its own."""
 
-    def __init__(self, node: str = "alone", lives: Callable[[str], Awaitable[bool]] | None = None) -> None:
+    def __init__(
+        self,
+        node: str = "alone",
+        lives: Callable[[str], Awaitable[bool]] | None = None,
+        attempts: Attempts | None = None,
+    ) -> None:
         self._node = node
         self._lives = lives or _nobody_lives
+        self._attempts = attempts or Attempts()
         self._under_way: dict[str, int] = {}
         self._turns: dict[str, tuple[asyncio.Lock, list[object]]] = {}
 
@@ -282,12 +294,33 @@ class Revisions:
         )
 
     async def stalled(self) -> list[Revision]:
-        """Revisions whose author is gone, the oldest first; a bounded page of them."""
-        cutoff = utc_now() - _REPAIRED
-        cursor = Conversation.get_motor_collection().find({"pending.at": {"$lt": cutoff}})
-        documents = await cursor.sort([("pending.at", 1)]).limit(_REPAIR).to_list(_REPAIR)
-        pending = [found for document in documents if (found := _pending(document)) is not None]
-        return [revision for revision in pending if await self.is_abandoned(revision)]
+        """Revisions whose author is gone and that are due to be tried (again), those first that were not yet; a bounded page of
+        them. Conversations of a shard that does not answer are left out."""
+        query = self._attempts.due(utc_now() - _REPAIRED)
+        if query is None:
+            return []
+        cursor = (
+            Conversation.get_motor_collection().find(query).sort([("pending.dueAt", 1), ("pending.at", 1)])
+        )
+        found: list[Revision] = []
+        async for document in cursor.limit(_SCANNED):
+            revision = _pending(document)
+            if revision is not None and await self.is_abandoned(revision):
+                found.append(revision)
+                if len(found) == _REPAIR:
+                    break
+        return found
+
+    async def claim(self, revision: Revision) -> Revision | None:
+        """The revision as it is now, for this node to carry out; None when it is over, or somebody else's."""
+        document = await self._attempts.claim(revision.conversation, revision.id, revision.due)
+        return None if document is None else _pending(document)
+
+    async def failed(self, revision: Revision, *, applied: bool) -> None:
+        """It could not be carried out, and is tried again later. ``applied``: what is left is to tell its members."""
+        await self._attempts.failed(
+            revision.conversation, revision.id, revision.tries + 1, applied=applied or revision.applied
+        )
 
     async def _situation(
         self, document: Mapping[str, Any], actor: str | None, concerned: Sequence[str], everybody: bool
@@ -393,6 +426,9 @@ def _pending(document: Mapping[str, Any]) -> Revision | None:
         node=found.get("node", ""),
         address=found.get("address", ""),
         agent=found.get("agent", ""),
+        tries=found.get("tries", 0),
+        due=found.get("dueAt"),
+        applied=found.get("applied", False),
     )
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from models.conversations import Conversation, Membership
 from relay.store import revisions as module
+from relay.store.attempts import wait
 from relay.store.embedded import EmbeddedMongo
 from relay.store.revisions import Proposal, Revision, Revisions, Situation
 from relay.wire.errors import RelayError
@@ -190,6 +191,39 @@ async def test_what_is_stalled_is_found_the_oldest_first_and_bounded(
         await is_whole(one.conversation)
     assert await revisions.stalled() == []
     assert "pending" in await document(fresh)
+
+
+async def test_of_several_nodes_one_tries_what_is_due_and_what_failed_waits_for_its_time(
+    revisions: Revisions,
+) -> None:
+    for _ in range(2):
+        name, _, _ = await revisions.create("ann", "group", ["bob"], name=None, ref=None)
+        await age(name)
+    one, two = Revisions("one"), Revisions("two")
+    first, other = await one.stalled()
+    mine = await one.claim(first)
+    assert mine is not None and mine.id == first.id
+    assert await two.claim(first) is None
+    assert [found.id for found in await two.stalled()] == [other.id]
+    await one.failed(mine, applied=True)
+    found = await document(first.conversation)
+    assert (found["pending"]["tries"], found["pending"]["applied"]) == (1, True)
+    collection = Conversation.get_motor_collection()
+    await collection.update_one({"_id": first.conversation}, {"$set": {"pending.dueAt": mine.at}})
+    # What was not tried yet comes first.
+    assert [found.id for found in await two.stalled()] == [other.id, first.id]
+    again = (await two.stalled())[1]
+    assert (again.tries, again.applied) == (1, True)
+    await two.failed(again, applied=False)
+    assert (await document(first.conversation))["pending"]["applied"], "what is done stays done"
+    assert [found.id for found in await two.stalled()] == [other.id]
+
+
+def test_the_wait_doubles_at_random_and_is_bounded() -> None:
+    waits = {tries: wait(tries).total_seconds() for tries in (1, 2, 3, 4, 100, 10_000)}
+    for tries, expected in zip(waits, (5, 10, 20, 40, 300, 300), strict=True):
+        assert 0.75 * expected <= waits[tries] <= 1.25 * expected
+    assert len({wait(3) for _ in range(20)}) > 1
 
 
 EVENTS: dict[str, tuple[Proposal, dict[str, Any]]] = {
