@@ -16,6 +16,7 @@ from relay.security.pseudonyms import Pseudonyms
 from relay.store.mongo import DuplicateKeyError
 from relay.wire.clock import utc_now
 from relay.wire.ids import device_key
+from relay.wire.stamps import stamp_now
 
 # As long as resolved recipients are believed, and a commit takes.
 _NEW: Final = timedelta(seconds=10)
@@ -144,7 +145,8 @@ class Accounts:
             if not may_create:
                 return None
             try:
-                await _devices().insert_one({"_id": key, "user": user, "createdAt": now, **here["$set"]})
+                made = {"createdAt": now, "updatedAt": stamp_now(), **here["$set"]}
+                await _devices().insert_one({"_id": key, "user": user, **made})
             except DuplicateKeyError:
                 return await self._arrive_beside(user, device, provision, issued, session, live)
             arrival = await self._with_gap_of(person, key, arrival_of(None, {}, changed=True, quiet=quiet))
@@ -191,7 +193,7 @@ class Accounts:
         await _devices().update_one(
             {"_id": before["_id"], "removedAt": before["removedAt"]},
             {
-                "$set": {"since": now, "lastSeen": now, "updatedAt": now, "gap": gap},
+                "$set": {"since": now, "lastSeen": now, "updatedAt": stamp_now(), "gap": gap},
                 "$unset": {"removedAt": "", "fullSince": ""},
             },
         )
@@ -204,7 +206,7 @@ class Accounts:
         if person is not None and not is_barred(person):
             return arrival
         now = utc_now()
-        await _devices().update_one({"_id": key}, {"$set": {"endedAt": now, "updatedAt": now}})
+        await _devices().update_one({"_id": key}, {"$set": {"endedAt": now, "updatedAt": stamp_now()}})
         return None
 
     async def _provision(self, user: str, moment: datetime) -> bool:

@@ -34,6 +34,7 @@ from relay.store.mongo import BulkWriteError, PyMongoError, brief, time_limit
 from relay.wire.clock import utc_now
 from relay.wire.errors import RelayError
 from relay.wire.ids import device_key
+from relay.wire.stamps import stamp_now
 
 _MOST: Final = 250
 _QUEUE: Final = 20_000
@@ -290,7 +291,7 @@ def _concerns_all(error: PyMongoError) -> bool:
 
 def _document(one: _Arriving, now: datetime) -> dict[str, Any]:
     here = {"lastSeen": now, "liveAt": now} if one.live else {"lastSeen": now}
-    return {"_id": one.key, "user": one.user, "createdAt": now, **here}
+    return {"_id": one.key, "user": one.user, "createdAt": now, "updatedAt": stamp_now(), **here}
 
 
 async def _read(collection: Any, ids: Iterable[str], fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """What changed for one user since a cursor: conversations, read cursors, contacts, devices, preferences.
 
-Each kind is read by the time of its last change. The clocks of nodes differ and a write takes its time, so a cursor never
-goes further than a moment ago: what is younger is told again next time, and applying it twice changes nothing. Pages that
-follow each other do go further, and come back at the last of them to a moment before the first.
+Each kind is read by the stamp of its last change (relay.wire.stamps). A write takes its time, so a cursor never goes further
+than a moment ago: what is younger is told again next time, and applying it twice changes nothing. Pages that follow each
+other do go further, and come back at the last of them to a moment before the first.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from relay.store.reading import ReadCursor, cursor_of, hidden_readers
 from relay.wire import codec
 from relay.wire.clock import utc_now
 from relay.wire.errors import RelayError
+from relay.wire.stamps import STAMPS, Stamps
 
 _PAGE: Final = 200
 _READS: Final = 500
 _DEVICES: Final = 1000
 _CONVERSATIONS: Final = 20_000
 _CHUNK: Final = 200
-# A write is given ten seconds, and the clocks of two nodes may be as far apart.
-_MARGIN_MS: Final = 20_000
 _VERSION: Final = 1
 
 Place = tuple[int, str]
@@ -86,12 +85,18 @@ class _Since:
     me: int = 0
     settled: int = 0
 
+    @property
+    def lowest(self) -> int:
+        """A time (ms) up to which everything has been told."""
+        return max(1, min(self.conversations[0], self.contacts[0], self.reads[0], self.devices, self.me))
+
 
 class Changes:
     """Reads changes."""
 
-    def __init__(self, conversations: Conversations) -> None:
+    def __init__(self, conversations: Conversations, stamps: Stamps = STAMPS) -> None:
         self._conversations = conversations
+        self._stamps = stamps
 
     async def since(self, user: str, cursor: str | None) -> ChangesPage:
         """A page of what changed since ``cursor``; everything from the beginning when it is None. Raises RelayError
@@ -100,7 +105,8 @@ class Changes:
         since = _Since(now) if cursor is None else _open(cursor)
         if since.at < now - REMOVED_SECONDS * 1000:
             raise RelayError("resync", "this cursor is too old; fetch everything again")
-        settled = since.settled or now - _MARGIN_MS
+        # Before anything is read.
+        settled = since.settled or self._stamps.settled() or since.lowest
         rows = await _rows(Membership, {"user": user}, since.conversations, limit=_PAGE)
         contacts = await _rows(Contact, {"owner": user}, since.contacts, limit=_PAGE)
         reads = await self._reads(user, since.reads)

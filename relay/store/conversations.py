@@ -12,9 +12,9 @@ from models.conversations import Conversation, Membership
 from relay.store.accounts import milliseconds
 from relay.store.people import names_of
 from relay.store.revisions import ConversationType
-from relay.wire.clock import utc_now
 from relay.wire.cursor import cursor_at, place_of
 from relay.wire.errors import RelayError
+from relay.wire.stamps import stamp_now
 
 _SHOWN_IN_LISTS: Final = 16
 _SHOWN: Final = 100
@@ -137,7 +137,7 @@ class Conversations:
         Raises RelayError ``not_found``."""
         change: dict[str, Any] = {
             "$set": {
-                "updatedAt": utc_now(),
+                "updatedAt": stamp_now(),
                 **{name: value for name, value in fields.items() if value is not None},
             }
         }

@@ -23,6 +23,7 @@ from models.messages import DELIVERED_INDEX, MESSAGES, WAITING_INDEX
 from relay.security.pseudonyms import Pseudonyms
 from relay.store.mongo import DuplicateKeyError
 from relay.wire.clock import utc_now
+from relay.wire.stamps import stamp_now
 
 _PAGE: Final = 500
 _NO_DEVICE: Final = "-"
@@ -83,7 +84,7 @@ class Erasures:
         strip = {
             "$unset": {"session": "", "push": "", "name": "", "platform": "", "gap": "", "fullSince": ""}
         }
-        ended = {"$set": {"removedAt": now, "endedAt": now, "updatedAt": now}}
+        ended = {"$set": {"removedAt": now, "endedAt": now, "updatedAt": stamp_now()}}
         await collection.update_many({"user": intent.user, "removedAt": None}, ended | strip)
         await collection.update_many({"user": intent.user}, strip)
         return [row["_id"] async for row in collection.find({"user": intent.user}, {"_id": 1})]

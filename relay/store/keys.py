@@ -21,6 +21,7 @@ from relay.wire.clock import utc_now
 from relay.wire.errors import RelayError
 from relay.wire.ids import user_of
 from relay.wire.limits import Limit
+from relay.wire.stamps import stamp_now
 
 MAX_STOCK: Final = 1000
 LOW_STOCK: Final = 20
@@ -126,7 +127,9 @@ class Keys:
         device is none any more."""
         now = utc_now()
         gap = {"since": now, "why": "reset"}
-        change: dict[str, Any] = {"$set": {"relinkedAt": now, "since": now, "gap": gap, "updatedAt": now}}
+        change: dict[str, Any] = {
+            "$set": {"relinkedAt": now, "since": now, "gap": gap, "updatedAt": stamp_now()}
+        }
         if registration is None:
             change["$unset"] = {"registrationId": ""}
         else:
@@ -146,7 +149,7 @@ class Keys:
         )
         if found is None or registration is None or found.get("registrationId") == registration:
             return found is not None
-        change = {"$set": {"registrationId": registration, "updatedAt": utc_now()}}
+        change = {"$set": {"registrationId": registration, "updatedAt": stamp_now()}}
         return await _change_device(device, change)
 
     async def store(self, device: str, upload: Upload) -> Stock:

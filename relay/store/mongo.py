@@ -13,6 +13,7 @@ import structlog
 from beanie import init_beanie
 from bson import DatetimeMS
 from bson.codec_options import CodecOptions, DatetimeConversion
+from bson.timestamp import Timestamp
 from pymongo import IndexModel, ReadPreference
 from pymongo import timeout as time_limit
 from pymongo.errors import (
@@ -36,6 +37,7 @@ from models.keys import PreKey, PublicKeys
 from models.messages import FATES, MESSAGES, fate_indexes, message_indexes, ttl_indexes
 from relay.store.timekeeping import Reading
 from relay.wire.clock import steady_ns
+from relay.wire.stamps import STAMPS
 
 # Motor runs each call in a thread of one pool; calls that hang must not starve the others, so there are more threads
 # than calls the relay ever has under way. It is read at import.
@@ -189,7 +191,8 @@ class Mongo:
         return None if index is None else int(index["expireAfterSeconds"])
 
     async def ping(self, seconds: float = 2, *, told: Callable[[Reading], object] | None = None) -> bool:
-        """Whether the primary answers within ``seconds``. When it tells its time, too, ``told`` is called."""
+        """Whether the primary answers within ``seconds``. When it tells its time, too, ``told`` is called; cluster time is noted
+        (relay.wire.stamps)."""
         asked = steady_ns()
         try:
             with time_limit(seconds):
@@ -198,6 +201,8 @@ class Mongo:
             return False
         answered = steady_ns()
         is_primary = bool(hello.get("isWritablePrimary"))
+        if is_primary and isinstance(cluster := hello.get("$clusterTime", {}).get("clusterTime"), Timestamp):
+            STAMPS.hear(cluster.time * 1000)
         if told is not None and is_primary:
             is_router = hello.get("msg") == _ROUTER
             reading = await self._time_of_shard() if is_router else _reading(hello, asked, answered)

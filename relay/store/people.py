@@ -20,6 +20,7 @@ from relay.store.searching import find_people, fold, search_keys
 from relay.wire.clock import utc_now
 from relay.wire.errors import RelayError
 from relay.wire.ids import device_key
+from relay.wire.stamps import stamp_now
 
 __all__ = [
     "Circle",
@@ -194,8 +195,7 @@ class People:
     async def set_push(self, user: str, device: str, push: Mapping[str, str] | None) -> bool:
         """Where this device is told that something waits (``provider`` and ``token``); None: nowhere. False when the device
         is unknown or removed."""
-        now = utc_now()
-        change: dict[str, Any] = {"$set": {"updatedAt": now}}
+        change: dict[str, Any] = {"$set": {"updatedAt": stamp_now()}}
         if push is None:
             change["$unset"] = {"push": ""}
         else:
@@ -246,7 +246,7 @@ class People:
         now = utc_now()
         await Device.get_motor_collection().update_many(
             {"user": user, "$or": [{"endedAt": None}, {"endedAt": {"$lt": document["suspendedAt"]}}]},
-            {"$set": {"endedAt": now, "updatedAt": now}, "$unset": {"session": ""}},
+            {"$set": {"endedAt": now, "updatedAt": stamp_now()}, "$unset": {"session": ""}},
         )
         return True
 
@@ -307,7 +307,7 @@ async def names_of(users: Iterable[str]) -> dict[str, str | None]:
 
 def later_than(moment: datetime | None) -> datetime:
     """Now, and in any case later than this: what is compared to notice a change never stands still."""
-    now = utc_now()
+    now = stamp_now()
     if moment is None:
         return now
     before = moment if moment.tzinfo else moment.replace(tzinfo=UTC)

@@ -14,8 +14,8 @@ from models.conversations import Conversation, Membership
 from relay.store.accounts import milliseconds
 from relay.store.contacts import blocks_among
 from relay.store.mongo import time_limit
-from relay.wire.clock import utc_now
 from relay.wire.frames import MAX_LIVE_MEMBERS
+from relay.wire.stamps import stamp_now
 
 _CHUNK: Final = 200
 _CONVERSATIONS: Final = 20_000
@@ -61,7 +61,7 @@ class ReadCursors:
         """Moves cursors forward, never back, with one write for all, durably."""
         rows = Membership.get_motor_collection()
         wanted = {_id(reader): reader for reader in marks}
-        now = utc_now()
+        now = stamp_now()
         with time_limit(self._timeout):
             found = rows.find({"_id": {"$in": list(wanted)}, "removedAt": None}, {"readUpTo": 1})
             before = {wanted[row["_id"]]: row.get("readUpTo") async for row in found}

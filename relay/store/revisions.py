@@ -25,6 +25,7 @@ from relay.store.mongo import DuplicateKeyError
 from relay.wire import ids
 from relay.wire.clock import utc_now
 from relay.wire.errors import RelayError
+from relay.wire.stamps import stamp_now
 
 Event = Literal["created", "added", "removed", "left", "role", "changed", "dissolved"]
 ConversationType = Literal["direct", "group"]
@@ -258,7 +259,7 @@ class Revisions:
         rows = Membership.get_motor_collection()
         earlier = {"$or": [{"rev": {"$lt": revision.number}}, {"rev": None}]}
         # Not when it was decided: what is carried out late must not appear behind cursors given out meanwhile.
-        now = utc_now()
+        now = stamp_now()
         stamp = {"updatedAt": now, "rev": revision.number}
         names = [f"{revision.conversation} {user}" for user in revision.users]
         if revision.event in ("created", "added"):
@@ -280,7 +281,7 @@ class Revisions:
                 {"_id": revision.conversation, "pending.id": revision.id},
                 {"$set": {"memberCount": await rows.count_documents(present)}},
             )
-            await rows.update_many(present, {"$max": {"updatedAt": utc_now()}})
+            await rows.update_many(present, {"$max": {"updatedAt": stamp_now()}})
         return True
 
     async def finish(self, revision: Revision) -> None:

@@ -22,6 +22,7 @@ from relay.wire.clock import utc_now
 from relay.wire.errors import RelayError
 from relay.wire.ids import device_key
 from relay.wire.limits import Limit
+from relay.wire.stamps import stamp_now
 
 MOST_LISTED: Final = 1000
 """A user has at most so many devices in a list: tokens of another issuer can bring any number of them."""
@@ -125,7 +126,7 @@ class Sessions:
         document: dict[str, Any] = {
             "_id": user or new_user(),
             "createdAt": now,
-            "updatedAt": now,
+            "updatedAt": stamp_now(),
             "username": username,
             "password": password,
         }
@@ -191,7 +192,7 @@ class Sessions:
         fields: dict[str, Any] = {
             "name": installation.name,
             "platform": installation.platform,
-            "updatedAt": now,
+            "updatedAt": stamp_now(),
             "session": session,
         }
         if installation.reset:
@@ -286,7 +287,7 @@ class Sessions:
         now = utc_now()
         result = await _devices().update_one(
             {"_id": key, "session.id": session},
-            {"$set": {"endedAt": now, "updatedAt": now}, "$unset": {"session": ""}},
+            {"$set": {"endedAt": now, "updatedAt": stamp_now()}, "$unset": {"session": ""}},
         )
         return bool(result.matched_count)
 
@@ -312,7 +313,7 @@ class Sessions:
         result = await _devices().update_one(
             {"_id": device_key(user, device), "removedAt": None},
             {
-                "$set": {"removedAt": now, "endedAt": now, "updatedAt": now},
+                "$set": {"removedAt": now, "endedAt": now, "updatedAt": stamp_now()},
                 "$unset": {"session": "", "push": ""},
             },
         )

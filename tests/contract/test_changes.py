@@ -18,7 +18,9 @@ from relay.store.changes import Changes, ChangesPage
 from relay.store.conversations import Conversations
 from relay.store.embedded import EmbeddedMongo
 from relay.store.revisions import Proposal, Revisions
+from relay.wire import stamps
 from relay.wire.errors import RelayError
+from relay.wire.stamps import Stamps
 from tests.support.control import (
     BACKENDS,
     always,
@@ -51,7 +53,8 @@ def conversations(revisions: Revisions) -> Conversations:
 
 @pytest.fixture
 def changes(conversations: Conversations) -> Changes:
-    return Changes(conversations)
+    # Nothing was heard of cluster time: there is none in memory.
+    return Changes(conversations, Stamps())
 
 
 async def settled() -> None:
@@ -294,7 +297,7 @@ async def test_repeated_polling_sees_every_change_made_between(
     changes: Changes, revisions: Revisions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_PAGE", 5)
-    monkeypatch.setattr(module, "_MARGIN_MS", 300)
+    monkeypatch.setattr(stamps, "MARGIN_SECONDS", 0.3)
     made = [(await create(revisions, "ann", ["bob"], name="0"))[0] for _ in range(12)]
     latest: dict[str, str | None] = dict.fromkeys(made, "0")
     seen: dict[str, str | None] = {}

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from relay.store import changes as module
+from relay.wire.clock import wall_ms
+from relay.wire.stamps import Stamps
 from tests.support.node import Node
 
 DAY_MS = 86_400_000
@@ -41,7 +43,7 @@ async def changes(node: Node, user: str, since: str | None = None, device: str =
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was told once is not told again: on one node in one process nothing becomes visible late."""
-    monkeypatch.setattr(module, "_MARGIN_MS", 0)
+    monkeypatch.setattr(Stamps, "settled", lambda _: wall_ms())
 
 
 async def test_a_new_device_is_told_everything(node: Node) -> None:
