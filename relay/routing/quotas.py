@@ -4,6 +4,10 @@ Nothing is counted on the way of a message. What is addressed is noted, one step
 mailboxes of devices that are away or behind. How often depends on what the last count found: what is far below its quota
 is counted again after a minute, or when enough was sent to it here meanwhile; never more often than once a lease. A count
 that fails changes nothing.
+
+While a shard is down what waits on the others is what counts, both ways. A mailbox is full when that alone is its quota. It has
+room when that is no more than half: what waits on the dead shard does not grow, and a shard that is down must not lose messages
+of the others' conversations. When it is back such a mailbox is counted as soon as it is next addressed.
 """
 
 from __future__ import annotations
@@ -43,13 +47,15 @@ log = structlog.get_logger(__name__)
 
 
 class _Known:
-    """The last count of a mailbox: ``at`` is monotonic, ``sent`` what was addressed to it here since."""
+    """The last count of a mailbox: ``at`` is monotonic, ``sent`` what was addressed to it here since; not ``whole`` when a
+    shard was down."""
 
-    __slots__ = ("at", "count", "sent")
+    __slots__ = ("at", "count", "sent", "whole")
 
-    def __init__(self, count: int, at: float) -> None:
+    def __init__(self, count: int, at: float, whole: bool) -> None:
         self.count = count
         self.at = at
+        self.whole = whole
         self.sent = 0
 
 
@@ -106,11 +112,8 @@ class Quotas:
 
     async def drained(self, key: str) -> None:
         """A device has drained its mailbox: when it was full, it need not be any more. Never raises for what MongoDB does."""
-        if not self._mailboxes.whole:
-            self._queue(key)
-            return
         try:
-            if await self._mailboxes.count(key, self._half + 1) <= self._half:
+            if (await self._mailboxes.count(key, self._half + 1)).waiting <= self._half:
                 await self._unlatch([key])
         except PyMongoError as error:
             log.warning("a drained mailbox could not be counted", error=brief(error))
@@ -118,9 +121,7 @@ class Quotas:
     async def run(self) -> None:
         """One round, one at a time: tells gaps of what was left out, counts what is due, latches and unlatches."""
         async with self._turn:
-            # What is due stays due while a part of the store is away.
-            if self._mailboxes.whole:
-                await self._run()
+            await self._run()
 
     async def _run(self) -> None:
         await self._take_addressed()
@@ -180,6 +181,8 @@ class Quotas:
 
     def _may_be_due(self, known: _Known, now: float) -> bool:
         """Whether it is due now, or as soon as its lease is over."""
+        if not known.whole and self._mailboxes.whole:
+            return True
         return 2 * (known.count + known.sent) > self._quota or now - known.at >= _FAR_BELOW_SECONDS
 
     async def _take_due(self) -> list[str]:
@@ -208,16 +211,17 @@ class Quotas:
         most = self._half + 1 if key in self._full else self._quota
         at = monotonic()
         try:
-            count = await self._mailboxes.count(key, most)
+            count, whole = await self._mailboxes.count(key, most)
         except PyMongoError as error:
             log.warning("a mailbox could not be counted", error=brief(error))
-            count = None
-        before = self._known.pop(key, None)
-        if count is not None or before is not None:
-            kept = count if count is not None else before.count if before is not None else 0
-            self._known[key] = _Known(kept, at)
-            if len(self._known) > _MAX_KEYS:
-                self._known.popitem(last=False)
+            before = self._known.get(key)
+            if before is not None:
+                before.at = at
+            return None
+        self._known.pop(key, None)
+        self._known[key] = _Known(count, at, whole)
+        if len(self._known) > _MAX_KEYS:
+            self._known.popitem(last=False)
         return count
 
     async def _latch(self, keys: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 from pymongo import UpdateOne
 
 from models.accounts import Device, User
+from models.messages import WAITING_INDEX
 from relay.store.mongo import Mongo, time_limit
 from relay.store.shards import Shards
 from relay.wire.ids import any_device_key, is_placeholder, user_of
@@ -29,6 +30,13 @@ class LeftOut(NamedTuple):
     latest: datetime
 
 
+class Count(NamedTuple):
+    """How many messages wait in a mailbox; not ``whole`` when a shard was down: what waits there was not counted."""
+
+    waiting: int
+    whole: bool
+
+
 class Mailboxes:
     """Counts, latches and unlatches. ``timeout`` (s) is for one call."""
 
@@ -40,16 +48,21 @@ class Mailboxes:
 
     @property
     def whole(self) -> bool:
-        """Whether every shard answers: what waits on a part of them is no count."""
+        """Whether every shard answers, so that everything that waits is counted."""
         return not self._shards.down
 
-    async def count(self, key: str, most: int) -> int:
-        """How many messages wait in a mailbox; ``most`` when there are as many or more. Raises PyMongoError; ask only while
-        the store is ``whole``."""
-        query = {"awaiting": key}
+    async def count(self, key: str, most: int) -> Count:
+        """How many messages wait in a mailbox, on the shards that answer; ``most`` when there are as many or more. Raises
+        PyMongoError."""
         async with self._counters:
+            # What is true now, not when it came: a shard may have died while it waited for its turn.
+            reachable = self._shards.reachable
+            options = {"hint": WAITING_INDEX} if reachable else {}
             with time_limit(self._timeout):
-                return int(await self._messages.count_documents(query, limit=most))
+                waiting = await self._messages.count_documents(
+                    {"awaiting": key, **reachable}, limit=most, **options
+                )
+            return Count(int(waiting), whole=not reachable)
 
     async def latch(self, keys: Sequence[str], now: datetime) -> None:
         """Marks mailboxes as full, with a gap. May be repeated."""

@@ -216,6 +216,94 @@ async def test_jobs_go_on_for_the_shards_that_live(cluster: Cluster, nodes: Node
     assert there
 
 
+QUOTA = 6
+
+
+async def with_a_quota(nodes: NodeFactory) -> Node:
+    """Mailboxes hold six messages, and are counted as often as they are asked for."""
+    node = await nodes.start(mailbox_messages=QUOTA, commit_timeout_seconds=1)
+    node.relay.context.quotas.lease = 0
+    return node
+
+
+async def is_full(node: Node, full: bool) -> bool:
+    found = await node.db.devices.find_one({"_id": "bob/phone"})
+    return ("fullSince" in found) is full
+
+
+async def bob_is_away(node: Node) -> None:
+    bob = await node.connect("bob")
+    await bob.close()
+    await until(lambda: _away(node, bob), 3, "bob is away")
+
+
+async def latched(node: Node, ann: WireDevice, conv: str) -> list[str]:
+    """What fills the mailbox of bob, who is away."""
+    sent = [(await ann.sent(conv))["id"] for _ in range(QUOTA)]
+    await until(lambda: is_full(node, True), 5, "bob's mailbox is full")
+    return sent
+
+
+async def _away(node: Node, device: WireDevice) -> bool:
+    return node.relay.context.hub.get(device.key) is None
+
+
+async def awaited(cluster: Cluster, node: Node, message: str) -> bool:
+    """Whether bob awaits this message of the first shard."""
+    found = await cluster.shards[0].client[node.db.name].messages.find_one({"id": message})
+    return found is not None and "bob/phone" in found["awaiting"]
+
+
+async def test_who_has_drained_the_living_shards_is_full_no_more(
+    cluster: Cluster, nodes: NodeFactory
+) -> None:
+    node = await with_a_quota(nodes)
+    here, there = [await talk(node, shard) for shard in SHARDS]
+    ann = await node.connect("ann")
+    await bob_is_away(node)
+    waiting = await latched(node, ann, here)
+    async with without_s2(cluster, node):
+        bob = await node.connect("bob")
+        got = [(await bob.expect("msg", 10))["id"] for _ in waiting]
+        await bob.ack(here, *got)
+        await until(lambda: is_full(node, False), 10, "bob has room")
+        sent = await ann.sent(here)
+        await bob.expect("msg", 10, id=sent["id"])
+        await bob.ack(here, sent["id"])
+    assert there
+
+
+async def test_a_mailbox_is_found_full_by_what_waits_on_the_living_shards(
+    cluster: Cluster, nodes: NodeFactory
+) -> None:
+    node = await with_a_quota(nodes)
+    here = await talk(node, "s1")
+    ann = await node.connect("ann")
+    await bob_is_away(node)
+    async with without_s2(cluster, node):
+        await latched(node, ann, here)
+        # What was resolved a moment before is still on its way.
+        await node.relay.context.invalidation.tell(users=["bob"])
+        assert not await awaited(cluster, node, (await ann.sent(here))["id"])
+
+
+async def test_a_mailbox_full_of_what_waits_on_a_dead_shard_takes_what_others_bring_and_is_counted_again_later(
+    cluster: Cluster, nodes: NodeFactory
+) -> None:
+    node = await with_a_quota(nodes)
+    here, there = [await talk(node, shard) for shard in SHARDS]
+    ann = await node.connect("ann")
+    await bob_is_away(node)
+    await latched(node, ann, there)
+    async with without_s2(cluster, node):
+        # Asks whether bob is full still.
+        await ann.sent(here)
+        await until(lambda: is_full(node, False), 10, "bob has room for what the first shard brings")
+        assert await awaited(cluster, node, (await ann.sent(here))["id"])
+    await ann.sent(here)
+    await until(lambda: is_full(node, True), 10, "all that waits is counted again")
+
+
 async def test_a_node_that_starts_meanwhile_serves_the_others(cluster: Cluster, nodes: NodeFactory) -> None:
     node = await nodes.start(commit_timeout_seconds=1)
     here = await talk(node, "s1")

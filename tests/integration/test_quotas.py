@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from relay.client import Device, Gap
-from relay.store.mailboxes import Mailboxes
+from relay.store.mailboxes import Count, Mailboxes
 from tests.support.device import WireDevice
 from tests.support.failpoints import failing
 from tests.support.node import Node, NodeFactory
@@ -495,7 +495,7 @@ async def test_what_is_far_below_its_quota_is_not_counted_again(
     asked: list[str] = []
     counted = Mailboxes.count
 
-    async def count_and_note(self: Mailboxes, key: str, most: int) -> int:
+    async def count_and_note(self: Mailboxes, key: str, most: int) -> Count:
         asked.append(key)
         return await counted(self, key, most)
 
