@@ -176,6 +176,11 @@ class Device(Document):
                 partialFilterExpression={"endedAt": {"$exists": True}},
             ),
             IndexModel(
+                [("fullSince", ASCENDING), ("_id", ASCENDING)],
+                name="fullSince",
+                partialFilterExpression={"fullSince": {"$exists": True}},
+            ),
+            IndexModel(
                 [("removedAt", ASCENDING)],
                 name="removedAt_ttl",
                 expireAfterSeconds=REMOVED_SECONDS,

@@ -5,6 +5,9 @@ mailboxes of devices that are away or behind. How often depends on what the last
 is counted again after a minute, or when enough was sent to it here meanwhile; never more often than once a lease. A count
 that fails changes nothing.
 
+Whoever latches a mailbox is not always who sees it drain: its device may be connected elsewhere, or fetch over HTTP. So every node
+looks, once a lease, at what was latched meanwhile, with one query by an index of what is full.
+
 While a shard is down what waits on the others is what counts, both ways. A mailbox is full when that alone is its quota. It has
 room when that is no more than half: what waits on the dead shard does not grow, and a shard that is down must not lose messages
 of the others' conversations. When it is back such a mailbox is counted as soon as it is next addressed.
@@ -15,7 +18,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from time import monotonic
 from typing import Final
 
@@ -40,6 +43,8 @@ _MAX_KEYS: Final = 200_000
 _ROUND: Final = 500
 _TOGETHER: Final = 8
 _ROUND_SECONDS: Final = 0.25
+# Longer than clocks of nodes differ, and than a latch is on its way to the store.
+_LOOK_BACK: Final = timedelta(seconds=30)
 # Steps without giving way to others.
 _STEPS: Final = 1000
 
@@ -61,7 +66,7 @@ class _Known:
 
 class Quotas:
     """``quota``: most messages that wait in one mailbox. ``run`` is one round of the job. ``lease`` (s): no mailbox is
-    counted more often."""
+    counted more often, nor is what other nodes have latched asked for."""
 
     def __init__(
         self, hub: Hub, mailboxes: Mailboxes, audiences: Audiences, metrics: Metrics, *, quota: int
@@ -80,7 +85,12 @@ class Quotas:
         self._left_out: dict[str, LeftOut] = {}
         self._pending: OrderedDict[str, None] = OrderedDict()
         self._known: OrderedDict[str, _Known] = OrderedDict()
-        self._full: OrderedDict[str, None] = OrderedDict()
+        # Latched, as far as is known. Not for certain when it was addressed since: another node may have unlatched it, or it was
+        # resolved a moment before.
+        self._full: OrderedDict[str, bool] = OrderedDict()
+        self._latched: dict[str, datetime] = {}
+        self._looked = utc_now()
+        self._look_at = 0.0
 
     def committed(self, envelopes: Sequence[Envelope]) -> None:
         """Fresh messages are stored. What finds no room in what is noted is counted when it is next addressed."""
@@ -142,10 +152,9 @@ class Quotas:
             for key, count in zip(some, await asyncio.gather(*map(self._count, some)), strict=True):
                 if count is None:
                     self._queue(key)
-                elif key in self._full:
-                    if self._has_room(count):
-                        drained.append(key)
-                elif count >= self._quota and not self._is_live(key):
+                elif key in self._full and self._has_room(count):
+                    drained.append(key)
+                elif count >= self._quota and not self._full.get(key) and not self._is_live(key):
                     full.append(key)
         try:
             await self._latch(full)
@@ -153,6 +162,25 @@ class Quotas:
         except PyMongoError:
             self._queue_all([*full, *drained])
             raise
+        await self._learn()
+
+    async def _learn(self) -> None:
+        """What was latched since the last look, by whatever node. Of those that are connected here nothing more may have to be
+        acknowledged: they are counted."""
+        if monotonic() < self._look_at:
+            return
+        now = utc_now()
+        # A clock that was set back must not have its future skipped.
+        latched = await self._mailboxes.latched_since(min(now, self._looked) - _LOOK_BACK, _MAX_KEYS)
+        self._look_at = monotonic() + self.lease
+        before, self._latched, self._looked = self._latched, latched, now
+        for steps, (key, since) in enumerate(latched.items()):
+            if not steps % _STEPS:
+                await asyncio.sleep(0)
+            if before.get(key) != since:
+                self._mark(key)
+                if self._hub.get(key) is not None:
+                    self._queue(key)
 
     async def _take_addressed(self) -> None:
         addressed, self._addressed = self._addressed, {}
@@ -161,8 +189,8 @@ class Quotas:
         steps = 0
         for keys, (sent,) in addressed.values():
             for key in keys:
-                # It would not be addressed, were it not unlatched, by whatever node.
-                self._full.pop(key, None)
+                if key in self._full:
+                    self._full[key] = False
                 known = self._known.get(key)
                 if known is not None:
                     known.sent += sent
@@ -208,7 +236,7 @@ class Quotas:
         return any(not connection.delivery.behind for connection in self._hub.serving(key))
 
     async def _count(self, key: str) -> int | None:
-        most = self._half + 1 if key in self._full else self._quota
+        most = self._half + 1 if self._full.get(key) else self._quota
         at = monotonic()
         try:
             count, whole = await self._mailboxes.count(key, most)
@@ -257,7 +285,7 @@ class Quotas:
             self._audiences.changed(user=user)
 
     def _mark(self, key: str) -> None:
-        self._full[key] = None
+        self._full[key] = True
         if len(self._full) > _MAX_KEYS:
             self._full.popitem(last=False)
 

@@ -84,6 +84,13 @@ class Mailboxes:
                 steps.append(UpdateOne({"_id": key}, {"$unset": {"fullSince": ""}}))
         await self._write(steps, keys)
 
+    async def latched_since(self, moment: datetime, most: int) -> dict[str, datetime]:
+        """The devices whose mailboxes were latched since then and are still, by whatever node, and when; at most so many."""
+        query = {"fullSince": {"$gte": moment}}
+        with time_limit(self._timeout):
+            cursor = Device.get_motor_collection().find(query, {"fullSince": 1}).limit(most)
+            return {row["_id"]: row["fullSince"] async for row in cursor}
+
     async def note_left_out(self, moments: Mapping[str, LeftOut]) -> None:
         """Messages were left out of these: each has a gap that tells so, and that is not closed for having been shown
         before."""

@@ -461,6 +461,89 @@ async def test_a_device_that_drains_while_it_is_being_latched_does_not_stay_latc
     assert await awaited(node, stored) == ["bob/phone"]
 
 
+async def test_who_drains_a_mailbox_that_another_node_has_latched_meanwhile_is_full_no_more(
+    nodes: NodeFactory,
+) -> None:
+    here, there = await start(nodes), await start(nodes, window=1)
+    conv = await here.group("ann", ["bob"])
+    ann = await here.connect("ann")
+    await leave(here, "bob")
+    await fill(here, ann, conv, QUOTA - 1)
+    bob = await there.connect("bob")
+    assert "gap" not in bob.welcome
+    # For the node that the sender is at bob is away.
+    await fill(here, ann, conv, 1)
+    assert await full(here) == ["bob/phone"]
+    await drain(bob, QUOTA)
+    await until(lambda: _is(full(there), []), 10, "bob has room")
+    here.relay.context.audiences.changed(user="bob")
+    assert "bob/phone" in (await awaited(here, await ann.sent(conv, "to bob")) or [])
+
+
+async def test_who_drains_by_http_what_another_node_has_latched_meanwhile_is_full_no_more(
+    nodes: NodeFactory,
+) -> None:
+    here, there = await start(nodes), await start(nodes)
+    conv = await here.group("ann", ["bob"])
+    ann = await here.connect("ann")
+    await leave(there, "bob")
+    stored = await fill(here, ann, conv, QUOTA - 1)
+    assert (await there.request("GET", f"/v1/conversations/{conv}/messages", "bob", "phone"))[0] == 200
+    stored += await fill(here, ann, conv, 1)
+    assert await full(here) == ["bob/phone"]
+    await count(there)
+    acks = {"acks": [{"conv": conv, "ids": [one["id"] for one in stored]}]}
+    assert (await there.request("POST", "/v1/acks", "bob", "phone", acks))[0] == 200
+    await until(lambda: _is(full(there), []), 10, "bob has room")
+
+
+async def test_a_message_that_was_under_way_while_its_mailbox_was_latched_does_not_keep_it_latched(
+    nodes: NodeFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = await start(nodes, window=1)
+    conv = await node.group("ann", ["bob"])
+    ann, bob = await node.connect("ann"), await node.connect("bob")
+    await bob.expect("drained")
+    latch = Mailboxes.latch
+
+    async def and_one_more(self: Mailboxes, *args: Any) -> None:
+        await latch(self, *args)
+        await ann.sent(conv, "to whom had room a moment before")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Mailboxes, "latch", and_one_more)
+        await fill(node, ann, conv)
+    assert await full(node) == ["bob/phone"]
+    assert await waiting(node, "bob/phone") == QUOTA + 1
+    await drain(bob, 2)
+    await count(node)
+    assert await full(node) == ["bob/phone"], "more than half waits"
+    await drain(bob, QUOTA - 1)
+    await until(lambda: _is(full(node), []), 10, "bob has room")
+
+
+async def test_a_mailbox_that_another_node_has_unlatched_is_found_full_again(nodes: NodeFactory) -> None:
+    here, there = await start(nodes), await start(nodes)
+    conv = await here.group("ann", ["bob"])
+    ann, tablet = await here.connect("ann"), await there.connect("ann", "tablet")
+    await leave(here, "bob")
+    await fill(here, ann, conv)
+    await tablet.sent(conv, "the other node learns that bob is full")
+    await count(there)
+    bob = await here.connect("bob")
+    await drain(bob, QUOTA)
+    await bob.expect("drained")
+
+    async def has_room() -> bool:
+        return "bob/phone" not in await full(here)
+
+    await until(has_room, 3, "bob has drained")
+    await gone(here, bob)
+    there.relay.context.audiences.changed(user="bob")
+    await fill(there, tablet, conv)
+    assert "bob/phone" in await full(there)
+
+
 async def test_a_count_or_a_latch_that_fails_changes_nothing(node: Node) -> None:
     conv = await node.group("ann", ["bob"])
     ann = await node.connect("ann")
