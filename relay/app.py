@@ -163,12 +163,11 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
     conversations = Conversations()
     rosters = Rosters(inactive=timedelta(days=settings.device_inactive_days), timeout=timeout)
     audiences = Audiences(rosters.load)
-    quotas = Quotas(
-        hub, Mailboxes(mongo, shards, timeout=timeout), audiences, metrics, quota=settings.mailbox_messages
-    )
     people = People()
     peers = Peers()
     bus = _bus(settings, hub, metrics, peers.id)
+    mailboxes = Mailboxes(mongo, shards, timeout=timeout)
+    quotas = Quotas(hub, bus, mailboxes, audiences, metrics, quota=settings.mailbox_messages)
     live = live_of(settings, hub, metrics, audiences, people, clock, bus)
     router = Router(hub, metrics, live.receipts, bus)
 

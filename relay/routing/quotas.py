@@ -5,6 +5,9 @@ mailboxes of devices that are away or behind. How often depends on what the last
 is counted again after a minute, or when enough was sent to it here meanwhile; never more often than once a lease. A count
 that fails changes nothing.
 
+A device is counted by the node that it is connected to, while it is behind there; others do not count it as long as Redis says
+that it is online. For them it would be away, though all that waits for it may be in flight.
+
 Whoever latches a mailbox is not always who sees it drain: its device may be connected elsewhere, or fetch over HTTP. So every node
 looks, once a lease, at what was latched meanwhile, with one query by an index of what is full.
 
@@ -25,6 +28,7 @@ from typing import Final
 import structlog
 
 from relay.metrics import Metrics
+from relay.routing.bus import Bus
 from relay.routing.hub import Hub
 from relay.store.audience import LEASE_SECONDS, Audiences
 from relay.store.endings import Settlement
@@ -32,7 +36,7 @@ from relay.store.mailboxes import LeftOut, Mailboxes
 from relay.store.mongo import PyMongoError, brief
 from relay.wire.clock import utc_now
 from relay.wire.envelope import Envelope
-from relay.wire.ids import device_key, user_of
+from relay.wire.ids import device_key, is_placeholder, user_of
 from relay.wire.limits import Limit
 
 _FAR_BELOW_SECONDS: Final = 60.0
@@ -41,6 +45,8 @@ _MAX_KEYS: Final = 200_000
 # Counts of one round, how many of them are asked for together, and the time (s) after which the next round goes on: a group
 # of thousands of nearly full devices must not keep the store busy with counting (10 to 30 ms for 20,000 messages).
 _ROUND: Final = 500
+# So many of those that are due are asked for in the directory in one round, as most devices that are sent to are online.
+_ASKED: Final = 10 * _ROUND
 _TOGETHER: Final = 8
 _ROUND_SECONDS: Final = 0.25
 # Longer than clocks of nodes differ, and than a latch is on its way to the store.
@@ -69,9 +75,10 @@ class Quotas:
     counted more often, nor is what other nodes have latched asked for."""
 
     def __init__(
-        self, hub: Hub, mailboxes: Mailboxes, audiences: Audiences, metrics: Metrics, *, quota: int
+        self, hub: Hub, bus: Bus, mailboxes: Mailboxes, audiences: Audiences, metrics: Metrics, *, quota: int
     ) -> None:
         self._hub = hub
+        self._bus = bus
         self._mailboxes = mailboxes
         self._audiences = audiences
         self._metrics = metrics
@@ -91,6 +98,8 @@ class Quotas:
         self._latched: dict[str, datetime] = {}
         self._looked = utc_now()
         self._look_at = 0.0
+        self._behind: set[str] = set()
+        self._behind_at = 0.0
 
     def committed(self, envelopes: Sequence[Envelope]) -> None:
         """Fresh messages are stored. What finds no room in what is noted is counted when it is next addressed."""
@@ -135,6 +144,7 @@ class Quotas:
 
     async def _run(self) -> None:
         await self._take_addressed()
+        await self._find_behind()
         due = await self._take_due()
         try:
             await self._tell_left_out(due)
@@ -213,8 +223,32 @@ class Quotas:
             return True
         return 2 * (known.count + known.sent) > self._quota or now - known.at >= _FAR_BELOW_SECONDS
 
+    async def _find_behind(self) -> None:
+        """Connections that are behind at two looks in a row: nobody else counts them, and what other nodes send is not noted here."""
+        if monotonic() < self._behind_at:
+            return
+        self._behind_at = monotonic() + self.lease
+        behind: set[str] = set()
+        for steps, connection in enumerate(self._hub, 1):
+            if not steps % _STEPS:
+                await asyncio.sleep(0)
+            if connection.delivery.behind:
+                behind.add(connection.key)
+        self._queue_all(key for key in behind & self._behind if not self._full.get(key))
+        self._behind = behind
+
     async def _take_due(self) -> list[str]:
-        """The first that are due; those within their lease stay."""
+        """The first that are due and not online at other nodes; those within their lease stay."""
+        asked = await self._next_due(_ASKED if self._bus.shared else _ROUND)
+        due: list[str] = []
+        for start in range(0, len(asked), _ROUND):
+            if len(due) >= _ROUND:
+                self._queue_first(asked[start:])
+                break
+            due += await self._not_elsewhere(asked[start : start + _ROUND])
+        return due
+
+    async def _next_due(self, most: int) -> list[str]:
         now = monotonic()
         due: list[str] = []
         for steps, key in enumerate(list(self._pending)):
@@ -227,9 +261,21 @@ class Quotas:
             if known is None or now - known.at >= self.lease:
                 self._pending.pop(key, None)
                 due.append(key)
-                if len(due) == _ROUND:
+                if len(due) == most:
                     break
         return due
+
+    async def _not_elsewhere(self, keys: Sequence[str]) -> list[str]:
+        """These without those that other nodes count, which are passed over like what is far below its quota. What may be latched is
+        counted all the same, to be unlatched."""
+        asked = [key for key in keys if key not in self._full and not is_placeholder(key)]
+        online = await self._bus.online({user_of(key) for key in asked})
+        there = {device_key(user, device) for user, devices in online.items() for device in devices}
+        passed = there.intersection(asked)
+        now = monotonic()
+        for key in passed:
+            self._remember(key, _Known(0, now, whole=True))
+        return [key for key in keys if key not in passed]
 
     def _is_live(self, key: str) -> bool:
         """Connected here and not behind: what waits for it is in flight, and bounded by its window."""
@@ -246,11 +292,14 @@ class Quotas:
             if before is not None:
                 before.at = at
             return None
+        self._remember(key, _Known(count, at, whole))
+        return count
+
+    def _remember(self, key: str, known: _Known) -> None:
         self._known.pop(key, None)
-        self._known[key] = _Known(count, at, whole)
+        self._known[key] = known
         if len(self._known) > _MAX_KEYS:
             self._known.popitem(last=False)
-        return count
 
     async def _latch(self, keys: Sequence[str]) -> None:
         if not keys:
