@@ -39,6 +39,7 @@ from relay.routing.bus import Alone, Bus
 from relay.routing.elsewhere import Elsewhere
 from relay.routing.hub import Hub
 from relay.routing.invalidation import Invalidation
+from relay.routing.neighbours import Neighbours
 from relay.routing.quotas import Quotas
 from relay.routing.redis_bus import RedisBus
 from relay.routing.router import Router
@@ -165,7 +166,8 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
     audiences = Audiences(rosters.load)
     people = People()
     peers = Peers()
-    bus = _bus(settings, hub, metrics, peers.id)
+    neighbours = Neighbours(peers.others)
+    bus = _bus(settings, hub, metrics, peers.id, neighbours)
     mailboxes = Mailboxes(mongo, shards, timeout=timeout)
     quotas = Quotas(hub, bus, mailboxes, audiences, metrics, quota=settings.mailbox_messages)
     live = live_of(settings, hub, metrics, audiences, people, clock, bus)
@@ -259,14 +261,19 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
         hub.complete()
         sends.retry()
 
+    def resumed() -> None:
+        sweep.hurry()
+        live.looks.hurry()
+
     shards.returned = returned
+    neighbours.changed = live.looks.died
     sweep = Sweep(hub, messages, endings, metrics, clock.now)
     stack.push_async_callback(sweep.close)
     if isinstance(bus, RedisBus):
         elsewhere = Elsewhere(
             hub, metrics, router, invalidation, live.presence, own=peers.id, confirmed=bus.confirmed
         )
-        bus.resumed = sweep.hurry
+        bus.resumed = resumed
         await bus.start(elsewhere)
         stack.push_async_callback(bus.close)
     jobs = Supervisor(
@@ -276,6 +283,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
             mongo=mongo,
             shards=shards,
             peers=peers,
+            neighbours=neighbours,
             sweep=sweep,
             books=books,
             balances=balances,
@@ -337,7 +345,7 @@ async def _drain(
         await asyncio.wait_for(accounts.seen(left), 1)
 
 
-def _bus(settings: Settings, hub: Hub, metrics: Metrics, node: str) -> Bus:
+def _bus(settings: Settings, hub: Hub, metrics: Metrics, node: str, neighbours: Neighbours) -> Bus:
     if settings.redis_url is None:
         return Alone()
     return RedisBus(
@@ -346,6 +354,7 @@ def _bus(settings: Settings, hub: Hub, metrics: Metrics, node: str) -> Bus:
         metrics,
         node=node,
         prefix=f"relay:{settings.mongo_database}",
+        is_dead=neighbours.is_dead,
     )
 
 

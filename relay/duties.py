@@ -18,6 +18,7 @@ from relay.jobs.repair import Released, Repair
 from relay.jobs.revocations import Revocations
 from relay.jobs.supervisor import Job
 from relay.jobs.sweep import LastSeen, Sweep, TimeToLive
+from relay.routing.neighbours import Neighbours
 from relay.store.balances import Balances, Pace
 from relay.store.mongo import Mongo
 from relay.store.peers import BEAT_SECONDS, Peers
@@ -43,6 +44,7 @@ def duties(
     mongo: Mongo,
     shards: Shards,
     peers: Peers,
+    neighbours: Neighbours,
     sweep: Sweep,
     books: BookKeeper,
     balances: Balances,
@@ -58,6 +60,7 @@ def duties(
     return [
         Job("heartbeat", heartbeat.run, min(1.0, settings.heartbeat_seconds / 4)),
         Job("presence", ctx.live.presence.tick, _PRESENCE_SECONDS),
+        Job("second looks", ctx.live.looks.run, _PRESENCE_SECONDS),
         Job("expiry", Expiry(ctx.messages, ctx.endings, ctx.clock.now).run, settings.expiry_seconds, 0.1),
         Job("sweep", sweep.run, settings.sweep_seconds, 0.2),
         Job("last seen", last_seen.run, _LAST_SEEN_SECONDS, 0.2),
@@ -68,6 +71,7 @@ def duties(
         Job("parts", Parts(ctx.messages, ctx.endings, ctx.clock.now).run, settings.sweep_seconds, 0.2),
         Job("erasures", InterruptedErasures(ctx).run, _ERASURES_SECONDS, 0.2),
         Job("peers", peers.beat, BEAT_SECONDS),
+        Job("neighbours", neighbours.run, BEAT_SECONDS),
         Job("books", books.run, pace.beat),
         Job("recount", recount.run, pace.beat, 0.2),
         Job("releases", Released(ctx).run, _REPAIR_SECONDS, 0.2),

@@ -17,6 +17,7 @@ from relay.routing.hub import Connected, Hub
 from relay.routing.presence import FRESH_SECONDS, LastSeen, Presence
 from relay.routing.reads import Reads
 from relay.routing.receipts import Receipts
+from relay.routing.second_looks import SecondLooks
 from relay.routing.typing import Typing
 from relay.store.audience import Audiences
 from relay.store.reading import ReadCursors
@@ -32,6 +33,7 @@ class Live:
     catching_up: CatchingUp
     typing: Typing
     presence: Presence
+    looks: SecondLooks
 
     @classmethod
     def of(
@@ -65,6 +67,7 @@ class Live:
             CatchingUp(cursors.since, cursors.since_for, reads),
             Typing(Announcer(hub, metrics, "typing", bus)),
             presence,
+            SecondLooks(presence, bus),
         )
 
     def left(self, connection: Connected) -> None:

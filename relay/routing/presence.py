@@ -93,6 +93,8 @@ class Presence:
         self._grace = grace
         self._watches: dict[Connected, _Watch] = {}
         self._watchers: dict[str, set[Connected]] = {}
+        # Who of those watched was online when they were last looked at.
+        self._up: set[str] = set()
         self.watched = 0
         """How many people are watched, counted once for each watcher."""
         self._changed: set[str] = set()
@@ -191,6 +193,14 @@ class Presence:
                 self._note_left(user, moment)
             self._look_again(user)
 
+    def watched_users(self, *, online: bool) -> list[str]:
+        """Everybody who is watched here and, when last looked at, was online, or was not."""
+        return list(self._up) if online else [user for user in self._watchers if user not in self._up]
+
+    def thought_online(self, user: str) -> bool:
+        """Whether somebody who is watched here was online when last looked at."""
+        return user in self._up
+
     def recheck(self, users: Iterable[str]) -> None:
         """Who may see these people, or whom they may see, has changed: for the watchers of every node."""
         concerned = list(users)
@@ -286,6 +296,7 @@ class Presence:
             watchers.discard(connection)
             if not watchers:
                 del self._watchers[user]
+                self._up.discard(user)
 
     def _change(self, user: str) -> None:
         self._look_again(user)
@@ -337,7 +348,9 @@ class Presence:
         }
         sights = await self._sights.of(unsure) if unsure else {}
         seen = await self.last_seen(list(wanted)) if wanted else {}
-        everywhere = await self.online_of(wanted)
+        everywhere = (await self.online_of(wanted)).union(wanted & self._leaving.keys())
+        self._up -= wanted
+        self._up |= everywhere & self._watchers.keys()
         for watcher, user in dict.fromkeys(concerned):
             watch = self._watches.get(watcher)
             if watch is None or user not in self._watchers or watcher not in self._watchers[user]:
@@ -354,8 +367,7 @@ class Presence:
                 self._changed.add(user)
                 continue
             sight = watch.sights[user][0]
-            online = user in everywhere or user in self._leaving
-            look = _NOTHING if sight is None else _look(sight, online, seen.get(user))
+            look = _NOTHING if sight is None else _look(sight, user in everywhere, seen.get(user))
             self._tell_one(watcher, watch, user, look, always=watcher in asked)
         for watcher in asked:
             watch = self._watches.get(watcher)

@@ -47,13 +47,23 @@ class Receiver(Protocol):
 
 
 class RedisBus:
-    """``node`` is this node's id, ``prefix`` what all names in Redis begin with. ``start`` and ``close`` it. ``resumed`` is called when hints may have been lost, and come again."""
+    """``node`` is this node's id, ``prefix`` what all names in Redis begin with. ``start`` and ``close`` it. ``resumed`` is called when hints may have been lost, and come again; ``is_dead`` says which nodes' devices are not online, whatever the directory says."""
 
-    def __init__(self, url: str, hub: Hub, metrics: Metrics, *, node: str, prefix: str) -> None:
+    def __init__(
+        self,
+        url: str,
+        hub: Hub,
+        metrics: Metrics,
+        *,
+        node: str,
+        prefix: str,
+        is_dead: Callable[[str], bool] = lambda _: False,
+    ) -> None:
         """Connects at the start. Raises ValueError for what is no URL of Redis."""
         self._redis = connect(url, connections=_CONNECTIONS, seconds=ANSWER_SECONDS)
         self._node = node
         self._prefix = prefix
+        self._is_dead = is_dead
         self._dropped = metrics.bus_dropped
         self._directory = Directory(self._redis, prefix=prefix, node=node)
         self._serial = 0
@@ -238,7 +248,7 @@ class RedisBus:
         online: dict[str, set[str]] = {}
         for user, lines in found.items():
             for line in lines:
-                if line.node != self._node and not line.silent:
+                if line.node != self._node and not line.silent and not self._is_dead(line.node):
                     online.setdefault(user, set()).add(line.device)
         return online
 
@@ -248,6 +258,9 @@ class RedisBus:
         if outcome.written:
             if before is not None and before.node != self._node:
                 self._replace(before, key)
+            if entry.way == "late":
+                # When it came nobody could be told.
+                self.seen(entry.user, 0)
         elif before is not None and entry.way in ("keep", "late") and before.node != self._node:
             # The device has connected elsewhere since; the message that said so is lost or under way.
             self._hand(before.node, [hints.Replaced(key, entry.serial)])

@@ -51,6 +51,8 @@ class Registrations:
         # By device key, the number of a connection here that is not in the directory, because Redis did not answer when it came.
         self._unwritten: dict[str, int] = {}
         self._silent: dict[str, int] = {}
+        # What could not be taken away: it would look connected until its line runs out.
+        self._left: dict[str, Entry] = {}
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -75,7 +77,7 @@ class Registrations:
             raise
 
     def note(self, entry: Entry) -> None:
-        """Soon. What is dropped here is put right when connections are renewed, or runs out."""
+        """Soon, or when connections are renewed, or, when that is too much to remember, its line runs out."""
         key = device_key(entry.user, entry.device)
         if entry.way == "leave":
             self._forget(self._unwritten, key, entry.serial)
@@ -86,6 +88,12 @@ class Registrations:
         if self._works() and len(self._waiting) < _MOST_WAITING:
             self._waiting.append((entry, None))
             self._wake.set()
+        else:
+            self._keep(entry)
+
+    def _keep(self, entry: Entry) -> None:
+        if entry.way == "leave" and len(self._left) < _MOST_WAITING:
+            self._left[device_key(entry.user, entry.device)] = entry
 
     async def run(self) -> None:
         """Notes what gathers."""
@@ -118,10 +126,12 @@ class Registrations:
                 waiter.set_result(outcome)
 
     def _give_up(self, group: Sequence[_Waiting], error: Exception) -> None:
-        """All that waits: written later it would say what is not true any more, and connections are renewed anyway."""
+        """All that waits but who has left: written later it would say what is not true any more, and connections are renewed
+        anyway."""
         self._fails(error)
         waiting, self._waiting = self._waiting, []
-        for _, waiter in (*group, *waiting):
+        for entry, waiter in (*group, *waiting):
+            self._keep(entry)
             if waiter is not None and not waiter.done():
                 waiter.set_exception(TimeoutError())
 
@@ -137,7 +147,10 @@ class Registrations:
             await self.renew_all()
 
     async def renew_all(self) -> None:
-        """Renews them now, and enters those that could not be entered when they came."""
+        """Renews them now, enters those that could not be entered when they came, and takes away who has left meanwhile."""
+        left, self._left = self._left, {}
+        for entry in left.values():
+            self.note(entry)
         for number, connection in enumerate(self._hub):
             if self._hub.get(connection.key) is connection:
                 self.note(self._entry(connection))
