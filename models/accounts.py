@@ -42,7 +42,8 @@ class User(Document):
 
     ``usernameKey``, ``nameKey`` and ``phoneKey`` are what others find the user by, folded for comparison; each is absent
     when the user does not want to be found by it, is suspended or is being erased. ``deliveredReceipts`` and ``readReceipts``
-    are False when others shall not be told what the user has received and read. ``gap`` is for the device that comes
+    are False when others shall not be told what the user has received and read; ``receiptsAt`` is when the former last changed:
+    nodes follow it. ``gap`` is for the device that comes
     next: messages were left out of the full ``user/*``.
     """
 
@@ -63,6 +64,7 @@ class User(Document):
     whoMayMessage: Circle | None = Field(default=None)
     whoMayAdd: Circle | None = Field(default=None)
     deliveredReceipts: bool | None = Field(default=None)
+    receiptsAt: datetime | None = Field(default=None)
     readReceipts: bool | None = Field(default=None)
     suspendedAt: datetime | None = Field(default=None)
     erasingAt: datetime | None = Field(default=None)
@@ -104,6 +106,11 @@ class User(Document):
                 [("erasingAt", ASCENDING)],
                 name="erasingAt",
                 partialFilterExpression={"erasingAt": {"$exists": True}},
+            ),
+            IndexModel(
+                [("receiptsAt", ASCENDING)],
+                name="receiptsAt",
+                partialFilterExpression={"receiptsAt": {"$exists": True}},
             ),
         ]
 

@@ -13,6 +13,7 @@ from relay.jobs.health import HealthCheck
 from relay.jobs.heartbeat import Heartbeat
 from relay.jobs.housekeeping import InterruptedErasures
 from relay.jobs.parts import Parts
+from relay.jobs.preferences import Preferences
 from relay.jobs.recount import Recount
 from relay.jobs.repair import Released, Repair
 from relay.jobs.revocations import Revocations
@@ -28,6 +29,8 @@ from relay.store.timekeeping import Timekeeper
 _HEALTH_SECONDS: Final = 2.0
 _DOUBTS_SECONDS: Final = 1.0
 _REVOCATIONS_SECONDS: Final = 2.0
+# With a query well within what a change waits for a node that does not confirm it.
+_PREFERENCES_SECONDS: Final = 2.0
 _ERASURES_SECONDS: Final = 5.0
 _REPAIR_SECONDS: Final = 2.0
 _PRESENCE_SECONDS: Final = 1.0
@@ -67,6 +70,7 @@ def duties(
         Job("quotas", ctx.quotas.run, _QUOTA_SECONDS, 0.2),
         Job("time to live", TimeToLive(mongo, ctx.messages).run, _TTL_SECONDS, 0.1),
         Job("revocations", Revocations(ctx.hub, ctx.accounts).run, _REVOCATIONS_SECONDS, 0.1),
+        Job("preferences", Preferences(ctx.hub, ctx.people).run, _PREFERENCES_SECONDS, 0.1),
         Job("doubts", Doubts(ctx.sends, ctx.endings).run, _DOUBTS_SECONDS, 0.1),
         Job("parts", Parts(ctx.messages, ctx.endings, ctx.clock.now).run, settings.sweep_seconds, 0.2),
         Job("erasures", InterruptedErasures(ctx).run, _ERASURES_SECONDS, 0.2),

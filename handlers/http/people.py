@@ -41,6 +41,8 @@ _DEFAULTS: Final[dict[str, str | bool]] = {
     "deliveredReceipts": True,
     "readReceipts": True,
 }
+# Answered when they hold at every node.
+_FOR_ALL_NODES: Final = ("whoMayMessage", "whoMayAdd", "deliveredReceipts")
 
 
 async def show_me(ctx: Context, caller: Caller, _: web.Request) -> web.Response:
@@ -62,11 +64,14 @@ async def change_me(ctx: Context, caller: Caller, request: web.Request) -> web.R
     if changes:
         await _record(ctx, caller, "profile.change", fields=" ".join(sorted(changes)))
     profile = await ctx.people.change(caller.user, changes)
-    if "whoMayMessage" in changes or "whoMayAdd" in changes:
-        await ctx.invalidation.tell(users=[caller.user])
     if "deliveredReceipts" in changes:
-        ctx.hub.set_quiet(caller.user, not profile.delivered_receipts)
-        ctx.bus.quiet(caller.user, not profile.delivered_receipts)
+        quiet, moment = not profile.delivered_receipts, profile.receipts_at
+        ctx.hub.set_quiet(caller.user, quiet, moment)
+        # Ahead of what is confirmed, and in the same channel. A node that does not confirm finds it in the store before the
+        # wait for its lease is over (relay.jobs.preferences).
+        ctx.bus.quiet(caller.user, quiet, moment)
+    if not changes.keys().isdisjoint(_FOR_ALL_NODES):
+        await ctx.invalidation.tell(users=[caller.user])
     return answer(own_answer(profile))
 
 

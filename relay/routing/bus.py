@@ -61,8 +61,8 @@ class Bus(Protocol):
     def recheck(self, users: list[str]) -> None:
         """Who may see these people, or whom they may see, has changed."""
 
-    def quiet(self, user: str, quiet: bool) -> None:
-        """Whether others shall be told what this user receives has changed."""
+    def quiet(self, user: str, quiet: bool, moment: int) -> None:
+        """Whether others shall be told what this user receives has changed at ``moment`` (ms)."""
 
     async def online(self, users: Collection[str]) -> dict[str, set[str]]:
         """Which devices of these users are online at other nodes, by user; nobody's while Redis is away."""
@@ -117,7 +117,7 @@ class Alone:
     def recheck(self, users: list[str]) -> None:
         """There is nobody."""
 
-    def quiet(self, user: str, quiet: bool) -> None:
+    def quiet(self, user: str, quiet: bool, moment: int) -> None:
         """There is nobody."""
 
     async def online(self, users: Collection[str]) -> dict[str, set[str]]:

@@ -86,7 +86,7 @@ class Elsewhere:
             case Recheck() if node != self._own:
                 self._presence.recheck_here(hint.users)
             case Quiet() if node != self._own:
-                self._hub.set_quiet(hint.user, hint.quiet)
+                self._hub.set_quiet(hint.user, hint.quiet, hint.moment)
             case Changed() | Seen() | Recheck() | Quiet() | Beat():
                 pass
 

@@ -100,10 +100,11 @@ class Recheck(msgspec.Struct, array_like=True, tag="k"):
 
 
 class Quiet(msgspec.Struct, array_like=True, tag="q"):
-    """Whether others shall be told what this user receives has changed."""
+    """Whether others shall be told what this user receives has changed, at this moment (ms)."""
 
     user: str
     quiet: bool
+    moment: int = 0
 
 
 class Beat(msgspec.Struct, array_like=True, tag="b"):

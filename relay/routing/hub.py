@@ -69,7 +69,8 @@ class Hub:
         self._connections: dict[str, Connected] = {}
         self._of_user: dict[str, dict[str, Connected]] = {}
         self._empty: asyncio.Event | None = None
-        self._quiet: OrderedDict[str, tuple[bool, float]] = OrderedDict()
+        # Whether they are, until when that is remembered, and when it changed.
+        self._quiet: OrderedDict[str, tuple[bool, float, int]] = OrderedDict()
         self.left: set[str] = set()
         """Device keys that disconnected since somebody last took them, for `last seen`."""
 
@@ -82,20 +83,22 @@ class Hub:
     def add(self, connection: Connected) -> Connected | None:
         """Registers a connection and returns the one it replaces."""
         before = self._connections.get(connection.key)
-        quiet, until = self._quiet.get(connection.user, (False, 0.0))
+        quiet, until, _ = self._quiet.get(connection.user, (False, 0.0, 0))
         if monotonic() < until:
             connection.quiet = quiet
         self._connections[connection.key] = connection
         self._of_user.setdefault(connection.user, {})[connection.key] = connection
         return before
 
-    def set_quiet(self, user: str, quiet: bool) -> None:
-        """Whether others shall be told what this user receives has just changed: for connections that are here, and for those
-        that are about to be and may have read what was before."""
+    def set_quiet(self, user: str, quiet: bool, moment: int) -> None:
+        """Whether others shall be told what this user receives has just changed, at ``moment`` (ms): for connections that are
+        here, and for those that are about to be and may have read what was before. Nothing, when a later change is known."""
+        if self._quiet.get(user, (False, 0.0, 0))[2] > moment:
+            return
         for connection in self.of_user(user):
             connection.quiet = quiet
         self._quiet.pop(user, None)
-        self._quiet[user] = (quiet, monotonic() + _ENTERING_SECONDS)
+        self._quiet[user] = (quiet, monotonic() + _ENTERING_SECONDS, moment)
         if len(self._quiet) > _MOST_REMEMBERED:
             self._quiet.popitem(last=False)
 

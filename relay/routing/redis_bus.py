@@ -176,9 +176,9 @@ class RedisBus:
         """See ``Bus``."""
         self._announce(hints.Recheck(users))
 
-    def quiet(self, user: str, quiet: bool) -> None:
+    def quiet(self, user: str, quiet: bool, moment: int) -> None:
         """See ``Bus``."""
-        self._announce(hints.Quiet(user, quiet))
+        self._announce(hints.Quiet(user, quiet, moment))
 
     def confirm(self, node: str, numbers: list[int]) -> None:
         """What that node has changed is believed here no more."""

@@ -6,7 +6,7 @@ that the profile is still the one that was read: two changes at once cannot leav
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal, TypedDict
@@ -15,7 +15,7 @@ from pymongo import ReturnDocument
 
 from models.accounts import Device, User
 from models.conversations import Membership
-from relay.store.accounts import milliseconds
+from relay.store.accounts import is_quiet, milliseconds
 from relay.store.searching import find_people, fold, search_keys
 from relay.wire.clock import utc_now
 from relay.wire.errors import RelayError
@@ -42,6 +42,7 @@ _ATTEMPTS: Final = 20
 _TICK: Final = timedelta(milliseconds=1)
 _SHARED_MOST: Final = 5000
 _SHARED_BATCH: Final = 500
+_MOST_CHANGED: Final = 100_000
 _GUARDED: Final = (
     "username",
     "name",
@@ -63,6 +64,7 @@ _OWN: Final = {
     "whoMayMessage": 1,
     "whoMayAdd": 1,
     "deliveredReceipts": 1,
+    "receiptsAt": 1,
     "readReceipts": 1,
 }
 
@@ -87,7 +89,8 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class OwnProfile:
-    """What a person sees of themselves. ``created_at`` in milliseconds."""
+    """What a person sees of themselves. ``created_at`` in milliseconds, as ``receipts_at``: when ``delivered_receipts`` last
+    changed, 0 for never."""
 
     id: str
     username: str | None
@@ -102,6 +105,7 @@ class OwnProfile:
     who_may_add: Circle
     delivered_receipts: bool
     read_receipts: bool
+    receipts_at: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +165,15 @@ class People:
         """Whether others shall not be told what this person's devices have received."""
         query = {"_id": user, "deliveredReceipts": False}
         return await User.get_motor_collection().find_one(query, {"_id": 1}) is not None
+
+    async def receipts_changed_since(self, moment: datetime) -> AsyncIterator[tuple[str, bool, int]]:
+        """Who has changed since then whether others are told what their devices have received: whether they shall not be, and
+        when that changed (ms). At most a hundred thousand."""
+        cursor = User.get_motor_collection().find(
+            {"receiptsAt": {"$gte": moment}}, {"deliveredReceipts": 1, "receiptsAt": 1}
+        )
+        async for row in cursor.limit(_MOST_CHANGED):
+            yield row["_id"], is_quiet(row), milliseconds(row["receiptsAt"])
 
     async def last_seen(self, users: Iterable[str]) -> dict[str, int]:
         """When a device of each of these people was last noted (ms), with one query. Who never connected is absent. A device
@@ -277,13 +290,16 @@ class People:
             keys, stale = search_keys({**before, **wanted})
             if not wanted:
                 return dict(before)
+            moment = later_than(before.get("updatedAt"))
+            if "deliveredReceipts" in wanted:
+                wanted["receiptsAt"] = moment
             after = await users.find_one_and_update(
                 {"_id": user, **{name: before.get(name) for name in _GUARDED}},
                 {
                     "$set": {
                         **{name: value for name, value in wanted.items() if value is not None},
                         **keys,
-                        "updatedAt": later_than(before.get("updatedAt")),
+                        "updatedAt": moment,
                     },
                     "$unset": {
                         **{name: "" for name, value in wanted.items() if value is None},
@@ -348,8 +364,9 @@ def _own(document: Mapping[str, Any]) -> OwnProfile:
         findable_by_phone=document.get("findableByPhone") is not False,
         who_may_message=_circle(document, "whoMayMessage"),
         who_may_add=_circle(document, "whoMayAdd"),
-        delivered_receipts=document.get("deliveredReceipts") is not False,
+        delivered_receipts=not is_quiet(document),
         read_receipts=document.get("readReceipts") is not False,
+        receipts_at=milliseconds(document["receiptsAt"]) if document.get("receiptsAt") else 0,
     )
 
 

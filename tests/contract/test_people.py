@@ -61,6 +61,26 @@ async def stored(user: str) -> dict[str, Any]:
     return dict(found)
 
 
+async def test_who_changed_whether_receipts_are_told_is_found_by_when_and_the_last_change_counts(
+    people: People,
+) -> None:
+    for user in ("ann", "bob", "cleo"):
+        await make(people, user)
+    before = datetime.now(UTC) - timedelta(seconds=1)
+    await people.change("ann", {"deliveredReceipts": False})
+    first = (await people.own("ann")).receipts_at
+    assert first == (await people.change("ann", {"deliveredReceipts": False})).receipts_at, "no change"
+    for value in (False, None):
+        await people.change("bob", {"deliveredReceipts": value})
+    await people.change("cleo", {"readReceipts": False})
+    found = {user: (quiet, moment) async for user, quiet, moment in people.receipts_changed_since(before)}
+    assert {user: quiet for user, (quiet, _) in found.items()} == {"ann": True, "bob": False}
+    assert found["ann"][1] == first
+    assert [
+        one async for one in people.receipts_changed_since(datetime.now(UTC) + timedelta(minutes=1))
+    ] == []
+
+
 async def refused(call: Awaitable[object]) -> str:
     with pytest.raises(RelayError) as caught:
         await call

@@ -107,7 +107,7 @@ async def test_who_is_about_to_connect_learns_of_a_changed_preference(
     hub = Hub()
     phone = connect("bob", "phone")
     hub.add(phone)
-    hub.set_quiet("bob", True)
+    hub.set_quiet("bob", True, 1)
     assert phone.quiet
     tablet, ann = connect("bob", "tablet"), connect("ann", "phone")
     hub.add(tablet)
@@ -118,3 +118,14 @@ async def test_who_is_about_to_connect_learns_of_a_changed_preference(
     watch = connect("bob", "watch")
     hub.add(watch)
     assert not watch.quiet, "by then it has read what is"
+
+
+async def test_an_older_change_of_a_preference_that_is_heard_late_changes_nothing(connect: Connect) -> None:
+    hub = Hub()
+    phone = connect("bob", "phone")
+    hub.add(phone)
+    hub.set_quiet("bob", True, 2)
+    hub.set_quiet("bob", False, 1)
+    assert phone.quiet
+    hub.set_quiet("bob", False, 3)
+    assert not phone.quiet
