@@ -46,8 +46,9 @@ async def revoke(
 
 
 def cut_off(ctx: Context, key: str) -> None:
-    """Closes a device's connection to this node, and has its next request looked at afresh: its tokens are not good any
-    more."""
+    """Closes a device's connection, and has its next request looked at afresh: its tokens are not good any more. Other nodes
+    are told, and find it within seconds when that is lost."""
+    ctx.bus.ended(key)
     ctx.accounts.forget(key)
     connection = ctx.hub.get(key)
     if connection is not None:

@@ -17,6 +17,7 @@ from aiohttp import web
 from config.settings import Settings
 from handlers.context import Context, Health
 from handlers.http.routes import ROUTES
+from relay.between import join
 from relay.configured import (
     LOOPBACK,
     StartError,
@@ -36,7 +37,6 @@ from relay.jobs.sweep import Sweep
 from relay.metrics import Metrics
 from relay.pipeline import message_path
 from relay.routing.bus import Alone, Bus
-from relay.routing.elsewhere import Elsewhere
 from relay.routing.hub import Hub
 from relay.routing.invalidation import Invalidation
 from relay.routing.neighbours import Neighbours
@@ -261,21 +261,11 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
         hub.complete()
         sends.retry()
 
-    def resumed() -> None:
-        sweep.hurry()
-        live.looks.hurry()
-
     shards.returned = returned
-    neighbours.changed = live.looks.died
     sweep = Sweep(hub, messages, endings, metrics, clock.now)
     stack.push_async_callback(sweep.close)
     if isinstance(bus, RedisBus):
-        elsewhere = Elsewhere(
-            hub, metrics, router, invalidation, live.presence, own=peers.id, confirmed=bus.confirmed
-        )
-        bus.resumed = resumed
-        await bus.start(elsewhere)
-        stack.push_async_callback(bus.close)
+        await join(bus, context, router, sweep, neighbours, own=peers.id, stack=stack)
     jobs = Supervisor(
         duties(
             settings,

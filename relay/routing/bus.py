@@ -64,6 +64,9 @@ class Bus(Protocol):
     def quiet(self, user: str, quiet: bool, moment: int) -> None:
         """Whether others shall be told what this user receives has changed at ``moment`` (ms)."""
 
+    def ended(self, key: str) -> None:
+        """The tokens of the device with this key are not good any more, here or elsewhere."""
+
     async def online(self, users: Collection[str]) -> dict[str, set[str]]:
         """Which devices of these users are online at other nodes, by user; nobody's while Redis is away."""
 
@@ -118,6 +121,9 @@ class Alone:
         """There is nobody."""
 
     def quiet(self, user: str, quiet: bool, moment: int) -> None:
+        """There is nobody."""
+
+    def ended(self, key: str) -> None:
         """There is nobody."""
 
     async def online(self, users: Collection[str]) -> dict[str, set[str]]:

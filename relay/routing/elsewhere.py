@@ -13,6 +13,7 @@ from relay.routing.hints import (
     Beat,
     Changed,
     Confirmed,
+    Ended,
     Hint,
     Message,
     Quiet,
@@ -32,7 +33,8 @@ log = structlog.get_logger(__name__)
 
 
 class Elsewhere:
-    """Hands hints to those whom they concern. ``own`` is this node's id; ``confirmed`` is told who confirms which numbers."""
+    """Hands hints to those whom they concern. ``own`` is this node's id; ``confirmed`` is told who confirms which numbers,
+    ``ended`` the keys of devices whose tokens are not good any more."""
 
     def __init__(
         self,
@@ -44,6 +46,7 @@ class Elsewhere:
         *,
         own: str,
         confirmed: Callable[[str, Iterable[int]], None],
+        ended: Callable[[str], None],
     ) -> None:
         self._hub = hub
         self._router = router
@@ -51,6 +54,7 @@ class Elsewhere:
         self._presence = presence
         self._own = own
         self._confirmed = confirmed
+        self._ended = ended
         events: tuple[Event, ...] = ("receipt", "read", "typing", "presence", "keys")
         self._announcers = {event: Announcer(hub, metrics, event) for event in events}
 
@@ -87,7 +91,9 @@ class Elsewhere:
                 self._presence.recheck_here(hint.users)
             case Quiet() if node != self._own:
                 self._hub.set_quiet(hint.user, hint.quiet, hint.moment)
-            case Changed() | Seen() | Recheck() | Quiet() | Beat():
+            case Ended() if node != self._own:
+                self._ended(hint.key)
+            case Changed() | Seen() | Recheck() | Quiet() | Ended() | Beat():
                 pass
 
     def _tell(self, told: Told) -> None:

@@ -107,11 +107,17 @@ class Quiet(msgspec.Struct, array_like=True, tag="q"):
     moment: int = 0
 
 
+class Ended(msgspec.Struct, array_like=True, tag="e"):
+    """The tokens of the device with this key are not good any more."""
+
+    key: str
+
+
 class Beat(msgspec.Struct, array_like=True, tag="b"):
     """The channel works."""
 
 
-Hint = Message | Released | Told | Replaced | Changed | Confirmed | Seen | Recheck | Quiet | Beat
+Hint = Message | Released | Told | Replaced | Changed | Confirmed | Seen | Recheck | Quiet | Ended | Beat
 
 
 class Parcel(msgspec.Struct, array_like=True):

@@ -180,6 +180,10 @@ class RedisBus:
         """See ``Bus``."""
         self._announce(hints.Quiet(user, quiet, moment))
 
+    def ended(self, key: str) -> None:
+        """See ``Bus``."""
+        self._announce(hints.Ended(key))
+
     def confirm(self, node: str, numbers: list[int]) -> None:
         """What that node has changed is believed here no more."""
         if self._takes(1):

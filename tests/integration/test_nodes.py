@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from relay import duties
 from tests.support.node import Node, NodeFactory
 from tests.support.valkey import Valkey, open_valkey
 from tests.support.valkey_cluster import valkey_cluster
@@ -272,3 +273,31 @@ async def test_what_is_lost_with_a_flushed_redis_comes_back_by_itself(
             await node.relay.context.bus.renew()  # type: ignore[attr-defined]  # what it does every half minute
         sent = await ann.sent(conv)
         await bob.expect("msg", id=sent["id"])
+
+
+async def test_a_revocation_closes_the_device_s_socket_at_another_node_at_once(
+    nodes: NodeFactory, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The hint, not the look into the store that finds it when that is lost.
+    monkeypatch.setattr(duties, "_REVOCATIONS_SECONDS", 3600.0)
+    one, other = await start(nodes, redis_url), await start(nodes, redis_url)
+    await one.connect("ann")
+    tablet, laptop = await other.connect("ann", "tablet"), await other.connect("ann", "laptop")
+    assert (await one.request("DELETE", "/v1/auth/devices/tablet", "ann", "phone"))[0] == 200
+    assert await tablet.closed(5) == 4401
+    await laptop.put({"t": "ping"})
+    await laptop.expect("pong")
+
+
+async def test_an_erasure_closes_the_person_s_sockets_at_another_node_at_once(
+    nodes: NodeFactory, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duties, "_REVOCATIONS_SECONDS", 3600.0)
+    monkeypatch.setattr(duties, "_ERASURES_SECONDS", 3600.0)
+    one, other = await start(nodes, redis_url), await start(nodes, redis_url)
+    await one.connect("ann")
+    tablet, bob = await other.connect("ann", "tablet"), await other.connect("bob")
+    assert (await one.request("DELETE", "/v1/me", "ann", "phone"))[0] in (200, 202, 204)
+    assert await tablet.closed(5) == 4401
+    await bob.put({"t": "ping"})
+    await bob.expect("pong")

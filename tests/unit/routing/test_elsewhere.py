@@ -20,7 +20,9 @@ async def test_nothing_is_pushed_into_a_replaced_connection_while_it_closes() ->
     hub, metrics = Hub(), Metrics()
     router = Router(hub, metrics, Receipts(Announcer(hub, metrics, "receipt"), max_frame=262_144))
     nobody: Any = None
-    elsewhere = Elsewhere(hub, metrics, router, nobody, nobody, own="here", confirmed=lambda *_: None)
+    elsewhere = Elsewhere(
+        hub, metrics, router, nobody, nobody, own="here", confirmed=lambda *_: None, ended=lambda _: None
+    )
     old = LocalConnection(MemoryBacklog(), "bob", "phone")
     old.serial = 7
     hub.add(old)
