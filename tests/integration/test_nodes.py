@@ -301,3 +301,22 @@ async def test_an_erasure_closes_the_person_s_sockets_at_another_node_at_once(
     assert await tablet.closed(5) == 4401
     await bob.put({"t": "ping"})
     await bob.expect("pong")
+
+
+async def test_the_device_whose_keys_run_low_is_told_at_another_node_and_no_other(
+    two: tuple[Node, Node],
+) -> None:
+    one, other = two
+    bob = await one.connect("bob")
+    phone, tablet = await other.connect("ann"), await other.connect("ann", "tablet")
+    keys = [{"id": number, "key": "a2V5"} for number in range(20)]
+    signed = {"id": 1, "key": "a2V5", "signature": "c2ln"}
+    body = {"identityKey": "aWQ=", "registrationId": 7, "signedPreKey": signed, "oneTimePreKeys": keys}
+    assert (await other.request("PUT", "/v1/keys", "ann", "phone", body))[0] == 200
+    for left in (19, 18):
+        assert (await one.request("POST", "/v1/keys/claim", "bob", "phone", {"devices": ["ann/phone"]}))[
+            0
+        ] == 200
+        assert await phone.expect("keys") == {"t": "keys", "oneTime": left}
+    for device in (bob, tablet):
+        await device.nothing("keys")
