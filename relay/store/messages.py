@@ -86,7 +86,8 @@ class Messages:
         timeout: float,
         hot: HotMessages | None = None,
     ) -> None:
-        self.hot = hot or HotMessages(0)
+        # Not by its truth: one that holds nothing yet is false.
+        self.hot = HotMessages(0) if hot is None else hot
         self._shards = shards
         self._collection = mongo.messages
         self._committed = mongo.committed_messages
