@@ -242,6 +242,13 @@ class Settings(BaseSettings):
         le=1 << 40,
         description="Memory for messages that many devices drain, encoded once for all of them; 0: none are kept.",
     )
+    hot_redis_bytes: int = Field(
+        33_554_432,
+        ge=0,
+        le=1 << 40,
+        description="Memory of Redis for this node's copies of messages to large groups, which spare other nodes reading them; "
+        "0: none are kept there. Workers that share the relay's own Valkey have 64 MiB together, at most.",
+    )
     window: int = Field(256, ge=1, le=10_000, description="Unacknowledged messages on one connection.")
     window_bytes: int = Field(1_048_576, ge=1024, description="Unacknowledged bytes on one connection.")
     outbox_bytes: int = Field(

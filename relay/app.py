@@ -349,9 +349,9 @@ def _bus(settings: Settings, hub: Hub, metrics: Metrics, node: str, neighbours: 
 
 
 def _hot(settings: Settings, stack: contextlib.AsyncExitStack) -> HotMessages:
-    if settings.redis_url is None or not settings.hot_bytes:
+    if settings.redis_url is None or not (settings.hot_bytes and settings.hot_redis_bytes):
         return HotMessages(settings.hot_bytes)
-    elsewhere = HotRedis(settings.redis_url.get_secret_value())
+    elsewhere = HotRedis(settings.redis_url.get_secret_value(), settings.hot_redis_bytes)
     elsewhere.start()
     stack.push_async_callback(elsewhere.close)
     return HotMessages(settings.hot_bytes, elsewhere)

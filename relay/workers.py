@@ -29,7 +29,7 @@ from relay.configured import (
     pseudonyms_of,
     url_of,
 )
-from relay.store.embedded_valkey import EmbeddedError, EmbeddedValkey
+from relay.store.embedded_valkey import HOT_BYTES, EmbeddedError, EmbeddedValkey
 from relay.worker import Worker, gone, killed
 
 Welcome = Callable[[str, bool], None]
@@ -141,6 +141,8 @@ class Workers:
         embedded, given["RELAY_MONGO_URI"] = await database(settings, self._beneath)
         if settings.redis_url is None:
             given["RELAY_REDIS_URL"] = await self._valkey()
+            share = min(settings.hot_redis_bytes, HOT_BYTES // settings.workers)
+            given["RELAY_HOT_REDIS_BYTES"] = str(share)
         kept = {name: value for name, value in os.environ.items() if name.upper() not in given}
         self._environment = {**kept, **given}
         # The first prepares the database, and alone says what is wrong.

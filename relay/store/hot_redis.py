@@ -2,13 +2,18 @@
 
 A help and never the truth: MongoDB says what waits for whom. Redis gets 200 ms; when it is late or away nothing is asked of
 it for a second, and what there was to keep is dropped.
+
+What else lies there is small and worth more: who is connected where, and the counts of rate limits. So each node has a budget
+of bytes for its copies, in which the oldest make room for new ones; and they live for a shorter time than a line of the
+directory ever has left (relay.routing.directory), so that a Redis that is full all the same, and evicts by what ends first
+(``volatile-ttl``), evicts them.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from time import monotonic
 from typing import Final
 
@@ -21,13 +26,17 @@ from relay.wire.envelope import Envelope
 from relay.wire.framed import Framed
 from relay.wire.ids import split_document_id
 
-_SECONDS: Final = 300
+# A line of the directory has 60 s left, or more.
+_SECONDS: Final = 45
 _ANSWER_SECONDS: Final = 0.2
 _PAUSE: Final = 1.0
 _CONNECTIONS: Final = 8
 _MOST_WAITING: Final = 1000
 _MOST_BYTES: Final = 16_777_216
 _AT_ONCE: Final = 100
+_MOST_COPIES: Final = 20_000
+# What Redis needs for a copy beside its name and its value.
+_OVERHEAD: Final = 200
 
 log = structlog.get_logger(__name__)
 
@@ -37,13 +46,18 @@ _decode: Final = msgspec.msgpack.Decoder(Framed).decode
 
 
 class HotRedis:
-    """Keeps messages for five minutes. ``start`` and ``close`` it. Keys of one conversation share a hash slot."""
+    """Keeps messages for 45 seconds, at most 20,000 and ``max_bytes`` of its own node; a node that dies leaves its copies to their
+    time. ``start`` and ``close`` it. Keys of one conversation share a hash slot."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, max_bytes: int) -> None:
         """Connects at the first use. Raises ValueError for what is no URL of Redis."""
         self._redis = connect(url, connections=_CONNECTIONS, seconds=_ANSWER_SECONDS)
-        self._waiting: deque[Envelope | str] = deque()
+        self._max_bytes = max_bytes
+        self._waiting: dict[str, Envelope | None] = {}
         self._size = 0
+        # What may lie there now, the oldest first: bytes, and until when (monotonic).
+        self._copies: dict[str, tuple[int, float]] = {}
+        self._copied = 0
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._ask_at = 0.0
@@ -64,16 +78,23 @@ class HotRedis:
 
     def put(self, envelope: Envelope) -> None:
         """Keeps a message, soon, unless too much waits already."""
+        self._unqueue(envelope.doc_id)
         if len(self._waiting) < _MOST_WAITING and self._size + envelope.size <= _MOST_BYTES:
-            self._waiting.append(envelope)
+            self._waiting[envelope.doc_id] = envelope
             self._size += envelope.size
             self._wake.set()
 
     def forget(self, doc_id: str) -> None:
-        """Lets a message go, soon: it is withdrawn. What is dropped here leaves after five minutes."""
+        """Lets a message go, soon: it is withdrawn. What is dropped here leaves by itself."""
+        self._unqueue(doc_id)
         if len(self._waiting) < _MOST_WAITING:
-            self._waiting.append(doc_id)
+            self._waiting[doc_id] = None
             self._wake.set()
+
+    def _unqueue(self, doc_id: str) -> None:
+        envelope = self._waiting.pop(doc_id, None)
+        if envelope is not None:
+            self._size -= envelope.size
 
     async def find(self, wanted: Sequence[tuple[str, int]]) -> dict[str, Envelope]:
         """The messages of these document ids and ``seq`` that are kept; none when Redis does not answer."""
@@ -104,26 +125,77 @@ class HotRedis:
             await self._wake.wait()
             self._wake.clear()
             while self._waiting:
-                some = [self._waiting.popleft() for _ in range(min(_AT_ONCE, len(self._waiting)))]
-                self._size -= sum(one.size for one in some if isinstance(one, Envelope))
+                gone, values = self._take()
                 if monotonic() >= self._ask_at:
-                    await self._write_some(some)
+                    await self._write_some(gone, values)
 
-    async def _write_some(self, some: Sequence[Envelope | str]) -> None:
+    def _take(self) -> tuple[list[str], dict[str, bytes]]:
+        """What is to be done next: the copies to let go, and those to make."""
+        gone: list[str] = []
+        values: dict[str, bytes] = {}
+        size = 0
+        for doc_id, envelope in list(islice(self._waiting.items(), _AT_ONCE)):
+            if envelope is None:
+                gone.append(doc_id)
+            else:
+                value = _encode(Framed.of(envelope))
+                cost = _cost(doc_id, value)
+                if values and size + cost > self._max_bytes:
+                    break
+                if cost <= self._max_bytes:
+                    values[doc_id] = value
+                    size += cost
+            self._unqueue(doc_id)
+        return gone, values
+
+    async def _write_some(self, gone: Sequence[str], values: Mapping[str, bytes]) -> None:
+        now = monotonic()
+        costs = {doc_id: _cost(doc_id, value) for doc_id, value in values.items()}
+        gone = [*gone, *self._room_for(costs, now)]
+        # They count from now on, and what is to go until it has gone: of a question that was not answered nobody knows.
+        for doc_id, cost in costs.items():
+            self._uncount(doc_id)
+            self._copies[doc_id] = (cost, now + _SECONDS + _ANSWER_SECONDS)
+            self._copied += cost
         try:
             async with asyncio.timeout(_ANSWER_SECONDS):
                 async with self._redis.pipeline(transaction=False) as pipe:
-                    for one in some:
-                        if isinstance(one, str):
-                            pipe.unlink(_key(one))
-                        else:
-                            pipe.set(_key(one.doc_id), _encode(Framed.of(one)), ex=_SECONDS)
+                    for doc_id in gone:
+                        pipe.unlink(_key(doc_id))
+                    for doc_id, value in values.items():
+                        pipe.set(_key(doc_id), value, ex=_SECONDS)
                     await pipe.execute()
+            for doc_id in gone:
+                self._uncount(doc_id)
         except TROUBLE as error:
             self._pause(error)
         except Exception as error:
             log.exception("hot messages were not kept")
             self._pause(error)
+
+    def _room_for(self, costs: Mapping[str, int], now: float) -> list[str]:
+        """The oldest copies, as many as must go for these."""
+        for doc_id in [
+            doc_id for doc_id, (_, until) in islice(self._copies.items(), 2 * _AT_ONCE) if until < now
+        ]:
+            self._uncount(doc_id)
+        excess = self._copied + sum(costs.values()) - self._max_bytes
+        most = _MOST_COPIES - len(costs)
+        oldest: list[str] = []
+        for doc_id, (cost, _) in self._copies.items():
+            if excess <= 0 and len(self._copies) - len(oldest) <= most:
+                break
+            excess -= cost
+            if doc_id not in costs:
+                oldest.append(doc_id)
+        return oldest
+
+    def _uncount(self, doc_id: str) -> None:
+        self._copied -= self._copies.pop(doc_id, (0, 0.0))[0]
+
+
+def _cost(doc_id: str, value: bytes) -> int:
+    return _OVERHEAD + len(_key(doc_id)) + len(value)
 
 
 def _key(doc_id: str) -> str:

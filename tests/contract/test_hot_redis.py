@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
+from relay.routing.directory import KEPT_SECONDS
 from relay.store.embedded import EmbeddedMongo
+from relay.store.embedded_valkey import EmbeddedValkey
 from relay.store.hot import HotMessages
 from relay.store.hot_redis import HotRedis
 from relay.wire.envelope import Envelope
@@ -44,7 +46,7 @@ async def opened(mongod: EmbeddedMongo) -> AsyncIterator[Store]:
 async def store(opened: Store, valkey: Valkey) -> AsyncIterator[Store]:
     """A store that has just started: nothing is in its memory."""
     await opened.clear()
-    elsewhere = HotRedis(valkey.url)
+    elsewhere = HotRedis(valkey.url, 1 << 20)
     elsewhere.start()
     opened.messages.hot = HotMessages(1 << 20, elsewhere)
     yield opened
@@ -96,7 +98,7 @@ async def test_what_another_node_committed_is_not_read_from_mongodb(store: Store
 
 async def test_what_is_kept_leaves_by_itself_and_a_withdrawn_one_at_once(store: Store, redis: Any) -> None:
     envelope = await committed(store, redis)
-    assert 0 < await redis.ttl(key_of(envelope)) <= 300
+    assert 0 < await redis.ttl(key_of(envelope)) <= 45
     store.messages.hot.forget(envelope.doc_id)
     async with asyncio.timeout(3):
         while await redis.exists(key_of(envelope)):
@@ -137,8 +139,114 @@ async def test_without_redis_everything_comes_from_mongodb_in_time(
 
 
 async def test_what_waits_for_redis_is_bounded(valkey: Valkey, store: Store) -> None:
-    elsewhere = HotRedis(valkey.url)  # not started: nothing is written
+    elsewhere = HotRedis(valkey.url, 1 << 20)  # not started: nothing is written
     for _ in range(3000):
         elsewhere.put(store.envelope(KEYS))
     assert len(elsewhere._waiting) == 1000
     await elsewhere.close()
+
+
+async def names(redis: Any) -> list[bytes]:
+    return [name async for name in redis.scan_iter("relay:hot:*")]
+
+
+async def written(redis: Any, envelope: Envelope) -> None:
+    async with asyncio.timeout(3):
+        while not await redis.exists(key_of(envelope)):
+            await asyncio.sleep(0.01)
+
+
+async def test_the_oldest_copies_of_a_node_make_room_within_its_bytes(
+    valkey: Valkey, store: Store, redis: Any
+) -> None:
+    elsewhere = HotRedis(valkey.url, 100_000)
+    elsewhere.start()
+    kept = []
+    for _ in range(40):
+        kept.append(store.envelope(KEYS, body="x" * 10_000))
+        elsewhere.put(kept[-1])
+        await written(redis, kept[-1])
+    assert sorted(await names(redis)) == sorted(key_of(one).encode() for one in kept[-9:])
+    # Blocks of memory are larger than what they hold, by a quarter at most.
+    assert sum([await redis.memory_usage(name) for name in await names(redis)]) < 125_000
+    huge, small = store.envelope(KEYS, body="x" * 100_000), store.envelope(KEYS)
+    elsewhere.put(huge)
+    elsewhere.put(small)
+    await written(redis, small)
+    assert not await redis.exists(key_of(huge)), "larger than everything together"
+    assert await redis.exists(key_of(kept[-1]))
+    await elsewhere.close()
+
+
+async def test_many_small_copies_are_bounded_in_number(
+    valkey: Valkey, store: Store, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.store.hot_redis._MOST_COPIES", 50)
+    monkeypatch.setattr("relay.store.hot_redis._AT_ONCE", 20)
+    elsewhere = HotRedis(valkey.url, 1 << 20)
+    elsewhere.start()
+    sent = [store.envelope(KEYS) for _ in range(90)]
+    for envelope in sent:
+        elsewhere.put(envelope)
+    await written(redis, sent[-1])
+    assert sorted(await names(redis)) == sorted(key_of(one).encode() for one in sent[-50:])
+    await elsewhere.close()
+
+
+async def test_what_redis_may_hold_though_it_did_not_answer_counts(
+    valkey: Valkey, store: Store, redis: Any
+) -> None:
+    elsewhere = HotRedis(valkey.url, 100_000)
+    elsewhere.start()
+    first = store.envelope(KEYS, body="x" * 10_000)
+    elsewhere.put(first)
+    await written(redis, first)
+    valkey.pause()
+    try:
+        for _ in range(8):
+            elsewhere.put(store.envelope(KEYS, body="x" * 10_000))
+        async with asyncio.timeout(5):
+            while elsewhere._waiting or monotonic() >= elsewhere._ask_at:
+                await asyncio.sleep(0.01)
+    finally:
+        valkey.resume()
+    elsewhere._ask_at = 0
+    sent = []
+    for _ in range(5):
+        sent.append(store.envelope(KEYS, body="x" * 10_000))
+        elsewhere.put(sent[-1])
+        await written(redis, sent[-1])
+    left = await names(redis)
+    assert len(left) <= 9
+    assert {key_of(one).encode() for one in sent} <= set(left)
+    assert key_of(first).encode() not in left
+    await elsewhere.close()
+
+
+async def test_of_the_relays_own_valkey_hot_messages_are_evicted_before_anything_else(
+    store: Store, tmp_path: Path
+) -> None:
+    own = EmbeddedValkey(tmp_path / "own")
+    await own.start()
+    redis = Redis.from_url(own.url)
+    try:
+        await redis.config_set("maxmemory", str(12 << 20))
+        lines = [f"relay:relay:at:user{number}" for number in range(3000)]
+        async with redis.pipeline(transaction=False) as pipe:
+            for name in lines:
+                # As old as it gets before it is renewed.
+                pipe.set(name, "phone node 1 1 -", ex=KEPT_SECONDS * 2 // 3)
+            await pipe.execute()
+        elsewhere = HotRedis(own.url, 1 << 30)
+        elsewhere.start()
+        hot = [store.envelope(KEYS, body="x" * 40_000) for _ in range(600)]
+        for start in range(0, len(hot), 20):
+            for envelope in hot[start : start + 20]:
+                elsewhere.put(envelope)
+            await written(redis, hot[start + 19])
+        await elsewhere.close()
+        assert (await redis.info("stats"))["evicted_keys"] > 300
+        assert await redis.exists(*lines) == len(lines)
+    finally:
+        await redis.aclose()
+        await own.stop()

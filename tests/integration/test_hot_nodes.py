@@ -76,3 +76,34 @@ async def test_what_one_node_committed_to_many_devices_another_takes_from_redis(
     await changed_in_the_store(one)
     device = await other.connect("u0")
     assert (await device.expect("msg", id=sent["id"]))["body"] == "read nowhere"
+
+
+async def test_large_bodies_to_a_group_push_nobody_out_of_redis(
+    nodes: NodeFactory, valkey: Valkey, redis: Any
+) -> None:
+    await redis.config_set("maxmemory", str(6 << 20))
+    await redis.config_set("maxmemory-policy", "allkeys-lru")
+    node = await start(nodes, valkey, hot_redis_bytes=1 << 20)
+    idle, ann = await node.connect("idle"), await node.connect("ann")
+    line = f"relay:{node.db.name}:at:idle"
+
+    async def entered() -> bool:
+        return bool(await redis.exists(line))
+
+    await until(entered, 5, "the directory knows the idle device")
+    conv = await node.group("ann", PEOPLE)
+    for _ in range(20):
+        some = [await ann.send(conv, "x" * 60_000) for _ in range(10)]
+        for message in some:
+            await ann.expect("stored", 10, id=message)
+
+    async def over() -> bool:
+        """The newest message is kept, or was pushed out."""
+        newest = copy_of(conv, some[-1]) in await copies(redis)
+        return newest or bool((await redis.info())["evicted_keys"])
+
+    await until(over, 5, "the newest message is kept")
+    assert await entered(), "its messages would come late"
+    assert (await redis.info())["evicted_keys"] == 0
+    assert sum((await copies(redis)).values()) <= 1 << 20
+    await idle.close()
