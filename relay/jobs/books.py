@@ -133,15 +133,22 @@ class BookKeeper:
 
     async def run(self) -> None:
         """One beat. Raises PyMongoError."""
+        await self._note_mistrust()
         if await self._publish():
             await self._take_over()
 
     async def leave(self) -> None:
         """Hands the books over to whoever lives. Raises PyMongoError."""
+        await self._note_mistrust()
         if not self._settled():
             # What came of it nobody will book.
             await self._balances.note_recount()
         await self._publish(left=True)
+
+    async def _note_mistrust(self) -> None:
+        if self._ledger.mistrusted:
+            await self._balances.note_recount()
+            self._ledger.mistrusted = False
 
     async def _publish(self, *, left: bool = False) -> bool:
         """Whether this account is still this node's."""

@@ -4,6 +4,10 @@ Everything for one conversation goes through one lane, one group after the other
 on one node; on several nodes each looks again for emptied messages after its update. Fates are written before the deletion; a
 crash between the two is healed by the sweep.
 
+What two nodes settle at the same moment is booked by the one whose write changed it. A group is written only where exactly what it
+has read still waits, so the numbers of changed and deleted documents tell, without another call, whether that was so; when it was
+not the group looks which of it was its own, and does the rest anew.
+
 When the outcome of a write is unknown the group is planned anew from what a majority has, and what turns out to have happened
 is booked then: in the next attempt, when the message is next touched, or by ``settle_doubts``.
 """
@@ -21,6 +25,7 @@ import structlog
 from relay.metrics import Metrics
 from relay.store.breaker import Breaker
 from relay.store.deleting import delete_messages
+from relay.store.disputes import settle_dispute
 from relay.store.ending_plan import EndingGroup, Expectation, entry_of, parts_of
 from relay.store.endings import Acknowledged, Ending, Release, Settlement
 from relay.store.fates import Fates
@@ -35,6 +40,8 @@ _MAX_DOUBTS: Final = 200_000
 _DOUBTS_PAGE: Final = 500
 _MAX_HEADLESS: Final = 50_000
 _AT_ONCE: Final = 256
+# After so many attempts that others forestalled, what is planned counts as done.
+_EXACT_ROUNDS: Final = 20
 
 log = structlog.get_logger(__name__)
 
@@ -75,11 +82,12 @@ class Acks:
         """Makes the group durable, trying again while the outcome is unknown. Never raises for what MongoDB does."""
         deadline = max(ending.deadline for ending in batch)
         delay = _FIRST_DELAY
-        attempt = 0
+        attempt = disputes = 0
         while True:
-            group = EndingGroup(batch, self._doubts.__contains__ if not attempt else _always)
+            group = EndingGroup(batch, _always if attempt or disputes else self._doubts.__contains__)
+            group.exact = disputes < _EXACT_ROUNDS
             try:
-                await self._attempt(group, careful=bool(attempt))
+                is_left = await self._attempt(group, careful=bool(attempt))
             except PyMongoError as error:
                 log.warning("outcome of acknowledgements is unknown", attempt=attempt, error=brief(error))
                 self._retries.inc()
@@ -93,8 +101,10 @@ class Acks:
                 delay = min(delay * 2, _LAST_DELAY)
                 continue
             self._breaker.succeeded()
-            break
-        await self._tell(group.settlement)
+            await self._tell(group.settlement)
+            if not is_left:
+                break
+            disputes += 1
         if self._headless:
             await self._end_heads()
         for ending in batch:
@@ -122,35 +132,60 @@ class Acks:
             self._settle_doubt(doc_id, documents.get(doc_id), settlement.acknowledged)
         self._settled(settlement)
 
-    async def _attempt(self, group: EndingGroup, *, careful: bool) -> None:
+    async def _attempt(self, group: EndingGroup, *, careful: bool) -> bool:
+        """Whether something is left that others changed meanwhile, to be planned anew. What was done is booked."""
         if group.read:
             await self._read(group, careful=careful)
         # Calls that do not depend on each other go side by side; a fate is on record before its message is deleted.
-        await _together(self._record(group), self._update(group))
-        _, deleted, _ = await _together(
-            self._delete(list(group.final.items())),
+        _, shrunk = await _together(self._record(group), self._update(group))
+        done: list[Coroutine[Any, Any, Any]] = [
+            self._delete(list(group.final.items()), group.awaited),
             self._delete(group.sole_places),
-            self._finish_emptied(group),
-        )
+        ]
+        as_planned = shrunk == len(group.updates)
+        if as_planned:
+            done.append(self._finish_emptied(group))
+        ended, deleted, *_ = await _together(*done)
+        is_left = False
+        if group.exact and not (as_planned and ended == len(group.final)):
+            is_left = await self._settle_dispute(group, shrunk, ended)
+        if not as_planned:
+            await self._finish_emptied(group)
         self._headless.update(group.ended_parts)
         self._ledger.add("acknowledged", deleted)
         for outcome, count in group.counts.items():
             if count:
                 self._ledger.add(outcome, count)
+        return is_left
+
+    async def _settle_dispute(self, group: EndingGroup, shrunk: int, ended: int) -> bool:
+        """Others settled some of this between its reading and its writing: leaves in the group what it did itself."""
+        documents = await self._messages.read([*group.shrunk, *group.final])
+        verdict = settle_dispute(group, documents, shrunk, ended)
+        if not verdict.is_sure:
+            # Any beat of the books from now on notes it.
+            self._ledger.mistrusted = True
+        log.debug("settled by two at once", messages=len(documents), sure=verdict.is_sure)
+        return bool(verdict.left)
 
     async def _record(self, group: EndingGroup) -> None:
         entries = [*group.sole_entries, *group.final_entries]
         if entries:
             await self._fates.record(entries, self._now())
 
-    async def _update(self, group: EndingGroup) -> None:
-        if group.updates:
-            with time_limit(self._timeout):
-                await self._collection.bulk_write(group.updates, ordered=False)
+    async def _update(self, group: EndingGroup) -> int:
+        """How many documents were as they had been read."""
+        if not group.updates:
+            return 0
+        with time_limit(self._timeout):
+            return int((await self._collection.bulk_write(group.updates, ordered=False)).matched_count)
 
     async def _read(self, group: EndingGroup, *, careful: bool) -> None:
         doubtful = careful or any(doc_id in self._doubts for doc_id in group.read)
         documents = await self._messages.read(list(group.read), committed=doubtful)
+        if doubtful or self._doubts:
+            # What is found done may be an earlier attempt's work.
+            group.exact = False
         if doubtful:
             for doc_id in group.read:
                 self._settle_doubt(doc_id, documents.get(doc_id), group.settlement.acknowledged)
@@ -208,8 +243,12 @@ class Acks:
         left = await self._messages.heads.with_parts(heads)
         ended = [doc_id for doc_id in heads if doc_id not in left]
         if ended:
-            group = EndingGroup([Release(ended, [PARTS_KEY], deadline=0, done=_nothing)])
-            await self._attempt(group, careful=False)
+            release = Release(ended, [PARTS_KEY], deadline=0, done=_nothing)
+            for disputes in range(_EXACT_ROUNDS + 1):
+                group = EndingGroup([release])
+                group.exact = disputes < _EXACT_ROUNDS
+                if not await self._attempt(group, careful=False):
+                    break
 
     async def _end_heads(self) -> None:
         heads, self._headless = self._headless, {}
@@ -252,18 +291,20 @@ class Acks:
                 if expectation.told is not None:
                     told.append(expectation.told)
 
-    async def _delete(self, wanted: Sequence[tuple[str, int]]) -> int:
+    async def _delete(
+        self, wanted: Sequence[tuple[str, int]], awaited: Mapping[str, int] | None = None
+    ) -> int:
         """By id, conversation and ``seq``: a later incarnation of an id must survive. Parts before heads: without its head a
         part is nobody's message."""
         if not wanted:
             return 0
         parts = [one for one in wanted if is_part(one[0])]
         if parts and len(parts) < len(wanted):
-            return await self._delete(parts) + await self._delete(
-                [one for one in wanted if not is_part(one[0])]
+            return await self._delete(parts, awaited) + await self._delete(
+                [one for one in wanted if not is_part(one[0])], awaited
             )
         with time_limit(self._timeout):
-            return await delete_messages(self._mongo, wanted)
+            return await delete_messages(self._mongo, wanted, awaited)
 
     async def _finish_emptied(self, group: EndingGroup) -> None:
         """Another node may have settled the rest of what this group only shrank."""

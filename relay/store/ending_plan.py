@@ -39,7 +39,8 @@ def _never(_: str) -> bool:
 class EndingGroup:
     """The plan for one group: what to read, update and delete, and what to tell afterwards.
 
-    ``look`` says of which messages nothing is taken for granted: they are read before they are deleted.
+    ``look`` says of which messages nothing is taken for granted: they are read before they are deleted. What is planned while
+    ``exact`` is written only where exactly that still waits.
     """
 
     def __init__(self, batch: Sequence[Ending], look: Callable[[str], bool] = _never) -> None:
@@ -49,6 +50,11 @@ class EndingGroup:
         self.final_entries: list[FateEntry] = []
         self.updates: list[UpdateOne] = []
         self.shrunk: list[str] = []
+        self.exact = True
+        self.taken: dict[str, list[str]] = {}
+        """Which mailboxes each update takes off its message, by document id."""
+        self.awaited: dict[str, int] = {}
+        """How many mailboxes each message in ``final`` waits for, where that is to be looked at again."""
         self.expected: dict[str, dict[str, Expectation]] = {}
         """For each message that was read and is changed: what becomes of its deliveries, by device key."""
         self.counts: dict[Outcome, int] = dict.fromkeys(OUTCOMES[1:], 0)
@@ -157,14 +163,19 @@ class EndingGroup:
                 [ack.user for ack in counted.values() if ack.quiet],
             )
         elif counted or dropped:
-            self.updates.append(_shrink(document, list(counted.values()), sorted(dropped)))
+            taken = [key for key in dict.fromkeys(awaiting) if key not in remaining]
+            acks = list(counted.values())
+            self.updates.append(_shrink(document, acks, sorted(dropped), taken if self.exact else None))
             self.shrunk.append(doc_id)
+            self.taken[doc_id] = taken
         if fate is not None:
             if fate != "delivered":
                 expected.update({key: Expectation(fate, None) for key in remaining})
             self.settlement.released.extend((doc_id, key) for key in remaining)
         if entry is not None:
             self.final[doc_id] = seq
+            if self.exact:
+                self.awaited[doc_id] = len(awaiting)
             self.final_entries.append(entry)
             if "part" in document:
                 self.ended_parts[ids.head_id(doc_id)] = (str(document["writing"]), int(document["parts"]))
@@ -256,9 +267,12 @@ def _delivered(ack: Ack) -> dict[str, Any]:
     return {**entry, "quiet": True} if ack.quiet else entry
 
 
-def _shrink(document: Mapping[str, Any], acks: Sequence[Ack], dropped: Sequence[str]) -> UpdateOne:
+def _shrink(
+    document: Mapping[str, Any], acks: Sequence[Ack], dropped: Sequence[str], taken: Sequence[str] | None
+) -> UpdateOne:
     """Takes devices out of ``awaiting`` and notes those that acknowledged in ``deliveredTo``; what is sealed for those dropped
-    goes. Idempotent: a device that is no longer awaited changes nothing, so a retry does not double an entry."""
+    goes. Idempotent: a device that is no longer awaited changes nothing, so a retry does not double an entry. With ``taken`` it
+    does all of that, or nothing when one of these mailboxes is not awaited any more."""
     gone = [key for ack in acks for key in (ack.key, ids.any_device_key(ack.user))] + list(dropped)
     new = [
         {
@@ -284,15 +298,16 @@ def _shrink(document: Mapping[str, Any], acks: Sequence[Ack], dropped: Sequence[
     }
     if dropped:
         change["sealed"] = _sealed_without(dropped)
-    return UpdateOne(
-        {
-            "_id": document["_id"],
-            "conversationId": document["conversationId"],
-            "seq": document["seq"],
-            "awaiting": {"$in": gone},
-        },
-        [{"$set": change}],
-    )
+    place: dict[str, Any] = {
+        "_id": document["_id"],
+        "conversationId": document["conversationId"],
+        "seq": document["seq"],
+        "awaiting": {"$in": gone if taken is None else list(taken)},
+    }
+    if taken is not None and len(taken) > 1:
+        # Not $all: for every number of mailboxes MongoDB would weigh its indexes anew.
+        place["$expr"] = {"$setIsSubset": [{"$literal": list(taken)}, "$awaiting"]}
+    return UpdateOne(place, [{"$set": change}])
 
 
 def _sealed_without(dropped: Sequence[str]) -> dict[str, Any]:

@@ -33,6 +33,8 @@ class Ledger(Collector):
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self._counts: dict[Outcome, int] = dict.fromkeys(OUTCOMES, 0)
+        self.mistrusted = False
+        """What was booked may be wrong: a recount is due, and not noted yet."""
         if registry is not None:
             registry.register(self)
 

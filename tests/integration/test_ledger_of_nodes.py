@@ -96,6 +96,20 @@ async def test_nodes_that_start_at_once_count_what_waits_once(nodes: NodeFactory
 
 
 @pytest.mark.usefixtures("fast")
+async def test_books_that_their_node_mistrusts_are_recounted(nodes: NodeFactory) -> None:
+    one, other = await nodes.start(), await nodes.start()
+    conv = await one.direct("ann", "bob")
+    await (await one.connect("bob")).close()
+    await (await one.connect("ann")).sent(conv)
+    wrong = other.relay.context.ledger
+    wrong.add("acknowledged", 1)
+    assert (booked(one, other), await waiting(one)) == (0, 1)
+    wrong.mistrusted = True
+    await balanced(one, other)
+    assert not wrong.mistrusted
+
+
+@pytest.mark.usefixtures("fast")
 async def test_a_rolling_restart_keeps_the_sum(nodes: NodeFactory) -> None:
     living = [await nodes.start(), await nodes.start()]
     conv = await living[0].direct("ann", "bob")

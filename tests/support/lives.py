@@ -128,6 +128,12 @@ class Life:
             one.delivery.behind and one.delivery._credit is None for one in self.node.relay.context.hub
         )
 
+    def doubts_its_books(self) -> bool:
+        """Whether it has asked for a recount since the last time."""
+        ledger = self.node.relay.context.ledger
+        mistrusted, ledger.mistrusted = ledger.mistrusted, False
+        return mistrusted
+
     def part(self, job: str) -> Any:
         """What carries out a job."""
         return self.jobs[job].run.__self__  # type: ignore[attr-defined]  # every job is a method
