@@ -19,17 +19,18 @@ from typing import Any, Final
 import structlog
 
 from relay.metrics import Metrics
-from relay.store.audience import Audience, Audiences
+from relay.store.audience import Audiences
 from relay.store.breaker import Breaker
 from relay.store.documents import owner
 from relay.store.fates import Fates
 from relay.store.ledger import Ledger
 from relay.store.messages import Messages
 from relay.store.mongo import BulkWriteError, Mongo, PyMongoError, brief, time_limit
+from relay.store.recipients import renew, take_strayed
 from relay.store.submissions import GivenUp, Stored, Submission, conflict, stranger, unreachable
 from relay.wire.envelope import Envelope
 from relay.wire.errors import RelayError
-from relay.wire.ids import RELAY_USER, is_placeholder, user_of
+from relay.wire.ids import RELAY_USER
 
 DUPLICATE: Final = 11000
 # What MongoDB says of a document that it will never take: bad value, failed to parse, type mismatch, invalid BSON,
@@ -294,18 +295,10 @@ class Commits:
         kept_back = set()
         for submission in outdated:
             audience = audiences[submission.envelope.conversation]
-            allowed = set(audience.awaiting(submission.sender_key)).union(submission.also)
-            for piece in submission.pieces:
-                strayed = {
-                    key
-                    for key in piece.awaiting
-                    if key not in allowed and user_of(key) not in audience.members
-                }
-                if strayed:
-                    piece.awaiting = [key for key in piece.awaiting if key not in strayed]
-                    self._strayed(piece.stored_id, sorted(strayed))
-                    if not piece.awaiting:
-                        kept_back.add(piece)
+            for piece, strayed in take_strayed(submission, audience):
+                self._strayed(piece.stored_id, strayed)
+                if not piece.awaiting:
+                    kept_back.add(piece)
         return kept_back
 
     async def _answer_from_fates(
@@ -400,19 +393,7 @@ class Commits:
                 except RelayError as refusal:
                     refused.append((submission, refusal))
                     continue
-            awaiting = [*audience.awaiting(submission.sender_key)]
-            awaiting += [key for key in submission.also if key not in awaiting]
-            envelope = submission.envelope
-            if attempt and submission.check is not None:
-                # It may be stored by now, and has no ciphertext for who has come since.
-                awaiting = _left(envelope.awaiting, awaiting, audience)
-            trimmed = [*audience.trimmed(submission.sender_key)]
-            # A system message's for those who are no members any more were full when it was made.
-            trimmed += [key for key in envelope.trimmed if user_of(key) not in audience.members]
-            if (awaiting, trimmed) != (envelope.awaiting, envelope.trimmed):
-                envelope.awaiting, envelope.trimmed = awaiting, trimmed
-                envelope.shared = len(awaiting) > 1 or bool(trimmed)
-                submission.encode()
+            renew(submission, tried=bool(attempt))
         refused += [(submission, stranger(submission)) for submission in strangers]
         if refused:
             await self._refuse(refused)
@@ -432,11 +413,3 @@ class Commits:
         for submission, refusal in refused:
             if not submission.held:
                 submission.settle(refusal)
-
-
-def _left(before: Sequence[str], now: Iterable[str], audience: Audience) -> list[str]:
-    """Those mailboxes of ``before`` that are awaited still; one for any device of a member is, whatever devices there are now."""
-    still = set(now)
-    return [
-        key for key in before if key in still or (is_placeholder(key) and user_of(key) in audience.members)
-    ]
