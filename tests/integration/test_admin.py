@@ -88,9 +88,12 @@ async def test_a_node_that_starts_logs_the_head_as_it_finds_it(
     while await node.db.audit_head.find_one({"entry": 1}) is None:
         await asyncio.sleep(0.01)
     with capture_logs() as logs:
-        await nodes.start(pseudonym_key=KEY)
+        other = await nodes.start(pseudonym_key=KEY)
     (told,) = [line for line in logs if line["event"] == "audit head"]
     assert (await admin("audit", "verify", "--expect", f"{told['entry']}:{told['hash']}"))[0] == 0
+    # As somebody does who wants no node to write a head again.
+    for running in (node, other):
+        await nodes.stop(running)
     await node.db.audit.delete_many({})
     await node.db.audit_head.delete_many({})
     assert (await admin("audit", "verify"))[0] == 0
