@@ -2,7 +2,8 @@
 
 handlers.erasing says in which order, and why. What stays of a person is a pseudonym, in the tombstone of the account, in
 reports about them and in the audit trail; and, until they run out, the messages they sent, the system messages that name
-them, and the fates of messages (72 h). What others typed into their last searches is those others' own.
+them, the fates of messages (72 h), and that they are no contact any more of those whose contact they were, as of whoever
+is taken off a list (31 days): devices that were away must hear of it. What others typed into their last searches is those others' own.
 """
 
 from __future__ import annotations
@@ -90,9 +91,22 @@ class Erasures:
         return [row["_id"] async for row in collection.find({"user": intent.user}, {"_id": 1})]
 
     async def drop_contacts(self, intent: Intent) -> None:
-        """Their contacts, and what others called them."""
-        await _delete(Contact.get_motor_collection(), {"owner": intent.user})
-        await _delete(Contact.get_motor_collection(), {"user": intent.user})
+        """Their contacts, and what others called them. Others keep, as long as of any removed contact, that this one is
+        removed."""
+        collection = Contact.get_motor_collection()
+        await _delete(collection, {"owner": intent.user})
+        bare = {"$set": {"sortKey": ""}, "$unset": {"name": "", "blockedAt": ""}}
+        # Of who was removed before nothing is new: their time runs already.
+        await _update(
+            collection, {"user": intent.user, "removedAt": {"$ne": None}, "sortKey": {"$ne": ""}}, bare
+        )
+        now = stamp_now()
+        removed = {"listed": False, "blocked": False, "removedAt": now, "updatedAt": now}
+        await _update(
+            collection,
+            {"user": intent.user, "removedAt": None},
+            {**bare, "$set": {**bare["$set"], **removed}},
+        )
 
     async def drop_reports(self, intent: Intent) -> None:
         """Their reports; those about them are closed and keep a pseudonym, and nothing that anybody wrote."""
@@ -174,6 +188,16 @@ async def _delete(collection: Any, query: Mapping[str, Any]) -> None:
         found = [row["_id"] async for row in collection.find(query, {"_id": 1}).limit(_PAGE)]
         if found:
             await collection.delete_many({"_id": {"$in": found}})
+        if len(found) < _PAGE:
+            return
+
+
+async def _update(collection: Any, query: Mapping[str, Any], change: Mapping[str, Any]) -> None:
+    """Changes what matches, in pages, until nothing does: the change must see to that."""
+    while True:
+        found = [row["_id"] async for row in collection.find(query, {"_id": 1}).limit(_PAGE)]
+        if found:
+            await collection.update_many({"_id": {"$in": found}, **query}, change)
         if len(found) < _PAGE:
             return
 

@@ -204,9 +204,22 @@ async def assert_gone(node: Node, user: str = ANN) -> None:
         assert user not in repr(document.get("deliveredTo")), document
         assert user not in repr(document.get("sealed")), document
     found.pop("fates", None)
+    for document in found.pop("contacts", []):
+        assert_bare(document, user)
     assert found == {}
     assert (await node.relay.context.audit.verify()).holds
     assert await node.db.tombstones.count_documents({"_id": pseudonym(user)}) == 1
+
+
+def assert_bare(contact: dict[str, Any], user: str) -> None:
+    """All that others keep of an erased contact is that it is removed."""
+    assert set(contact) == {
+        *("_id", "owner", "user", "sortKey", "listed", "blocked"),
+        *("createdAt", "updatedAt", "removedAt"),
+    }
+    assert (contact["user"], contact["sortKey"]) == (user, "")
+    assert not contact["listed"]
+    assert not contact["blocked"]
 
 
 async def closed(device: WireDevice) -> int | None:
@@ -238,7 +251,7 @@ async def test_an_erased_person_leaves_nothing_but_a_pseudonym(node: Node, known
     user = await node.db.users.find_one({"_id": ANN})
     assert set(user) == {"_id", "createdAt", "erasingAt"}
     left = await holding(node, ANN)
-    assert set(left) <= {"users", "devices", "erasures", "releases", "messages", "fates"}
+    assert set(left) <= {"users", "devices", "erasures", "releases", "messages", "fates", "contacts"}
     assert await holding(node, "Ann 8d1c", "Ann's phone", "4915112345678", "calls ann") == {}
     await settle(node)
     await assert_gone(node)
@@ -282,7 +295,7 @@ async def test_what_others_have_stays(node: Node) -> None:
     assert (await node.request("POST", "/v1/contacts", "bob", "phone", {"user": "cleo"}))[0] == 201
     await erase(node)
     await settle(node)
-    assert [row["_id"] async for row in node.db.contacts.find()] == ["bob cleo"]
+    assert {row["_id"] async for row in node.db.contacts.find({"listed": True})} == {"bob cleo"}
     (report,) = [row async for row in node.db.reports.find()]
     assert (report["user"], report["reporter"], "text" in report) == (pseudonym(), "bob", False)
     status, group = await node.request("GET", f"/v1/conversations/{life.group}", "bob", "phone")
@@ -293,6 +306,38 @@ async def test_what_others_have_stays(node: Node) -> None:
     assert (await life.bob.expect("msg", body="from ann"))["from"]["user"] == ANN
     direct = await node.db.messages.find({"conversationId": life.direct}).to_list(10)
     assert [message["body"] for message in direct] == ["from ann"]
+
+
+async def test_devices_of_others_are_told_that_an_erased_contact_is_none_any_more(node: Node) -> None:
+    await live(node)
+    status, before = await node.request("GET", "/v1/changes", "bob", "phone")
+    assert [(one["user"], one["listed"]) for one in before["contacts"]] == [(ANN, True)]
+    assert (await node.request("PATCH", f"/v1/contacts/{ANN}", "cleo", "phone", {"blocked": True}))[0] == 200
+    for name in ("dan", "eve"):
+        contact = {"user": ANN, "name": f"what {name} calls her"}
+        assert (await node.request("POST", "/v1/contacts", name, "phone", contact))[0] in (200, 201)
+    assert (await node.request("DELETE", f"/v1/contacts/{ANN}", "eve", "phone"))[0] == 200
+    long_ago = datetime.now(UTC) - timedelta(days=20)
+    await node.db.contacts.update_one(
+        {"_id": f"eve {ANN}"}, {"$set": {"removedAt": long_ago, "updatedAt": long_ago}}
+    )
+    await erase(node)
+    await settle(node)
+    for name in ("bob", "cleo", "dan"):
+        status, found = await node.request("GET", f"/v1/changes?since={before['next']}", name, "phone")
+        assert status == 200
+        assert found["contacts"] == [{"user": ANN, "name": None, "listed": False, "blocked": False}], name
+        status, page = await node.request("GET", "/v1/contacts", name, "phone")
+        assert (status, page["items"]) == (200, [])
+    rows = {row["_id"]: row async for row in node.db.contacts.find()}
+    assert set(rows) == {f"{name} {ANN}" for name in ("bob", "cleo", "dan", "eve")}
+    for row in rows.values():
+        assert_bare(row, ANN)
+    # What was removed long ago is not kept any longer for that.
+    stored = rows[f"eve {ANN}"]
+    assert abs(stored["removedAt"].replace(tzinfo=UTC) - long_ago) < timedelta(seconds=1)
+    ends = {one["name"]: one async for one in await node.db.contacts.list_indexes()}
+    assert ends["removedAt_ttl"]["expireAfterSeconds"] == 31 * 86_400
 
 
 async def test_an_erased_persons_sockets_close_and_their_tokens_are_refused(nodes: NodeFactory) -> None:
@@ -348,6 +393,7 @@ FAULTS = [
     ("insert", "releases"),
     ("update", "messages"),
     ("delete", "contacts"),
+    ("update", "contacts"),
     ("delete", "reports"),
     ("delete", "memberships"),
     ("update", "audit"),
