@@ -139,7 +139,7 @@ class Session(BaseModel):
 class Device(Document):
     """One installation of the app. ``id`` is ``user/device``; ``lastSeen`` is absent until its first connection.
 
-    ``liveAt`` is when it last had a WebSocket, as far as was noted: what happened before was told to it live.
+    ``liveAt`` is when it was last heard on a WebSocket, as far as was noted: what happened before was told to it live.
     ``since`` is when this incarnation began to receive (absent: ``createdAt``), ``backAt`` when it was last back from
     inactivity. ``endedAt``: tokens issued up to then are
     refused, and so are tokens of another session. ``removedAt``: it is no recipient any more.

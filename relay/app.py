@@ -37,7 +37,7 @@ from relay.jobs.sweep import Sweep
 from relay.metrics import Metrics
 from relay.pipeline import message_path
 from relay.routing.bus import Alone, Bus
-from relay.routing.hub import Hub
+from relay.routing.hub import Hub, moments_of
 from relay.routing.invalidation import Invalidation
 from relay.routing.neighbours import Neighbours
 from relay.routing.quotas import Quotas
@@ -330,9 +330,9 @@ async def _drain(
     await jobs.stop()
     await gateway.close(1)
     await runner.cleanup()
-    left, context.hub.left = context.hub.left, set()
+    left, context.hub.left = context.hub.left, {}
     with contextlib.suppress(Exception):
-        await asyncio.wait_for(accounts.seen(left), 1)
+        await asyncio.wait_for(accounts.seen(moments_of(left)), 1)
 
 
 def _bus(settings: Settings, hub: Hub, metrics: Metrics, node: str, neighbours: Neighbours) -> Bus:

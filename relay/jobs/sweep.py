@@ -12,7 +12,7 @@ from typing import Final
 import structlog
 
 from relay.metrics import Metrics
-from relay.routing.hub import Hub
+from relay.routing.hub import Hub, moments_of
 from relay.store.accounts import Accounts
 from relay.store.lanes import EndingLanes
 from relay.store.messages import Messages
@@ -147,7 +147,7 @@ class Sweep:
 
 
 class LastSeen:
-    """Keeps ``lastSeen`` of devices: of those that left at every round, of those still here once in ``seconds``."""
+    """Keeps when devices were last heard, ``lastSeen``: of those that left at every round, of those still here once in ``seconds``."""
 
     def __init__(self, hub: Hub, accounts: Accounts, *, seconds: float) -> None:
         self._hub = hub
@@ -157,15 +157,15 @@ class LastSeen:
 
     async def run(self) -> None:
         """One round."""
-        left, self._hub.left = self._hub.left, set()
+        heard, self._hub.left = self._hub.left, {}
         if monotonic() >= self._next:
             self._next = monotonic() + self._seconds
-            left.update(connection.key for connection in self._hub)
-        if left:
+            heard.update((connection.key, connection.heard) for connection in self._hub)
+        if heard:
             try:
-                await self._accounts.seen(left)
+                await self._accounts.seen(moments_of(heard))
             except PyMongoError:
-                self._hub.left |= left
+                self._hub.left = heard | self._hub.left
                 raise
 
 

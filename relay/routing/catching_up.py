@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from time import time
 from typing import Final
 
 import structlog
@@ -14,9 +13,10 @@ from relay.routing.hub import Connected
 from relay.store.mongo import PyMongoError, brief
 from relay.store.reading import ReadCursor
 from relay.wire import replies
+from relay.wire.clock import wall_ms
 
 MOST: Final = 1000
-# When a device left is noted up to 12 s late; the rest is for clocks.
+# What a device had when it was last heard was told a round trip before, and gathered before that; the rest is for clocks.
 MARGIN_MS: Final = 15_000
 _AT_ONCE: Final = 4
 _TOGETHER: Final = 100
@@ -77,7 +77,7 @@ class CatchingUp:
     def _take(self) -> list[_One]:
         """The first, and others that were away for about as long: what is read for a group goes back as far as any of it."""
         first = next(iter(self._waiting))
-        now = int(time() * 1000)
+        now = wall_ms()
         group = [(first, self._waiting.pop(first))]
         length = _length(now - group[0][1])
         for one, moment in list(self._waiting.items())[:_STEPS]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timedelta
 from time import monotonic
 from typing import Final, Protocol
 
 from relay.routing.delivery import Delivery
 from relay.routing.outbox import Outbox
+from relay.wire.clock import utc_now
 from relay.wire.errors import Close
 from relay.wire.ids import user_of
 
@@ -71,8 +73,8 @@ class Hub:
         self._empty: asyncio.Event | None = None
         # Whether they are, until when that is remembered, and when it changed.
         self._quiet: OrderedDict[str, tuple[bool, float, int]] = OrderedDict()
-        self.left: set[str] = set()
-        """Device keys that disconnected since somebody last took them, for `last seen`."""
+        self.left: dict[str, float] = {}
+        """Device keys that disconnected since somebody last took them, with when they were last heard, for `last seen`."""
 
     def __len__(self) -> int:
         return len(self._connections)
@@ -107,7 +109,7 @@ class Hub:
         if self._connections.get(connection.key) is not connection:
             return
         del self._connections[connection.key]
-        self.left.add(connection.key)
+        self.left[connection.key] = connection.heard
         own = self._of_user.get(connection.user)
         if own is not None:
             own.pop(connection.key, None)
@@ -142,3 +144,9 @@ class Hub:
         """All connections of a user's devices."""
         own = self._of_user.get(user)
         return list(own.values()) if own else []
+
+
+def moments_of(heard: Mapping[str, float]) -> dict[str, datetime]:
+    """The same by the wall clock."""
+    now, loop = utc_now(), asyncio.get_running_loop().time()
+    return {key: now - timedelta(seconds=max(0.0, loop - at)) for key, at in heard.items()}

@@ -28,6 +28,7 @@ from relay.wire.limits import Limit
 
 _CLOSE_SECONDS: Final = 3.0
 _FROM_THE_CLIENT: Final = (WSMsgType.TEXT, WSMsgType.PING, WSMsgType.PONG, WSMsgType.CLOSE)
+_HEARD: Final = (*_FROM_THE_CLIENT, WSMsgType.BINARY)
 _LAST_DATA_RECEIVED: Final = 52  # offset of tcpi_last_data_recv in struct tcp_info (linux/tcp.h)
 
 log = structlog.get_logger(__name__)
@@ -219,11 +220,13 @@ class Connection:
             if self._close is not None:
                 # The socket is slow to take its goodbye; a revoked device may do nothing more meanwhile.
                 return
-            self.heard = loop.time()
-            if self.pinged:
-                self.pinged = False
-                ctx.live.presence.heard(self)
             kind = message.type
+            if kind in _HEARD:
+                # A socket that breaks says nothing of whether the device was there.
+                self.heard = loop.time()
+                if self.pinged:
+                    self.pinged = False
+                    ctx.live.presence.heard(self)
             if (not self._spoke or self._waits is not None) and kind in _FROM_THE_CLIENT:
                 self._spoke = True
                 waits, self._waits = self._waits, None

@@ -276,14 +276,14 @@ class Accounts:
             query["$or"] = [{"gap.latest": None}, {"gap.latest": {"$lt": shown}}]
         await _devices().update_one(query, {"$unset": {"gap": ""}})
 
-    async def seen(self, keys: Iterable[str]) -> None:
-        """Notes that these devices are, or were just now, connected by a WebSocket."""
-        now = utc_now()
-        wanted = list(keys)
+    async def seen(self, heard: Mapping[str, datetime]) -> None:
+        """Notes when these devices were last heard on a WebSocket: what had been told to them by then, they have."""
+        wanted = [
+            UpdateOne({"_id": key}, {"$max": {"lastSeen": moment, "liveAt": moment}})
+            for key, moment in heard.items()
+        ]
         for start in range(0, len(wanted), _BULK):
-            await _devices().update_many(
-                {"_id": {"$in": wanted[start : start + _BULK]}}, {"$max": {"lastSeen": now, "liveAt": now}}
-            )
+            await _devices().bulk_write(wanted[start : start + _BULK], ordered=False)
 
     async def active_devices(self, users: Sequence[str]) -> Mapping[str, list[str]]:
         """The device keys that get new messages, by user: seen within the time of inactivity, or never connected yet."""

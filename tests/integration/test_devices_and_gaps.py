@@ -16,7 +16,7 @@ async def sleep_long(node: Node, key: str, days: float = 40) -> int:
     seen = datetime.now(UTC) - timedelta(days=days)
     seen = seen.replace(microsecond=seen.microsecond // 1000 * 1000)
     await node.db.devices.update_one({"_id": key}, {"$set": {"lastSeen": seen}})
-    node.relay.context.hub.left.discard(key)
+    node.relay.context.hub.left.pop(key, None)
     node.relay.context.audiences.changed(user=key.partition("/")[0])
     return round((seen + timedelta(days=30)).timestamp() * 1000)
 

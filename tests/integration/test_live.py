@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import socket
+import struct
 import time
 import zipfile
 from datetime import UTC, datetime, timedelta
@@ -15,6 +17,7 @@ import pytest
 
 from relay.client import Device, Event, Live, Presence, ReadCursor, Typing
 from relay.routing import typing as typing_module
+from relay.session.connection import Connection
 from tests.support.device import WireDevice, new_id
 from tests.support.node import Node
 from tests.support.waiting import arriving, exactly, until
@@ -252,7 +255,7 @@ async def backdate(node: Node, key: str, seconds: float) -> None:
         return ctx.hub.get(key) is None
 
     await until(noted, 3, "the device has left")
-    ctx.hub.left.discard(key)
+    ctx.hub.left.pop(key, None)
     moment = datetime.now(UTC) - timedelta(seconds=seconds)
     await node.db.devices.update_one({"_id": key}, {"$set": {"liveAt": moment}})
 
@@ -291,6 +294,45 @@ async def test_a_device_that_returns_is_told_what_was_read_meanwhile_and_only_th
     await backdate(node, "bob/phone", -60)
     assert await reads(await node.connect("bob")) == []
     await ann.close()
+
+
+@pytest.mark.parametrize("how", ["silent", "reset"])
+async def test_what_was_told_into_a_dead_socket_is_told_again_when_the_device_returns(
+    node: Node, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    # The kernel knows that this socket was heard from a moment ago.
+    monkeypatch.setattr(Connection, "listen", lambda *_: None)
+    await node.connect("ann")
+    bob = await node.connect("bob")
+    conv = await node.direct("ann", "bob")
+    await bob.expect("drained")
+    ctx = node.relay.context
+    connection = ctx.hub.get("bob/phone")
+    assert connection is not None
+    body = {"acks": [], "reads": [{"conv": conv, "upTo": 5}]}
+    assert (await node.request("POST", "/v1/acks", "ann", "phone", body))[0] == 200
+    await bob.expect("read")
+    # That was half a minute ago, and the device, which has had nothing for longer, does not answer the ping.
+    then = datetime.now(UTC)
+    await node.db.devices.update_one({"_id": "bob/phone"}, {"$set": {"liveAt": then - timedelta(seconds=90)}})
+    await node.db.memberships.update_one(
+        {"_id": f"{conv} ann"}, {"$set": {"readAt": then - timedelta(seconds=30)}}
+    )
+    connection.pinged = True
+    connection.heard -= 45 if how == "reset" else 55
+    if how == "reset":
+        transport = bob.socket.get_extra_info("socket")
+        transport.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        assert bob.socket._response.connection is not None
+        assert bob.socket._response.connection.transport is not None
+        bob.socket._response.connection.transport.abort()
+
+    async def noted() -> bool:
+        device = await node.db.devices.find_one({"_id": "bob/phone"})
+        return bool(device["liveAt"] > then - timedelta(seconds=89))
+
+    await until(noted, 20, "that the device has left is noted")
+    assert await reads(await node.connect("bob"), 1) == [(conv, "ann", 5)]
 
 
 async def test_a_new_device_is_told_nothing_of_the_past(node: Node) -> None:
