@@ -190,7 +190,6 @@ def withdraw(ctx: Context, sender: str, op: Send) -> None:
     is withdrawn."""
     if op.reply_to is None:
         return
-    ctx.messages.hot.forget(document_id(op.conv, op.reply_to))
     try:
         ctx.endings.discard(
             document_id(op.conv, op.reply_to),

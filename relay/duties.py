@@ -36,6 +36,7 @@ _REPAIR_SECONDS: Final = 2.0
 _PRESENCE_SECONDS: Final = 1.0
 _QUOTA_SECONDS: Final = 1.0
 _LAST_SEEN_SECONDS: Final = 10.0
+_HOT_SECONDS: Final = 10.0
 _TTL_SECONDS: Final = 60.0
 _AUDIT_HEAD_SECONDS: Final = 3600.0
 
@@ -68,6 +69,7 @@ def duties(
         Job("sweep", sweep.run, settings.sweep_seconds, 0.2),
         Job("last seen", last_seen.run, _LAST_SEEN_SECONDS, 0.2),
         Job("quotas", ctx.quotas.run, _QUOTA_SECONDS, 0.2),
+        Job("hot messages", ctx.messages.hot.tidy, _HOT_SECONDS, 0.1),
         Job("time to live", TimeToLive(mongo, ctx.messages).run, _TTL_SECONDS, 0.1),
         Job("revocations", Revocations(ctx.hub, ctx.accounts).run, _REVOCATIONS_SECONDS, 0.1),
         Job("preferences", Preferences(ctx.hub, ctx.people).run, _PREFERENCES_SECONDS, 0.1),

@@ -81,6 +81,8 @@ def message_path(
         return inf if shard == WHOLE else timeout
 
     def settled(settlement: Settlement) -> None:
+        for doc_id in settlement.withdrawn:
+            messages.hot.forget(doc_id)
         router.settled(settlement)
         quotas.settled(settlement)
 
@@ -198,6 +200,7 @@ def message_path(
 
     sends = SendLanes(shards.lane_of, send_lane)
     router.others = sends.small_under_way
+    router.withdrawn = messages.hot.withdrawn_elsewhere
     return MessagePath(sends, endings)
 
 

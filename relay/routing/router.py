@@ -6,6 +6,7 @@ Runs once for each committed group, without waiting: everything it puts into one
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Final
 
 from relay.metrics import Metrics
 from relay.routing.bus import Alone, Bus
@@ -14,7 +15,9 @@ from relay.routing.hub import Hub
 from relay.routing.receipts import Receipts
 from relay.store.endings import Settlement
 from relay.wire.envelope import Envelope
-from relay.wire.ids import head_id, user_of
+from relay.wire.ids import document_id, head_id, user_of
+
+_WITHDRAWN: Final = "withdrawn"
 
 
 class Router:
@@ -26,6 +29,8 @@ class Router:
         self._receipts = receipts
         self._latency = metrics.delivery
         self.others: Callable[[], bool] = _nobody
+        self.withdrawn: Callable[[str], None] = _nothing
+        """Is told the id of a message that is being withdrawn at another node."""
         self.fanout = Fanout(self._deliver_to, lambda: self.others())
         metrics.watch_queue("fanout", lambda: self.fanout.waiting)
 
@@ -53,6 +58,8 @@ class Router:
     def handed(self, envelopes: Iterable[Envelope]) -> None:
         """Another node has committed these, for devices that are connected here."""
         for envelope in envelopes:
+            if envelope.kind == _WITHDRAWN and envelope.reply_to is not None:
+                self.withdrawn(document_id(envelope.conversation, envelope.reply_to))
             if envelope.parts == 1:
                 self._deliver(envelope)
             elif self.fanout.full:
@@ -116,3 +123,7 @@ class Router:
 
 def _nobody() -> bool:
     return False
+
+
+def _nothing(_: str) -> None:
+    return None

@@ -214,6 +214,7 @@ class Acks:
             stop = start + _AT_ONCE
             self._settled(Settlement(acknowledged[start:stop], released[start:stop]))
             await asyncio.sleep(0)
+        self._settled(Settlement([], [], settlement.withdrawn))
 
     async def _read_parts(
         self, group: EndingGroup, heads: Mapping[str, Mapping[str, Any]], doubtful: bool

@@ -72,6 +72,8 @@ class EndingGroup:
                     self.read[doc_id] = None
                 if ending.whole:
                     self._whole.update(ending.doc_ids)
+                if ending.fate == "withdrawn":
+                    self.settlement.withdrawn.extend(ending.doc_ids)
                 continue
             if isinstance(ending, Release):
                 for doc_id in ending.doc_ids:

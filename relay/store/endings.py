@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from relay.store.ledger import Fate
@@ -106,6 +106,8 @@ class Settlement:
     acknowledged: list[Acknowledged]
     released: list[tuple[str, str]]
     """(document id, device key) pairs that no connection needs to hold credit for any more."""
+    withdrawn: list[str] = field(default_factory=list)
+    """Ids of messages that were to end as withdrawn: they are gone, or never were there."""
 
 
 Ending = Ack | Removal | Release

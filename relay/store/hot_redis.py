@@ -35,6 +35,7 @@ _MOST_WAITING: Final = 1000
 _MOST_BYTES: Final = 16_777_216
 _AT_ONCE: Final = 100
 _MOST_COPIES: Final = 20_000
+_MOST_LEAVING: Final = 10_000
 # What Redis needs for a copy beside its name and its value.
 _OVERHEAD: Final = 200
 
@@ -53,8 +54,10 @@ class HotRedis:
         """Connects at the first use. Raises ValueError for what is no URL of Redis."""
         self._redis = connect(url, connections=_CONNECTIONS, seconds=_ANSWER_SECONDS)
         self._max_bytes = max_bytes
-        self._waiting: dict[str, Envelope | None] = {}
+        self._waiting: dict[str, Envelope] = {}
         self._size = 0
+        # What is to leave, and when it has left by itself (monotonic).
+        self._leaving: dict[str, float] = {}
         # What may lie there now, the oldest first: bytes, and until when (monotonic).
         self._copies: dict[str, tuple[int, float]] = {}
         self._copied = 0
@@ -79,17 +82,26 @@ class HotRedis:
     def put(self, envelope: Envelope) -> None:
         """Keeps a message, soon, unless too much waits already."""
         self._unqueue(envelope.doc_id)
+        if envelope.doc_id in self._leaving:
+            return
         if len(self._waiting) < _MOST_WAITING and self._size + envelope.size <= _MOST_BYTES:
             self._waiting[envelope.doc_id] = envelope
             self._size += envelope.size
             self._wake.set()
 
     def forget(self, doc_id: str) -> None:
-        """Lets a message go, soon: it is withdrawn. What is dropped here leaves by itself."""
+        """Lets a message go, soon, or when Redis answers again: it is withdrawn. Of more than 10,000 at once the first leave by
+        themselves."""
         self._unqueue(doc_id)
-        if len(self._waiting) < _MOST_WAITING:
-            self._waiting[doc_id] = None
-            self._wake.set()
+        self._leaving[doc_id] = monotonic() + _SECONDS
+        if len(self._leaving) > _MOST_LEAVING:
+            del self._leaving[next(iter(self._leaving))]
+        self._wake.set()
+
+    def forget_own(self, doc_id: str) -> None:
+        """The same for what this node keeps there, or is about to."""
+        if doc_id in self._waiting or doc_id in self._copies:
+            self.forget(doc_id)
 
     def _unqueue(self, doc_id: str) -> None:
         envelope = self._waiting.pop(doc_id, None)
@@ -124,34 +136,44 @@ class HotRedis:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while self._waiting:
-                gone, values = self._take()
-                if monotonic() >= self._ask_at:
-                    await self._write_some(gone, values)
+            while self._waiting or self._leaving:
+                pause = self._ask_at - monotonic()
+                if pause <= 0:
+                    await self._write_some(self._take_leaving(), self._take())
+                    continue
+                self._waiting.clear()
+                self._size = 0
+                if self._leaving:
+                    await asyncio.sleep(pause)
 
-    def _take(self) -> tuple[list[str], dict[str, bytes]]:
-        """What is to be done next: the copies to let go, and those to make."""
-        gone: list[str] = []
+    def _take_leaving(self) -> list[str]:
+        """Some of what is to leave, and has not by itself. It stays noted until it has left."""
+        now = monotonic()
+        some = list(islice(self._leaving.items(), _AT_ONCE))
+        for doc_id, until in some:
+            if until < now:
+                del self._leaving[doc_id]
+        return [doc_id for doc_id, until in some if until >= now]
+
+    def _take(self) -> dict[str, bytes]:
+        """The copies to make next."""
         values: dict[str, bytes] = {}
         size = 0
         for doc_id, envelope in list(islice(self._waiting.items(), _AT_ONCE)):
-            if envelope is None:
-                gone.append(doc_id)
-            else:
-                value = _encode(Framed.of(envelope))
-                cost = _cost(doc_id, value)
-                if values and size + cost > self._max_bytes:
-                    break
-                if cost <= self._max_bytes:
-                    values[doc_id] = value
-                    size += cost
+            value = _encode(Framed.of(envelope))
+            cost = _cost(doc_id, value)
+            if values and size + cost > self._max_bytes:
+                break
+            if cost <= self._max_bytes:
+                values[doc_id] = value
+                size += cost
             self._unqueue(doc_id)
-        return gone, values
+        return values
 
-    async def _write_some(self, gone: Sequence[str], values: Mapping[str, bytes]) -> None:
+    async def _write_some(self, leaving: Sequence[str], values: Mapping[str, bytes]) -> None:
         now = monotonic()
         costs = {doc_id: _cost(doc_id, value) for doc_id, value in values.items()}
-        gone = [*gone, *self._room_for(costs, now)]
+        gone = [*leaving, *self._room_for(costs, now)]
         # They count from now on, and what is to go until it has gone: of a question that was not answered nobody knows.
         for doc_id, cost in costs.items():
             self._uncount(doc_id)
@@ -161,12 +183,14 @@ class HotRedis:
             async with asyncio.timeout(_ANSWER_SECONDS):
                 async with self._redis.pipeline(transaction=False) as pipe:
                     for doc_id in gone:
-                        pipe.unlink(_key(doc_id))
+                        # A cluster's pipeline has an ``unlink`` of its own, which does nothing.
+                        pipe.execute_command("UNLINK", _key(doc_id))
                     for doc_id, value in values.items():
                         pipe.set(_key(doc_id), value, ex=_SECONDS)
                     await pipe.execute()
             for doc_id in gone:
                 self._uncount(doc_id)
+                self._leaving.pop(doc_id, None)
         except TROUBLE as error:
             self._pause(error)
         except Exception as error:

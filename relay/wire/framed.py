@@ -21,6 +21,7 @@ class Framed(msgspec.Struct, array_like=True):
     kind: str
     size: int
     frame: str
+    reply_to: str | None = None
 
     @classmethod
     def of(cls, envelope: Envelope) -> Self:
@@ -34,6 +35,7 @@ class Framed(msgspec.Struct, array_like=True):
             kind=envelope.kind,
             size=envelope.size,
             frame=envelope.frame_for(""),
+            reply_to=envelope.reply_to,
         )
 
     def envelope(self) -> Envelope:
@@ -50,4 +52,5 @@ class Framed(msgspec.Struct, array_like=True):
             frame=self.frame,
         )
         found.size = self.size
+        found.reply_to = self.reply_to
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import tracemalloc
 from collections.abc import AsyncIterator
@@ -153,6 +154,44 @@ def test_a_message_leaves_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None
     assert hot.find(message(2).doc_id, 2) is None
     assert hot.find(message(1).doc_id, 1) is not None
     assert hot.size > 0
+
+
+async def test_what_is_old_leaves_though_nobody_asks_and_the_rest_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hot = HotMessages(1 << 30)
+    monkeypatch.setattr("relay.store.hot._SECONDS", -1)
+    for number in range(1700):
+        hot.put(message(number, *KEYS))
+    hot.forget("talk x")
+    monkeypatch.setattr("relay.store.hot._SECONDS", 300)
+    stays = message(1700, *KEYS)
+    hot.put(stays)
+    turns = 0
+    done = asyncio.get_running_loop().create_task(hot.tidy())
+    while not done.done():
+        turns += 1
+        await asyncio.sleep(0)
+    assert len(hot) == 1
+    assert hot.find(stays.doc_id, 1700) is not None
+    assert hot._withdrawn == {}
+    assert turns > 3, "others have their turn in between"
+    hot.forget(stays.doc_id)
+    assert hot.size == 0
+
+
+def test_a_withdrawn_message_is_not_taken_back_for_a_while() -> None:
+    hot = HotMessages(1 << 20)
+    hot.put(message(1, *KEYS))
+    hot.withdrawn_elsewhere(message(1).doc_id)
+    hot.put(message(1, *KEYS))
+    hot.committed(message(1, *KEYS).split(3, "aaaaaaaaaaaa"))
+    assert len(hot) == 0
+    for number in range(2, 10_100):
+        hot.forget(message(number).doc_id)
+    assert len(hot._withdrawn) == 10_000
+    hot.put(message(1, *KEYS))
+    assert len(hot) == 1
 
 
 async def test_every_piece_of_a_message_counts_toward_the_limit(store: Store) -> None:

@@ -19,6 +19,7 @@ from relay.store.hot_redis import HotRedis
 from relay.wire.envelope import Envelope
 from tests.support.store import Store, open_store
 from tests.support.valkey import Valkey, open_valkey
+from tests.support.valkey_cluster import valkey_cluster
 
 KEYS = [f"p{number}/phone" for number in range(8)]
 
@@ -72,8 +73,8 @@ def key_of(envelope: Envelope) -> str:
 
 
 def forget_here(store: Store) -> None:
-    store.messages.hot._messages.clear()
-    store.messages.hot.size = 0
+    for doc_id in list(store.messages.hot._messages):
+        store.messages.hot._drop(doc_id)
 
 
 async def bodies(store: Store, key: str) -> list[str | None]:
@@ -100,9 +101,77 @@ async def test_what_is_kept_leaves_by_itself_and_a_withdrawn_one_at_once(store: 
     envelope = await committed(store, redis)
     assert 0 < await redis.ttl(key_of(envelope)) <= 45
     store.messages.hot.forget(envelope.doc_id)
-    async with asyncio.timeout(3):
+    await left(redis, envelope)
+
+
+async def left(redis: Any, envelope: Envelope) -> None:
+    async with asyncio.timeout(5):
         while await redis.exists(key_of(envelope)):
             await asyncio.sleep(0.01)
+
+
+async def test_a_withdrawn_one_leaves_though_too_much_waits_or_redis_was_away(
+    valkey: Valkey, store: Store, redis: Any
+) -> None:
+    envelope = await committed(store, redis)
+    elsewhere = HotRedis(valkey.url, 1 << 20)
+    for _ in range(2000):
+        elsewhere.put(store.envelope(KEYS))
+    elsewhere.forget(envelope.doc_id)
+    valkey.pause()
+    try:
+        elsewhere.start()
+        async with asyncio.timeout(5):
+            while not elsewhere._ask_at:
+                await asyncio.sleep(0.01)
+        assert elsewhere._leaving
+    finally:
+        valkey.resume()
+    await left(redis, envelope)
+    async with asyncio.timeout(5):
+        while elsewhere._leaving:
+            await asyncio.sleep(0.01)
+    await elsewhere.close()
+
+
+async def test_what_another_node_withdraws_leaves_when_this_one_keeps_it_or_is_about_to(
+    valkey: Valkey, store: Store, redis: Any
+) -> None:
+    elsewhere = HotRedis(valkey.url, 1 << 20)
+    kept, waiting, others, last = (store.envelope(KEYS) for _ in range(4))
+    elsewhere.put(waiting)
+    for envelope in (waiting, others):
+        elsewhere.forget_own(envelope.doc_id)
+    elsewhere.put(waiting)
+    assert list(elsewhere._leaving) == [waiting.doc_id]
+    elsewhere.start()
+    elsewhere.put(kept)
+    await written(redis, kept)
+    elsewhere.forget_own(kept.doc_id)
+    await left(redis, kept)
+    elsewhere.put(last)
+    await written(redis, last)
+    assert await names(redis) == [key_of(last).encode()]
+    await elsewhere.close()
+
+
+async def test_what_is_to_leave_is_bounded_and_not_asked_for_when_it_has_left_by_itself(
+    valkey: Valkey, store: Store, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    envelope = await committed(store, redis)
+    elsewhere = HotRedis(valkey.url, 1 << 20)
+    for number in range(10_500):
+        elsewhere.forget(f"talk {number}")
+    assert len(elsewhere._leaving) == 10_000
+    elsewhere._leaving.clear()
+    monkeypatch.setattr("relay.store.hot_redis._SECONDS", -1)
+    elsewhere.forget(envelope.doc_id)
+    elsewhere.start()
+    async with asyncio.timeout(5):
+        while elsewhere._leaving:
+            await asyncio.sleep(0.01)
+    assert await redis.exists(key_of(envelope))
+    await elsewhere.close()
 
 
 async def test_an_older_incarnation_and_nonsense_are_not_taken(store: Store, redis: Any) -> None:
@@ -250,3 +319,21 @@ async def test_of_the_relays_own_valkey_hot_messages_are_evicted_before_anything
     finally:
         await redis.aclose()
         await own.stop()
+
+
+async def test_in_a_cluster_copies_make_room_and_withdrawn_ones_leave_as_well(
+    store: Store, tmp_path: Path
+) -> None:
+    async with valkey_cluster(tmp_path) as running:
+        elsewhere = HotRedis(running[1].url.replace("redis://", "redis+cluster://"), 100_000)
+        elsewhere.start()
+        redis = elsewhere._redis
+        sent = [store.envelope(KEYS, conv=f"talk{number}", body="x" * 10_000) for number in range(20)]
+        for envelope in sent:
+            elsewhere.put(envelope)
+            await written(redis, envelope)
+        assert [bool(await redis.exists(key_of(one))) for one in sent] == [False] * 11 + [True] * 9
+        elsewhere.forget(sent[-1].doc_id)
+        await left(redis, sent[-1])
+        assert await redis.exists(key_of(sent[-2]))
+        await elsewhere.close()

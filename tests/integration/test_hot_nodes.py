@@ -1,4 +1,4 @@
-"""Hot messages of running nodes, alone and with a Redis that they share."""
+"""Hot messages of running nodes, alone and with a Redis that they share; and what is withdrawn while a node may still have it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
+from relay.wire.ids import document_id
+from tests.support.device import WireDevice
+from tests.support.failpoints import failing
 from tests.support.node import Node, NodeFactory
 from tests.support.valkey import Valkey, open_valkey
 from tests.support.waiting import until
@@ -30,7 +33,7 @@ async def redis(valkey: Valkey) -> AsyncIterator[Any]:
 
 
 async def start(nodes: NodeFactory, valkey: Valkey, **settings: Any) -> Node:
-    return await nodes.start(redis_url=valkey.url, sweep_seconds=3600, inline_recipients=4, **settings)
+    return await nodes.start(redis_url=valkey.url, sweep_seconds=3600, **{"inline_recipients": 4, **settings})
 
 
 async def copies(redis: Any) -> dict[bytes, int]:
@@ -59,6 +62,26 @@ async def test_what_many_devices_drain_is_read_once(nodes: NodeFactory, inline: 
         device = await node.connect(user)
         assert (await device.expect("msg", id=sent["id"]))["body"] == "read once"
     assert len(node.relay.context.messages.hot) == 1
+
+
+async def test_what_nobody_asks_for_any_more_leaves_the_memory(
+    nodes: NodeFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.duties._HOT_SECONDS", 0.1)
+    node = await nodes.start(inline_recipients=4)
+    hot = node.relay.context.messages.hot
+    ann = await node.connect("ann")
+    conv = await node.group("ann", PEOPLE)
+    await ann.sent(conv)
+    assert len(hot) == 1
+    monkeypatch.setattr("relay.store.hot._SECONDS", 0.3)
+    await ann.sent(conv)
+
+    async def older_one_is_left() -> bool:
+        return len(hot) == 1
+
+    await until(older_one_is_left, 5, "the one that may stay for five minutes is left")
+    monkeypatch.setattr("relay.store.hot._SECONDS", 300)
 
 
 async def test_what_one_node_committed_to_many_devices_another_takes_from_redis(
@@ -107,3 +130,94 @@ async def test_large_bodies_to_a_group_push_nobody_out_of_redis(
     assert (await redis.info())["evicted_keys"] == 0
     assert sum((await copies(redis)).values()) <= 1 << 20
     await idle.close()
+
+
+def is_hot(node: Node, conv: str, stored: dict[str, Any]) -> bool:
+    return node.relay.context.messages.hot.find(document_id(conv, stored["id"]), stored["seq"]) is not None
+
+
+async def withdraw(device: WireDevice, conv: str, message: str) -> dict[str, Any]:
+    return await device.sent(conv, None, kind="withdrawn", replyTo=message)
+
+
+async def withdrawn_and_acknowledged(*nodes: Node) -> tuple[int, int]:
+    ledgers = [node.relay.context.ledger for node in nodes]
+    withdrawn, acknowledged = (
+        sum(ledger.count(outcome) for ledger in ledgers) for outcome in ("withdrawn", "acknowledged")
+    )
+    return withdrawn, acknowledged
+
+
+async def test_a_withdrawn_message_leaves_all_memories_once_it_is_deleted_and_does_not_come_back(
+    nodes: NodeFactory, valkey: Valkey, redis: Any
+) -> None:
+    both = one, other = [await start(nodes, valkey) for _ in range(2)]
+    ann, first = await one.connect("ann"), await other.connect("u0")
+    conv = await one.group("ann", PEOPLE)
+    sent = await ann.sent(conv)
+    await first.expect("msg", id=sent["id"])
+    drained = await other.connect("u1")
+    await drained.expect("msg", id=sent["id"])
+
+    async def everywhere() -> bool:
+        return is_hot(one, conv, sent) and is_hot(other, conv, sent) and bool(await copies(redis))
+
+    await until(everywhere, 5, "it is hot at both nodes, and in Redis")
+    async with failing(one, "delete", errorCode=8):
+        withdrawal = await withdraw(ann, conv, sent["id"])
+        await first.expect("msg", id=withdrawal["id"])
+        # It waits, for nobody could delete it yet: whoever comes has it read again.
+        for node, user in ((one, "u2"), (other, "u3")):
+            device = await node.connect(user)
+            await device.expect("msg", id=sent["id"])
+        assert is_hot(one, conv, sent), "the memory has it as long as the store"
+
+    async def nowhere() -> bool:
+        left = is_hot(one, conv, sent) or is_hot(other, conv, sent)
+        return not left and copy_of(conv, sent["id"]) not in await copies(redis)
+
+    await until(nowhere, 10, "it is in no memory any more")
+    for node, user in zip(both, ("u4", "u5"), strict=True):
+        device = await node.connect(user)
+        assert (await device.expect("msg"))["id"] == withdrawal["id"]
+        await device.nothing("msg")
+
+
+@pytest.mark.parametrize("inline", [64, 4])
+async def test_a_message_whose_insert_comes_through_after_its_withdrawal_costs_nothing_and_is_not_kept(
+    nodes: NodeFactory, valkey: Valkey, redis: Any, inline: int
+) -> None:
+    patient = {"inline_recipients": inline, "commit_timeout_seconds": 4, "send_deadline_seconds": 20}
+    one, other = [await start(nodes, valkey, **patient) for _ in range(2)]
+    ann, tablet = await one.connect("ann"), await other.connect("ann", "tablet")
+    others = [await (one, other)[number % 2].connect(user) for number, user in enumerate(PEOPLE[:6])]
+    conv = await one.group("ann", PEOPLE[:6])
+
+    async def held_up() -> bool:
+        found = await one.db.client.admin.command({"getParameter": 1, "failpoint.failCommand": 1})
+        return bool(found["failpoint.failCommand"]["timesEntered"])
+
+    async with failing(one, "insert", times=1, blockConnection=True, blockTimeMS=4500):
+        late = await ann.send(conv, "too late")
+        await until(held_up, 3, "its insert is under way")
+        withdrawal = await withdraw(tablet, conv, late)
+        for device in others:
+            assert (await device.expect("msg"))["id"] == withdrawal["id"]
+        stored = await ann.expect("stored", 15, id=late)
+    assert stored["seq"] < withdrawal["seq"]
+    for device in others:
+        # It knows the withdrawal, and shows nobody what came late.
+        assert (await device.expect("msg", 10))["id"] == late
+        await device.ack(conv, late, withdrawal["id"])
+        await device.nothing("msg", 0.05)
+    await ann.ack(conv, withdrawal["id"])
+    await tablet.ack(conv, late)
+
+    async def balanced() -> bool:
+        over = await withdrawn_and_acknowledged(one, other) == (0, 14)
+        return over and not await one.db.messages.count_documents({})
+
+    await until(balanced, 10, "both have ended, each delivery once")
+    assert not is_hot(one, conv, stored)
+    assert not is_hot(other, conv, stored)
+    assert copy_of(conv, late) not in await copies(redis)
