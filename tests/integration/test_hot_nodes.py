@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
+from relay.routing.redis_bus import RedisBus
 from relay.wire.ids import document_id
 from tests.support.device import WireDevice
 from tests.support.failpoints import failing
@@ -221,3 +222,49 @@ async def test_a_message_whose_insert_comes_through_after_its_withdrawal_costs_n
     assert not is_hot(one, conv, stored)
     assert not is_hot(other, conv, stored)
     assert copy_of(conv, late) not in await copies(redis)
+
+
+async def test_a_message_that_another_node_hears_of_after_it_was_withdrawn_blocks_nothing(
+    nodes: NodeFactory, valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.routing.redis_bus._STALE_MS", 3_600_000)
+    one, other = [await start(nodes, valkey, window=2) for _ in range(2)]
+    ann, bob = await one.connect("ann"), await other.connect("bob")
+    conv = await one.direct("ann", "bob")
+    await ann.sent(conv, "the bus carries")
+    told = await bob.expect("msg")
+    await bob.ack(conv, told["id"])
+    bus = other.relay.context.bus
+    assert isinstance(bus, RedisBus)
+    channel = bus._channels[0]
+    take, held = channel._take, list[bytes]()
+    channel._take = held.append
+    sent = await ann.sent(conv, "withdrawn before anybody had it")
+    withdrawal = await withdraw(ann, conv, sent["id"])
+
+    async def gone() -> bool:
+        ids = [document["id"] async for document in one.db.messages.find()]
+        on_their_way = all(
+            any(name.encode() in data for data in held) for name in (sent["id"], withdrawal["id"])
+        )
+        return ids == [withdrawal["id"]] and on_their_way
+
+    await until(gone, 10, "it is deleted, and its hint still under way")
+    # The last that was told comes first.
+    for data in reversed(held):
+        take(data)
+    channel._take = take
+    found = [await bob.expect("msg"), await bob.expect("msg")]
+    assert [message["id"] for message in found] == [withdrawal["id"], sent["id"]]
+    await bob.ack(conv, *(message["id"] for message in found))
+
+    async def balanced() -> bool:
+        over = await withdrawn_and_acknowledged(one, other) == (1, 2)
+        return over and not await one.db.messages.count_documents({})
+
+    await until(balanced, 10, "each delivery has ended once")
+    # Its window holds two: neither of them is held up in it.
+    more = [await ann.sent(conv, str(number)) for number in range(2)]
+    assert [(await bob.expect("msg"))["id"] for _ in more] == [message["id"] for message in more]
+    again = await other.connect("bob")
+    assert [(await again.expect("msg"))["id"] for _ in more] == [message["id"] for message in more]
