@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from time import monotonic
 from typing import Any
 
 import pytest
+from pymongo.hello import Hello
 
 from relay.store.audience import Audience, Roster
 from relay.store.commits import Commits
@@ -17,7 +19,7 @@ from relay.store.submissions import Stored, Submission
 from relay.wire.envelope import Envelope
 from relay.wire.errors import RelayError
 from relay.wire.ids import PARTS_KEY, is_part, new_id
-from tests.support.store import Store, open_store
+from tests.support.store import Store, open_another, open_store
 
 INLINE = 3
 PEOPLE = [f"p{number}" for number in range(10)]
@@ -34,6 +36,13 @@ async def opened(mongod: EmbeddedMongo) -> AsyncIterator[Store]:
 async def store(opened: Store) -> Store:
     await opened.clear()
     return opened
+
+
+@pytest.fixture
+async def other(store: Store) -> AsyncIterator[Store]:
+    """Another node, whose clock lies a second behind."""
+    async with open_another(store, behind_ms=1000) as found:
+        yield found
 
 
 class Crash(PyMongoError):
@@ -83,19 +92,48 @@ def crashing(store: Store, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     monkeypatch.setattr(type(store.large), method, dies)
 
 
+@asynccontextmanager
+async def failing_inserts(store: Store, *, skip: int) -> AsyncIterator[None]:
+    """The server refuses every insertion of messages but the first ``skip``."""
+    admin = store.mongo.client.admin
+    data = {
+        "failCommands": ["insert"],
+        "errorCode": 8,
+        "namespace": f"{store.mongo.database.name}.messages",
+    }
+    await admin.command("configureFailPoint", "failCommand", mode={"skip": skip}, data=data)
+    try:
+        yield
+    finally:
+        await admin.command("configureFailPoint", "failCommand", mode="off")
+
+
 async def crashed(
     store: Store, monkeypatch: pytest.MonkeyPatch, step: str, keys: list[str] | None = None
 ) -> Envelope:
-    """A message whose writer died at this step."""
-    one, _ = large(store, keys)
+    """A message whose writer, a node of its own, died at this step."""
     with monkeypatch.context() as patch:
-        crashing(store, patch, step)
-        with pytest.raises(Crash):
-            await store.large._attempt([one], 0)
+        if step == SOME_PARTS:
+            # A large group's parts go in several batches anyway: by number of documents, or by bytes.
+            patch.setattr(Hello, "max_write_batch_size", 1)
+        async with open_another(store) as writer:
+            one, _ = large(writer, keys)
+            if step == SOME_PARTS:
+                # The claim comes through, and the first of the parts.
+                async with failing_inserts(store, skip=2):
+                    with pytest.raises(PyMongoError):
+                        await writer.large._attempt([one], 0)
+            else:
+                crashing(writer, patch, step)
+                with pytest.raises(Crash):
+                    await writer.large._attempt([one], 0)
     return one.envelope
 
 
-STEPS = ["before claim", "after claim", "before parts", "after parts", "before heads"]
+SOME_PARTS = "after some parts"
+STEPS = ["before claim", "before parts", SOME_PARTS, "before heads"]
+LEFT = {"before claim": 0, "before parts": 1, SOME_PARTS: 2, "before heads": 4}
+"""How many documents a writer of a message in a head and three parts leaves that died there."""
 
 
 async def test_a_large_message_is_a_head_and_parts_of_at_most_so_many_recipients(store: Store) -> None:
@@ -164,6 +202,7 @@ async def test_what_a_crash_leaves_before_the_head_is_nobodys_message(
     store: Store, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     envelope = await crashed(store, monkeypatch, step)
+    assert len(await documents(store)) == LEFT[step]
     for key in KEYS:
         assert await drained(store, key) == []
     assert await store.messages.read([envelope.doc_id]) == {}
@@ -175,52 +214,65 @@ async def test_what_a_crash_leaves_before_the_head_is_nobodys_message(
 
 @pytest.mark.parametrize("step", STEPS)
 async def test_a_resend_after_a_crash_reaches_everybody_who_is_there_then_with_one_seq(
-    store: Store, monkeypatch: pytest.MonkeyPatch, step: str
+    store: Store, other: Store, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     first = await crashed(store, monkeypatch, step, KEYS[:8])
-    # Through another node, whose clock lies behind, and with members who joined in between.
-    second = store.envelope(KEYS, id=first.id)
-    second.seq = first.seq - 1000
-    one, outcome = store.submission(second, again=True, inline=INLINE)
-    await store.large.commit([one])
-    assert await outcome == Stored(second.seq, second.at, fresh=True)
-    assert {found.seq for key in KEYS for found in await drained(store, key)} == {second.seq}
-    assert len([found for key in KEYS for found in await drained(store, key)]) == len(KEYS)
-    await ack_all(store, KEYS, first.doc_id)
+    for key in KEYS:
+        # A node that met the parts before their head was there must find them after.
+        assert await drained(store, key) == []
+    # With members who joined in between.
+    one, outcome = large(other, KEYS, id=first.id, again=True)
+    assert one.envelope.seq < first.seq
+    await other.large.commit([one])
+    answer = await outcome
+    assert answer == Stored(one.envelope.seq, one.envelope.at, fresh=True)
+    for node in (store, other):
+        found = {key: [(each.id, each.seq) for each in await drained(node, key)] for key in KEYS}
+        assert found == {key: [(first.id, one.envelope.seq)] for key in KEYS}
+    # The sender's device has come back to a node of before, and asks again: its answer was lost, too.
+    again, outcome = large(store, KEYS, id=first.id, again=True)
+    await store.large.commit([again])
+    assert await outcome == Stored(one.envelope.seq, one.envelope.at, fresh=False)
+    await ack_all(store, KEYS[::2], first.doc_id)
+    await ack_all(other, KEYS[1::2], first.doc_id)
     assert await documents(store) == []
-    assert store.ledger.count("accepted") == store.ledger.count("acknowledged") == len(KEYS)
+    books = [node.ledger for node in (store, other)]
+    for outcome_name in ("accepted", "acknowledged"):
+        assert sum(ledger.count(outcome_name) for ledger in books) == len(KEYS)
+    gone, outcome = large(other, KEYS, id=first.id, again=True)
+    await other.large.commit([gone])
+    assert await outcome == Stored(one.envelope.seq, one.envelope.at, fresh=False)
 
 
 async def test_a_crash_after_the_head_was_made_is_a_stored_message(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    store: Store, other: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    envelope = await crashed(store, monkeypatch, "after heads")
-    store.ledger.add("accepted", -store.ledger.count("accepted"))
-    store.committed.clear()
-    one, outcome = large(store, id=envelope.id, again=True)
-    await store.large.commit([one])
+    envelope = await crashed(store, monkeypatch, "after heads", KEYS[:8])
+    one, outcome = large(other, id=envelope.id, again=True)
+    await other.large.commit([one])
     assert await outcome == Stored(envelope.seq, envelope.at, fresh=False)
-    assert {found.seq for key in KEYS for found in await drained(store, key)} == {envelope.seq}
+    found = [(key, each.seq) for key in KEYS for each in await drained(store, key)]
+    assert found == [(key, envelope.seq) for key in KEYS[:8]], "who joined later was no recipient"
 
 
 @pytest.mark.parametrize("step", ["before parts", "before heads"])
 async def test_a_writer_that_was_overtaken_while_it_was_held_up_answers_with_the_others_seq(
-    store: Store, monkeypatch: pytest.MonkeyPatch, step: str
+    store: Store, other: Store, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     slow, outcome = large(store, KEYS[:7])
     method = {"parts": "_write_parts", "heads": "_make_heads"}[step.partition(" ")[2]]
     before = getattr(type(store.large), method)
-    other: list[Envelope] = []
+    overtakers: list[Envelope] = []
 
     async def held_up(self: Commits, batch: list[Submission]) -> Any:
-        if not other:
-            other.append(slow.envelope)
-            other.append(await sent(store, KEYS, id=slow.envelope.id, again=True))
+        if self is store.large:
+            overtakers.append(await sent(other, KEYS, id=slow.envelope.id, again=True))
         return await before(self, batch)
 
     monkeypatch.setattr(type(store.large), method, held_up)
     await store.large.commit([slow])
-    winner = other[1]
+    (winner,) = overtakers
+    assert winner.seq < slow.envelope.seq
     assert await outcome == Stored(winner.seq, winner.at, fresh=False)
     found = [one for key in KEYS for one in await drained(store, key)]
     assert {one.seq for one in found} == {winner.seq}

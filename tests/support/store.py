@@ -30,7 +30,7 @@ from relay.store.mongo import Mongo
 from relay.store.rosters import Rosters
 from relay.store.shards import Shards
 from relay.store.submissions import Stored, Submission
-from relay.wire.clock import Clock
+from relay.wire.clock import Clock, wall_ms
 from relay.wire.envelope import Envelope
 from relay.wire.errors import RelayError
 from relay.wire.ids import device_key, new_id
@@ -44,11 +44,12 @@ INLINE = 64
 class Store:
     """Every part of the message store. ``committed`` and ``settlements`` collect what the router would get."""
 
-    def __init__(self, uri: str, database: str) -> None:
+    def __init__(self, uri: str, database: str, *, behind_ms: int = 0) -> None:
+        self.uri = uri
         self.metrics = Metrics()
         self.mongo = Mongo(uri, database)
         self.ledger = Ledger()
-        self.clock = Clock()
+        self.clock = Clock(lambda: wall_ms() - behind_ms)
         self.shards = Shards(self.mongo, fate_seconds=72 * 3600)
         self.messages = Messages(
             self.mongo,
@@ -225,10 +226,27 @@ async def open_store(uri: str) -> AsyncIterator[Store]:
         await store.mongo.prepare(TTL_SECONDS, 72 * 3600)
         await store.shards.load()
         yield store
-        await store.commits.close()
-        await store.large.close()
-        await store.endings.close(2)
-        assert store.faults == []
+        await _close(store)
     finally:
         await store.mongo.client.drop_database(store.mongo.database.name)
         store.mongo.close()
+
+
+@asynccontextmanager
+async def open_another(store: Store, *, behind_ms: int = 0) -> AsyncIterator[Store]:
+    """As another node has it: the same database, with connections, caches and books of its own, and a clock that lies so far
+    behind."""
+    other = Store(store.uri, store.mongo.database.name, behind_ms=behind_ms)
+    try:
+        await other.shards.load()
+        yield other
+        await _close(other)
+    finally:
+        other.mongo.close()
+
+
+async def _close(store: Store) -> None:
+    await store.commits.close()
+    await store.large.close()
+    await store.endings.close(2)
+    assert store.faults == []
