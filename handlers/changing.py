@@ -263,7 +263,10 @@ async def _leave_group(ctx: Context, conversation: str, user: str) -> None:
 
 
 def _crowning(heir: str) -> Decide:
-    return lambda _: Proposal("role", [heir], role="admin")
+    # Somebody else may be taking the same person out.
+    return lambda situation: (
+        Proposal("role", [heir], role="admin") if situation.roles.get(heir) not in (None, "admin") else None
+    )
 
 
 async def _audit(ctx: Context, revision: Revision, *, first: bool) -> None:

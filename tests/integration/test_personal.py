@@ -469,6 +469,15 @@ async def test_a_conversation_that_was_not_left_is_left_before_its_membership_go
     await assert_gone(node)
 
 
+async def test_who_is_taken_out_by_two_at_once_has_one_successor_and_leaves_once(node: Node) -> None:
+    await node.request("GET", "/v1/me", "bob", "phone")
+    group = await node.group(ANN, ["bob", "cleo"])
+    # A request for erasure is still at it when the job takes it up.
+    await asyncio.gather(*(leave_all(node.relay.context, ANN) for _ in range(3)))
+    acts = [row["act"] async for row in node.db.audit.find({"details.conversation": group})]
+    assert sorted(acts) == ["member.leave", "member.role"]
+
+
 async def test_an_erasure_awaits_a_creation_that_stopped_half_way(node: Node) -> None:
     ctx = node.relay.context
     await node.request("GET", "/v1/me", ANN, "phone")
