@@ -45,8 +45,9 @@ class Invalidation:
         self._sends = sends
         self._peers = peers
         self.lease = LEASE_SECONDS + commit_seconds
-        self._unconfirmed: dict[str, list[int]] = {}
+        self._unconfirmed: list[Changed] = []
         self._confirming: asyncio.Task[None] | None = None
+        self._closed = False
         self._changes: Gatherer[_Change, bool] = Gatherer(
             "changes",
             self._tell,
@@ -63,20 +64,23 @@ class Invalidation:
         changed, of = list(conversations), list(users)
         self.forget(changed, of)
         over = monotonic() + self.lease
-        try:
-            # What is asked from here on is asked after the change, and after this node has forgotten.
-            settled = await self._changes.answer((changed, of))
-        except (GathererFull, GathererClosed):
-            settled = False
+        # Of these alone: what hangs because its shard does not answer holds up the changes that concern it.
+        settled, _ = await asyncio.gather(self._asked(changed, of), self._sends.barrier(changed, of))
         if not settled:
             await asyncio.sleep(max(0.0, over - monotonic()))
 
+    async def _asked(self, conversations: list[str], users: list[str]) -> bool:
+        try:
+            # What is asked from here on is asked after the change, and after this node has forgotten.
+            return await self._changes.answer((conversations, users))
+        except (GathererFull, GathererClosed):
+            return False
+
     async def _tell(self, changes: Sequence[_Change]) -> list[bool]:
-        """Whether nobody else can still believe what was before these changes. Nothing here does when this returns."""
+        """Whether nobody else can still believe what was before these changes."""
         conversations = list(dict.fromkeys(one for its, _ in changes for one in its))
         users = list(dict.fromkeys(one for _, its in changes for one in its))
-        settled, _ = await asyncio.gather(self._settled(conversations, users), self._sends.barrier())
-        return [settled] * len(changes)
+        return [await self._settled(conversations, users)] * len(changes)
 
     def forget(self, conversations: Iterable[str], users: Iterable[str]) -> None:
         """Believes no more what was resolved of these."""
@@ -88,23 +92,44 @@ class Invalidation:
     def take(self, changed: Changed) -> None:
         """Another node tells of a change: it is confirmed when nothing resolved before is being committed any more."""
         self.forget(changed.conversations, changed.users)
-        self._unconfirmed.setdefault(changed.node, []).append(changed.number)
+        self._unconfirmed.append(changed)
         if self._confirming is None:
             self._confirming = asyncio.create_task(self._confirm(), name="confirm changes")
 
     async def _confirm(self) -> None:
         try:
             while self._unconfirmed:
-                # One barrier for all that has gathered.
-                numbers, self._unconfirmed = self._unconfirmed, {}
-                await self._sends.barrier()
+                # One look for all that has gathered.
+                changes, self._unconfirmed = self._unconfirmed, []
+                late = await self._sends.late()
+                numbers: dict[str, list[int]] = {}
+                for changed in changes:
+                    attempts = late and self._sends.concerned(late, changed.conversations, changed.users)
+                    if attempts:
+                        self._hold(changed, attempts)
+                    else:
+                        numbers.setdefault(changed.node, []).append(changed.number)
                 for node, its in numbers.items():
                     self._bus.confirm(node, its)
         finally:
             self._confirming = None
 
+    def _hold(self, changed: Changed, attempts: Sequence[asyncio.Future[None]]) -> None:
+        """Confirms it when these are over: within the time limit of a commit."""
+        left = len(attempts)
+
+        def over(_: asyncio.Future[None]) -> None:
+            nonlocal left
+            left -= 1
+            if not left and not self._closed:
+                self._bus.confirm(changed.node, [changed.number])
+
+        for attempt in attempts:
+            attempt.add_done_callback(over)
+
     async def close(self) -> None:
         """Tells and confirms nothing more."""
+        self._closed = True
         await self._changes.close()
         if self._confirming is not None:
             self._confirming.cancel()

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from time import monotonic
 from typing import Any, Final
 
@@ -81,7 +82,7 @@ class Commits:
         self._found = found
         self._strayed = strayed
         self._tasks: set[asyncio.Task[None]] = set()
-        self._attempts: set[asyncio.Future[None]] = set()
+        self._attempts: dict[asyncio.Future[None], list[Submission]] = {}
         # By document id: what its sender was told `unavailable` of, though it may have been stored.
         self._given_up: dict[str, GivenUp] = {}
 
@@ -101,10 +102,21 @@ class Commits:
         for submission in batch:
             submission.settle(unreachable())
 
-    async def barrier(self) -> None:
-        """Waits until every attempt that is under way now is over. The next one of a retry resolves what has changed since."""
-        if self._attempts:
-            await asyncio.wait(set(self._attempts))
+    @property
+    def under_way(self) -> list[asyncio.Future[None]]:
+        """The attempts under way; each is done when it is over. The next one of a retry resolves what has changed since."""
+        return list(self._attempts)
+
+    def concerned(
+        self, conversations: Collection[str], users: AbstractSet[str]
+    ) -> list[asyncio.Future[None]]:
+        """Those of them that may still commit something to recipients resolved before a change of these conversations, or of these
+        users. Call when this node believes no more what was resolved of them. Reads every message under way."""
+        return [
+            over
+            for over, batch in self._attempts.items()
+            if any(submission.concerns(conversations, users) for submission in batch)
+        ]
 
     @property
     def doubtful(self) -> bool:
@@ -157,7 +169,7 @@ class Commits:
         try:
             while pending:
                 over = asyncio.get_running_loop().create_future()
-                self._attempts.add(over)
+                self._attempts[over] = pending
                 try:
                     await self._attempt(pending, attempt)
                 except PyMongoError as error:
@@ -168,7 +180,7 @@ class Commits:
                         error=brief(error),
                     )
                 finally:
-                    self._attempts.discard(over)
+                    del self._attempts[over]
                     over.set_result(None)
                 unknown = [submission for submission in pending if not submission.settled]
                 held = sum(submission.held for submission in unknown)

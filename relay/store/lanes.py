@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from time import monotonic
 from typing import Final
@@ -28,6 +29,8 @@ from relay.wire.ids import conversation_of
 
 _BYTES_EACH: Final = 200
 _MOMENT: Final = 0.05
+# An attempt takes a few milliseconds.
+_SOON: Final = 0.1
 _MAX_CROWDS: Final = 10_000
 
 log = structlog.get_logger(__name__)
@@ -107,11 +110,30 @@ class SendLanes:
         for lane in self._lanes.values():
             lane.breaker.succeeded()
 
-    async def barrier(self) -> None:
-        """Waits until every attempt that is under way now is over. The next one of a retry resolves what has changed since."""
-        await asyncio.gather(
-            *(commits.barrier() for lane in self._lanes.values() for commits in lane.commits)
-        )
+    async def late(self) -> AbstractSet[asyncio.Future[None]]:
+        """The attempts that are under way now and that are not over within a moment."""
+        attempts = [over for commits in self._all() for over in commits.under_way]
+        if not attempts:
+            return frozenset()
+        _, late = await asyncio.wait(attempts, timeout=_SOON)
+        return late
+
+    def concerned(
+        self, late: AbstractSet[asyncio.Future[None]], conversations: Iterable[str], users: Iterable[str]
+    ) -> list[asyncio.Future[None]]:
+        """Which of these ``Commits.concerned`` names, in any lane: a conversation's chunk may have moved since an attempt began."""
+        its, of = frozenset(conversations), frozenset(users)
+        return [over for commits in self._all() for over in commits.concerned(its, of) if over in late]
+
+    async def barrier(self, conversations: Collection[str], users: Collection[str]) -> None:
+        """Waits until no attempt that is under way now can commit any more to recipients resolved before a change of these
+        conversations or users. What is quick is not looked at: only what hangs is worth it."""
+        late = await self.late()
+        if late and (attempts := self.concerned(late, conversations, users)):
+            await asyncio.wait(attempts)
+
+    def _all(self) -> list[Commits]:
+        return [commits for lane in self._lanes.values() for commits in lane.commits]
 
     @property
     def settled(self) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
@@ -12,7 +13,7 @@ from relay.store.audience import Audience, refusal_error
 from relay.store.documents import encode
 from relay.wire.envelope import Envelope
 from relay.wire.errors import RelayError
-from relay.wire.ids import new_writing
+from relay.wire.ids import new_writing, user_of
 
 
 class Stored(NamedTuple):
@@ -111,6 +112,20 @@ class Submission:
         self.raws = [encode(piece) for piece in self.pieces]
         self.size = sum(piece.size for piece in self.pieces)
         envelope.size = self.pieces[0].size
+
+    def concerns(self, conversations: Collection[str], users: AbstractSet[str]) -> bool:
+        """Whether it may go to recipients that a change of these conversations, or of these users' devices or blocks, makes
+        outdated. One whose audience is not fresh may just be getting another."""
+        if self.envelope.conversation in conversations:
+            return True
+        if not users:
+            return False
+        audience = self.audience
+        return (
+            not audience.fresh
+            or not users.isdisjoint(audience.members)
+            or any(user_of(key) in users for key in self.also)
+        )
 
     def settle(self, outcome: Stored | RelayError) -> None:
         """Tells the sender, once."""
