@@ -175,6 +175,10 @@ class Settings(BaseSettings):
     rate_conversation: Rate = Field(
         "60/minute", description="Conversations made, and additions to groups, by one user."
     )
+    rate_conversation_change: Rate = Field(
+        "300/minute",
+        description="Changes of groups, of roles and removals by one user; each is told to all members.",
+    )
     rate_presence: Rate = Field("60/minute", description="Watch lists for presence by one user.")
     rate_report: Rate = Field("20/hour", description="Reports by one user.")
     rate_export: Rate = Field("10/hour", description="Exports of a person's data by one user.")

@@ -142,6 +142,7 @@ async def edit(ctx: Context, caller: Caller, request: web.Request) -> web.Respon
     }
     if wanted.settings is not None and wanted.settings.who_may_post is not None:
         fields["whoMayPost"] = wanted.settings.who_may_post
+    await ctx.rates.check("conversation_change", caller.user)
     await changing.change(ctx, conversation, caller.user, [], changing.editing(fields), origin=origin(caller))
     return answer(shown(await ctx.conversations.get(conversation, caller.user)))
 
@@ -149,6 +150,7 @@ async def edit(ctx: Context, caller: Caller, request: web.Request) -> web.Respon
 async def dissolve(ctx: Context, caller: Caller, request: web.Request) -> web.Response:
     """Ends a group for everybody."""
     conversation = named(request)
+    await ctx.rates.check("conversation_change", caller.user)
     await changing.change(
         ctx, conversation, caller.user, [], changing.dissolving, everybody=True, origin=origin(caller)
     )
@@ -288,7 +290,7 @@ ROUTES: Final = (
         "conversations",
         {200: ConversationAnswer},
         request=ChangeConversation,
-        errors=("bad_request", "forbidden", "not_found"),
+        errors=("bad_request", "forbidden", "not_found", "rate_limited"),
     ),
     Route(
         "DELETE",
@@ -297,7 +299,7 @@ ROUTES: Final = (
         "Dissolve a group for everybody",
         "conversations",
         {200: DoneAnswer},
-        errors=("forbidden", "not_found"),
+        errors=("forbidden", "not_found", "rate_limited"),
     ),
     Route(
         "PATCH",

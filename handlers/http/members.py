@@ -76,6 +76,7 @@ async def promote(ctx: Context, caller: Caller, request: web.Request) -> web.Res
     """Gives a member another role."""
     conversation, user = named(request), _member(request)
     wanted = await parsed(request, ChangeMember)
+    await ctx.rates.check("conversation_change", caller.user)
     await changing.change(
         ctx,
         conversation,
@@ -91,6 +92,7 @@ async def promote(ctx: Context, caller: Caller, request: web.Request) -> web.Res
 async def remove(ctx: Context, caller: Caller, request: web.Request) -> web.Response:
     """Removes a member, or leaves. When this answers nothing new is committed for them any more."""
     conversation, user = named(request), _member(request)
+    await ctx.rates.check("conversation_change", caller.user)
     await changing.change(
         ctx,
         conversation,
@@ -138,7 +140,7 @@ ROUTES: Final = (
         "conversations",
         {200: MemberAnswer},
         request=ChangeMember,
-        errors=("bad_request", "forbidden", "not_found", "conflict"),
+        errors=("bad_request", "forbidden", "not_found", "conflict", "rate_limited"),
     ),
     Route(
         "DELETE",
@@ -147,6 +149,6 @@ ROUTES: Final = (
         "Remove a member, or leave",
         "conversations",
         {200: DoneAnswer},
-        errors=("forbidden", "not_found", "conflict"),
+        errors=("forbidden", "not_found", "conflict", "rate_limited"),
     ),
 )

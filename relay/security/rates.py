@@ -41,6 +41,7 @@ _WHAT: Final = {
     "contact_change": "blocks and unblocks",
     "profile_change": "changes of the profile",
     "conversation": "new conversations",
+    "conversation_change": "changes of groups",
     "presence": "watch lists",
     "report": "reports",
     "export": "exports",

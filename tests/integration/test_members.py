@@ -537,6 +537,32 @@ async def test_nothing_is_told_of_what_changes_nothing(node: Node) -> None:
 # Bounds and bad input
 
 
+async def test_changes_that_are_told_to_everybody_are_limited_for_each_person(nodes: NodeFactory) -> None:
+    node = await nodes.start(rate_conversation_change="4/hour")
+    conv = await node.group("ann", ["bob", "cleo", "dan"])
+    acts: list[tuple[str, str, Any]] = [
+        ("PATCH", "", {"name": "new"}),
+        ("PATCH", "/members/bob", {"role": "admin"}),
+        ("DELETE", "/members/dan", None),
+        # What is refused counts, too.
+        ("DELETE", "/members/zoe", None),
+    ]
+    assert [(await ask(node, "ann", method, at(conv, suffix), body))[0] for method, suffix, body in acts] == [
+        *(200, 200, 200),
+        404,
+    ]
+    before = await node.db.conversations.find_one({"_id": conv}), await roles(node, conv)
+    entries, messages = await node.db.audit.count_documents({}), len(await told(node, conv))
+    for method, suffix, body in [*acts, ("DELETE", "/members/ann", None), ("DELETE", "", None)]:
+        status, found = await ask(node, "ann", method, at(conv, suffix), body)
+        assert (status, found["error"]["code"]) == (429, "rate_limited"), (method, suffix)
+    assert (await node.db.conversations.find_one({"_id": conv}), await roles(node, conv)) == before
+    assert (await node.db.audit.count_documents({}), len(await told(node, conv))) == (entries, messages)
+    # What concerns oneself alone, and other people, are not limited by it.
+    assert (await ask(node, "ann", "PATCH", at(conv, "/me"), {"pinned": True}))[0] == 200
+    assert (await ask(node, "bob", "PATCH", at(conv), {"name": "bob's"}))[0] == 200
+
+
 async def test_a_group_has_no_more_members_than_it_may(nodes: NodeFactory) -> None:
     node = await nodes.start(max_members=4)
     for members, status in ((["a", "b", "c"], 201), (["a", "b", "c", "d"], 413)):

@@ -53,7 +53,8 @@ def environment(**settings: Any) -> dict[str, str]:
     """This process's environment without its own relay settings, with these instead, and without the limits that a test's
     load would meet."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RELAY_")}
-    given = {"message_rate": 0, "rate_connect": "off", "rate_conversation": "off", **settings}
+    off = dict.fromkeys(("rate_connect", "rate_conversation", "rate_conversation_change"), "off")
+    given = {"message_rate": 0, **off, **settings}
     return {**kept, **{f"RELAY_{name.upper()}": str(value) for name, value in given.items()}}
 
 
