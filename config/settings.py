@@ -200,7 +200,12 @@ class Settings(BaseSettings):
         le=10_000_000,
         description="Messages that wait for one device before it is left out of more, until half of them are fetched.",
     )
-    max_conversations: int = Field(5000, ge=1, le=1_000_000, description="Most conversations of one user.")
+    max_conversations: int = Field(
+        5000,
+        ge=1,
+        le=1_000_000,
+        description="Most conversations of one user. What several nodes add at the same moment may go beyond it.",
+    )
     max_members: int = Field(10_000, ge=2, le=100_000, description="Most members of a group.")
     large_group: int = Field(
         1000, ge=1, description="A group of more recipient devices takes small bodies only."

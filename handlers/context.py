@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from handlers.joining import Joins
 from relay.metrics import Metrics
 from relay.routing.bus import Bus
 from relay.routing.hub import Connected, Hub
@@ -114,6 +115,7 @@ class Context:
     """Whether anybody may register."""
     provision: bool
     """Whether unknown users named as members are created."""
+    joins: Joins = field(default_factory=Joins)
 
 
 class Peer(Connected, Protocol):

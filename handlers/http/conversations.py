@@ -26,6 +26,7 @@ from handlers.http.schemas.conversations import (
     SettingsAnswer,
 )
 from handlers.http.schemas.messages import MessagePage
+from handlers.joining import Join
 from relay.store.conversations import ConversationView, Member
 from relay.store.revisions import Origin, Revision
 from relay.wire.errors import RelayError
@@ -48,15 +49,16 @@ async def create(ctx: Context, caller: Caller, request: web.Request) -> web.Resp
     if len(others) + 1 > ctx.limits.members:
         raise changing.too_many_members(ctx.limits.members)
     await ctx.rates.check("conversation", caller.user)
-    conversation, revision, created = await _made(ctx, caller, wanted, others)
-    if revision is not None:
-        await changing.carry_out(ctx, revision, first=created)
+    with ctx.joins.begin([caller.user, *others]) as join:
+        conversation, revision, created = await _made(ctx, caller, wanted, others, join)
+        if revision is not None:
+            await changing.carry_out(ctx, revision, first=created)
     view = await ctx.conversations.get(conversation, caller.user)
     return answer(shown(view), 201 if created else 200)
 
 
 async def _made(
-    ctx: Context, caller: Caller, wanted: CreateConversation, others: Sequence[str]
+    ctx: Context, caller: Caller, wanted: CreateConversation, others: Sequence[str], join: Join
 ) -> tuple[str, Revision | None, bool]:
     # What is there is found whatever has changed since about the people named: the first answer may have been lost.
     found = await ctx.revisions.made(caller.user, wanted.type, others, ref=wanted.ref)
@@ -64,7 +66,14 @@ async def _made(
         return *found, False
     await know(ctx, caller, others)
     await check_welcome(ctx, caller, others, "whoMayMessage" if wanted.type == "direct" else "whoMayAdd")
-    await check_conversations(ctx, caller, [caller.user, *others])
+    try:
+        await check_conversations(ctx, caller, join)
+    except RelayError:
+        # It may be the very one that was asked for, and made meanwhile, that there is no room beside.
+        found = await ctx.revisions.made(caller.user, wanted.type, others, ref=wanted.ref)
+        if found is None:
+            raise
+        return *found, False
     return await ctx.revisions.create(
         caller.user, wanted.type, others, name=wanted.name, ref=wanted.ref, origin=origin(caller)
     )
@@ -79,10 +88,10 @@ async def know(ctx: Context, caller: Caller, users: Sequence[str]) -> None:
         raise RelayError("not_found", "no such user", details={"users": missing[:20]})
 
 
-async def check_conversations(ctx: Context, caller: Caller, users: Sequence[str]) -> None:
-    """Nobody is in more conversations than the limit allows. Raises RelayError ``too_large``, which tells the limit to the
+async def check_conversations(ctx: Context, caller: Caller, join: Join) -> None:
+    """Nobody is in more conversations than the limit allows, as far as this node knows. Raises RelayError ``too_large``, which tells the limit to the
     caller about themselves only."""
-    crowded = await ctx.conversations.crowded(users, ctx.limits.conversations)
+    crowded = await join.crowded(ctx.conversations.crowded, ctx.limits.conversations)
     if caller.user in crowded:
         text = f"you are in {ctx.limits.conversations} conversations, that is the limit; leave one first"
         raise RelayError("too_large", text, details={"users": [caller.user]}, limit=Limit.CONVERSATIONS)

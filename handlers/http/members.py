@@ -60,15 +60,16 @@ async def add(ctx: Context, caller: Caller, request: web.Request) -> web.Respons
     there = await ctx.conversations.members_among(conversation, users)
     new = [user for user in users if user not in there]
     await check_welcome(ctx, caller, new, "whoMayAdd")
-    await check_conversations(ctx, caller, new)
-    await changing.change(
-        ctx,
-        conversation,
-        caller.user,
-        users,
-        changing.adding(users, ctx.limits.members),
-        origin=origin(caller),
-    )
+    with ctx.joins.begin(new) as join:
+        await check_conversations(ctx, caller, join)
+        await changing.change(
+            ctx,
+            conversation,
+            caller.user,
+            users,
+            changing.adding(users, ctx.limits.members),
+            origin=origin(caller),
+        )
     return answer(shown(await ctx.conversations.get(conversation, caller.user)))
 
 

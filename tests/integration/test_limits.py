@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -70,6 +71,45 @@ async def test_nobody_is_added_beyond_their_limit_and_how_many_they_have_is_not_
     code, found = await node.request("POST", path, "ann", "phone", {"users": ["dora", "cleo"]})
     assert (code, found["memberCount"]) == (200, 3)
     assert (await make(node, "dora", "ann"))[0] == 201, "ann is in one conversation"
+
+
+@pytest.mark.parametrize("who", ["the maker", "somebody named", "somebody added"])
+async def test_of_many_that_ask_at_once_as_many_succeed_as_the_limit_allows(
+    nodes: NodeFactory, who: str
+) -> None:
+    node = await nodes.start(max_conversations=5)
+    makers = ["ann"] * 8 if who == "the maker" else [f"maker{number}" for number in range(8)]
+    crowded = "ann" if who == "the maker" else "bob"
+    for _ in range(3):
+        assert (await make(node, crowded))[0] == 201
+    for user in makers:
+        # Known, so that nobody is held up by arriving.
+        assert (await node.request("GET", "/v1/conversations", user, "phone"))[0] == 200
+    if who == "somebody added":
+        groups = [(await make(node, maker))[1]["id"] for maker in makers]
+        asked = [
+            node.request("POST", f"/v1/conversations/{group}/members", maker, "phone", {"users": ["bob"]})
+            for maker, group in zip(makers, groups, strict=True)
+        ]
+    else:
+        asked = [make(node, maker, "bob") for maker in makers]
+    answers = await asyncio.gather(*asked)
+    refused = [found["error"] for code, found in answers if code == 413]
+    assert len(refused) == 6, sorted(code for code, _ in answers)
+    assert all(error["code"] == "too_large" and error["details"]["users"] == [crowded] for error in refused)
+    assert await node.db.memberships.count_documents({"user": crowded, "removedAt": None}) == 5
+
+
+async def test_one_conversation_asked_for_several_times_at_once_is_found_at_the_limit(
+    nodes: NodeFactory,
+) -> None:
+    node = await nodes.start(max_conversations=2)
+    assert (await make(node, "ann"))[0] == 201
+    ref = new_id()
+    answers = await asyncio.gather(*(make(node, "ann", "bob", ref=ref) for _ in range(6)))
+    assert sorted(code for code, _ in answers) == [200] * 5 + [201]
+    assert len({found["id"] for _, found in answers}) == 1
+    assert (await make(node, "ann"))[0] == 413
 
 
 async def test_the_count_of_conversations_uses_an_index_and_stops_at_the_limit(node: Node) -> None:
