@@ -64,7 +64,7 @@ class Batcher(Generic[Item]):
         # than the wait.
         self._eager = max(1, max_items // _EAGER_PART)
         self._open = True
-        self._flying: set[asyncio.Future[None]] = set()
+        self._flying = 0
         self._sizes = metrics.batch.labels(name)
         self._times = metrics.commit.labels(name)
         metrics.watch_queue(name, lambda: self._count, lambda: self._bytes)
@@ -109,11 +109,6 @@ class Batcher(Generic[Item]):
         if rest:
             refuse(rest)
 
-    async def barrier(self) -> None:
-        """Waits until every group that is being committed now is done."""
-        if self._flying:
-            await asyncio.wait(set(self._flying))
-
     async def close(self, timeout: float) -> None:
         """Takes nothing more, commits what is queued for at most ``timeout`` seconds, abandons the rest."""
         self._open = False
@@ -126,7 +121,6 @@ class Batcher(Generic[Item]):
         self._give_up()
 
     async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
         try:
             while True:
                 while not self._queue or (self._open and self._flying and self._count < self._eager):
@@ -135,8 +129,7 @@ class Batcher(Generic[Item]):
                     self._wake.clear()
                     await self._wake.wait()
                 batch = self._take()
-                done = loop.create_future()
-                self._flying.add(done)
+                self._flying += 1
                 started = perf_counter()
                 try:
                     await self._commit(batch)
@@ -147,8 +140,7 @@ class Batcher(Generic[Item]):
                     self._abandon(batch)
                     raise
                 finally:
-                    self._flying.discard(done)
-                    done.set_result(None)
+                    self._flying -= 1
                 self._sizes.observe(len(batch))
                 taken = perf_counter() - started
                 self._times.observe(taken)

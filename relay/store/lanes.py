@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, 
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from time import monotonic
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 import structlog
 
@@ -57,14 +57,40 @@ class EndingLane:
     acks: Acks
 
 
-class SendLanes:
-    """Where messages are handed in. ``make`` makes and starts the lane of a shard, when it is first needed."""
+Lane = TypeVar("Lane")
 
-    def __init__(self, lane_of: LaneOf, make: Callable[[str], SendLane]) -> None:
+
+class Lanes(Generic[Lane]):
+    """A lane for each shard. ``make`` makes and starts one when it is first needed."""
+
+    def __init__(self, lane_of: LaneOf, make: Callable[[str], Lane]) -> None:
         self._lane_of = lane_of
         self._make = make
-        self._lanes: dict[str, SendLane] = {}
+        self._lanes: dict[str, Lane] = {}
         self._closed = False
+
+    def _lane(self, conversation: str) -> Lane:
+        return self._named(self._lane_of(conversation))
+
+    def _named(self, name: str) -> Lane:
+        lane = self._lanes.get(name)
+        if lane is None:
+            if self._closed:
+                raise BatcherClosed
+            lane = self._lanes[name] = self._make(name)
+        return lane
+
+    def _lanes_of(self, conversations: Iterable[str]) -> list[Lane]:
+        """Those of them that were needed before."""
+        names = {self._lane_of(conversation) for conversation in conversations}
+        return [self._lanes[name] for name in names if name in self._lanes]
+
+
+class SendLanes(Lanes[SendLane]):
+    """Where messages are handed in."""
+
+    def __init__(self, lane_of: LaneOf, make: Callable[[str], SendLane]) -> None:
+        super().__init__(lane_of, make)
         self._small_at = 0.0
 
     def submit(self, submission: Submission) -> None:
@@ -139,54 +165,35 @@ class SendLanes:
     def settled(self) -> bool:
         """Whether nothing is under way, and nothing is unknown that will be booked."""
         return all(queue.idle for queue in self.queues()) and not any(
-            commits.doubtful for lane in self._lanes.values() for commits in lane.commits
+            commits.doubtful for commits in self._all()
         )
 
     async def settle_given_up(self) -> None:
         """Books and delivers what was stored after all, though its sender was told `unavailable`. Call now and then. Raises
         PyMongoError, when every lane has been asked."""
-        await _each([commits.settle_given_up for lane in self._lanes.values() for commits in lane.commits])
+        await _each([commits.settle_given_up for commits in self._all()])
 
     async def close(self, timeout: float) -> None:
         """Commits what is queued for at most ``timeout`` seconds, and ends the retries that are under way."""
         self._closed = True
-        lanes = list(self._lanes.values())
-        await asyncio.gather(*(queue.close(timeout) for lane in lanes for queue in (lane.small, lane.large)))
-        for lane in lanes:
-            for commits in lane.commits:
-                await commits.close()
+        await asyncio.gather(*(queue.close(timeout) for queue in self.queues()))
+        for commits in self._all():
+            await commits.close()
 
     def queues(self) -> list[Batcher[Submission]]:
         """The queues of every lane."""
         return [queue for lane in self._lanes.values() for queue in (lane.small, lane.large)]
 
-    def _lanes_of(self, conversations: Iterable[str]) -> list[SendLane]:
-        names = {self._lane_of(conversation) for conversation in conversations}
-        return [self._lanes[name] for name in names if name in self._lanes]
 
-    def _lane(self, conversation: str) -> SendLane:
-        name = self._lane_of(conversation)
-        lane = self._lanes.get(name)
-        if lane is None:
-            if self._closed:
-                raise BatcherClosed
-            lane = self._lanes[name] = self._make(name)
-        return lane
-
-
-class EndingLanes:
-    """Where acknowledgements and removals are handed in. ``deadline`` is a reading of the monotonic clock. ``make`` makes and starts
-    the lane of a shard, when it is first needed.
+class EndingLanes(Lanes[EndingLane]):
+    """Where acknowledgements and removals are handed in. ``deadline`` is a reading of the monotonic clock.
 
     What ends in conversations of many devices has a queue of its own: thousands of acknowledgements of one message hold up nobody
     else's, and nobody's socket but their own.
     """
 
     def __init__(self, lane_of: LaneOf, make: Callable[[str], EndingLane]) -> None:
-        self._lane_of = lane_of
-        self._make = make
-        self._lanes: dict[str, EndingLane] = {}
-        self._closed = False
+        super().__init__(lane_of, make)
         self._crowds: OrderedDict[str, None] = OrderedDict()
 
     def note_crowd(self, conversation: str) -> None:
@@ -240,7 +247,7 @@ class EndingLanes:
         by_lane: dict[str, dict[str, tuple[str, int]]] = {}
         for doc_id, head in heads.items():
             by_lane.setdefault(self._lane_of(conversation_of(doc_id)), {})[doc_id] = head
-        await _each([_ends(self._lane(name).acks, some) for name, some in by_lane.items()])
+        await _each([_ends(self._named(name).acks, some) for name, some in by_lane.items()])
 
     @property
     def settled(self) -> bool:
@@ -301,21 +308,9 @@ class EndingLanes:
         return all(await asyncio.gather(*waiters))
 
     def _submit(self, conversation: str, ending: Ending, weight: int = 1) -> None:
-        lane = self._lane(self._lane_of(conversation))
+        lane = self._lane(conversation)
         queue = lane.crowd if conversation in self._crowds else lane.few
         queue.submit(ending, _BYTES_EACH * weight, weight)
-
-    def _lanes_of(self, conversations: Iterable[str]) -> list[EndingLane]:
-        names = {self._lane_of(conversation) for conversation in conversations}
-        return [self._lanes[name] for name in names if name in self._lanes]
-
-    def _lane(self, name: str) -> EndingLane:
-        lane = self._lanes.get(name)
-        if lane is None:
-            if self._closed:
-                raise BatcherClosed
-            lane = self._lanes[name] = self._make(name)
-        return lane
 
 
 async def _each(calls: Sequence[Callable[[], Awaitable[None]]]) -> None:

@@ -121,7 +121,7 @@ class Life:
         context = self.node.relay.context
         lanes: list[Batcher[Any]] = [*context.sends.queues(), *context.endings.queues()]
         fanout = context.metrics.registry.get_sample_value("relay_queue_items", {"queue": "fanout"})
-        return sum(len(one._queue) + len(one._flying) for one in lanes) + int(fanout or 0)
+        return sum(len(one._queue) + one._flying for one in lanes) + int(fanout or 0)
 
     def _draining(self) -> bool:
         return any(

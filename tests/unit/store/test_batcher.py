@@ -286,41 +286,6 @@ async def test_the_death_of_several_committers_is_told_once() -> None:
     assert commits.faults == [commits.fault]
 
 
-async def test_a_barrier_waits_for_what_is_being_committed_and_for_nothing_later() -> None:
-    commits = Commits()
-    one = batcher(commits, max_items=1)
-    await asyncio.wait_for(one.barrier(), 1)
-    commits.gate.clear()
-    one.submit(1, 1)
-    one.submit(2, 1)
-    await turns()
-    barrier = asyncio.ensure_future(one.barrier())
-    await turns()
-    assert not barrier.done()
-    commits.gate.set()
-    await asyncio.sleep(0)
-    commits.gate.clear()
-    await turns()
-    assert barrier.done()
-    assert commits.groups == [[1]]
-    assert commits.started == [[1], [2]]
-    commits.gate.set()
-    await one.close(1)
-
-
-async def test_a_barrier_is_lifted_when_the_commit_fails() -> None:
-    commits = Commits()
-    one = batcher(commits)
-    commits.gate.clear()
-    one.submit(1, 1)
-    await turns()
-    barrier = asyncio.ensure_future(one.barrier())
-    commits.fault = RuntimeError("a fault of ours")
-    commits.gate.set()
-    await asyncio.wait_for(barrier, 1)
-    await one.close(1)
-
-
 async def test_the_depth_of_the_queue_is_on_the_metrics() -> None:
     commits, metrics = Commits(), Metrics()
     one = batcher(commits, metrics=metrics)
