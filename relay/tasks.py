@@ -1,12 +1,29 @@
-"""Ending background tasks."""
+"""Running and ending background tasks."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, Final, TypeVar
 
+Item = TypeVar("Item")
 _AGAIN_SECONDS: Final = 0.05
+
+
+async def each(
+    items: Iterable[Item], work: Callable[[Item], Awaitable[None]], *, at_once: int, name: str
+) -> None:
+    """Does ``work`` for each of these, in order, so many at once: one that takes long, or hangs, holds up no other. ``work`` does
+    not raise; should it, everything ends."""
+    left = iter(items)
+
+    async def go_on() -> None:
+        for item in left:
+            await work(item)
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(at_once):
+            group.create_task(go_on(), name=f"{name} {number + 1}")
 
 
 async def ended(tasks: Iterable[asyncio.Task[Any]]) -> None:

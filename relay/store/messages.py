@@ -16,7 +16,7 @@ from relay.store.documents import decode
 from relay.store.ending_plan import Strayed
 from relay.store.heads import Heads
 from relay.store.hot import HotMessages
-from relay.store.mongo import NO_LIMIT, Mongo, time_limit
+from relay.store.mongo import Mongo, time_limit
 from relay.store.shards import ShardDown, Shards
 from relay.wire.envelope import Envelope
 from relay.wire.ids import PARTS_KEY, conversation_of, head_id
@@ -24,6 +24,8 @@ from relay.wire.ids import PARTS_KEY, conversation_of, head_id
 _PAGE: Final = 128
 _READERS: Final = 16
 _FINDERS: Final = 4
+# Behind a long backlog it reads much more than it finds.
+_FIND_SECONDS: Final = 10.0
 _CHUNK: Final = 64
 _ORDER: Final = [("seq", 1), ("_id", 1)]
 _MAX_UNREADABLE: Final = 10_000
@@ -369,8 +371,9 @@ class Messages:
             elif reachable := self._shards.reachable:
                 complete = False
                 query.update(reachable)
-            with time_limit(NO_LIMIT if conversation is not None or complete else self._timeout):
-                cursor = self._collection.find(query, {"_id": 1}).limit(limit)
+            with time_limit(_FIND_SECONDS):
+                hint = None if complete else WAITING_INDEX
+                cursor = self._collection.find(query, {"_id": 1}, hint=hint).limit(limit)
                 return Awaited([row["_id"] async for row in cursor if _is_id(row["_id"])], complete)
 
     async def count_waiting(self, *, seconds: float = 0) -> int:

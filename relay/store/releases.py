@@ -25,11 +25,13 @@ from relay.store.batcher import BatcherClosed
 from relay.store.lanes import EndingLanes
 from relay.store.messages import Messages
 from relay.store.mongo import PyMongoError, brief
+from relay.tasks import each
 from relay.wire.clock import utc_now
 from relay.wire.ids import RELAY_USER, any_device_key, blocked_key, new_id
 
 _PAGE: Final = 500
 _DUE: Final = 100
+_AT_ONCE: Final = 3
 _GIVE_UP_SECONDS: Final = 30.0
 # Its author comes first; who looks later finds what an author left undone.
 _AUTHOR: Final = timedelta(seconds=10)
@@ -93,13 +95,15 @@ class Releases:
         """Does the releases that are due; returns how many."""
         cursor = Release.get_motor_collection().find({"dueAt": {"$lte": utc_now()}}).sort([("dueAt", 1)])
         documents = await cursor.limit(_DUE).to_list(_DUE)
-        for document in documents:
-            try:
-                await self._do(document)
-            except (PyMongoError, BatcherClosed) as error:
-                # It comes again; the others must not wait for it.
-                log.warning("a release is not done yet", error=brief(error))
+        await each(documents, self._do_or_tell, at_once=_AT_ONCE, name="release")
         return len(documents)
+
+    async def _do_or_tell(self, document: Mapping[str, Any]) -> None:
+        try:
+            await self._do(document)
+        except Exception as error:  # noqa: BLE001 - a document that is none of ours may be in the way
+            # It comes again; the others must not wait for it.
+            log.warning("a release is not done yet", error=brief(error))
 
     async def _do(self, document: Mapping[str, Any]) -> None:
         """Whoever moves ``dueAt`` does it: two nodes at once would count it twice."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from pymongo import AsyncMongoClient
 
 from models.accounts import Device
 from models.conversations import Membership
@@ -17,6 +19,7 @@ from relay.store.embedded import EmbeddedMongo
 from relay.store.releases import Planned, Releases
 from relay.wire.ids import RELAY_USER
 from tests.support.store import Store, open_store
+from tests.support.waiting import until
 
 SETTLE = 20.0
 
@@ -337,3 +340,68 @@ async def test_a_release_that_takes_long_is_not_done_by_another_node_meanwhile(
     await author
     assert (pages, looks) == ([2, 2, 2], 0)
     assert store.ledger.count("released") == 6
+
+
+@asynccontextmanager
+async def hanging_searches(uri: str, store: Store, times: int) -> AsyncIterator[Any]:
+    """The next so many times that the store's client looks for messages nothing comes back for eight seconds. Another client's view
+    of the messages."""
+    client: AsyncMongoClient[dict[str, Any]] = AsyncMongoClient(uri)
+    data = {
+        "failCommands": ["find"],
+        "appName": "relay",
+        "namespace": f"{store.mongo.database.name}.messages",
+        "blockConnection": True,
+        "blockTimeMS": 8000,
+    }
+    async with client:
+        await client.admin.command("configureFailPoint", "failCommand", mode={"times": times}, data=data)
+        try:
+            yield client[store.mongo.database.name].messages
+        finally:
+            # Waits for those that still hang.
+            await client.admin.command("configureFailPoint", "failCommand", mode="off")
+
+
+async def test_searches_that_hang_hold_up_other_releases_for_their_time_limit_only(
+    mongod: EmbeddedMongo, store: Store, releases: Releases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.store.messages._FIND_SECONDS", 1.0)
+    names = [f"bob/{number}" for number in range(5)]
+    for name in names:
+        await device(name, removedAt=datetime.now(UTC))
+    waiting = await store.put(names)
+    plans = [await releases.plan(name) for name in names]
+    async with hanging_searches(mongod.uri, store, 4), asyncio.timeout(6):
+        hung = [asyncio.create_task(releases.run(plan)) for plan in plans[:4]]
+        await asyncio.sleep(0.5)
+        await releases.run(plans[4])
+        await asyncio.gather(*hung)
+    assert await awaiting(store, waiting.doc_id) == names[:4]
+    assert sorted(plan["passes"] for plan in await planned()) == [0, 0, 0, 0, 1]
+    for plan in plans[:4]:
+        await make_due(plan)
+    assert await releases.run_due() == 4
+    assert await awaiting(store, waiting.doc_id) is None
+    await balance(store)
+
+
+async def test_a_release_that_hangs_keeps_no_other_that_is_due_from_being_done(
+    mongod: EmbeddedMongo, store: Store, releases: Releases
+) -> None:
+    names = [f"bob/{number}" for number in range(5)]
+    for name in names:
+        await device(name, removedAt=datetime.now(UTC))
+        await make_due(await releases.plan(name))
+    await store.put(names)
+    async with hanging_searches(mongod.uri, store, 1) as messages:
+        job = asyncio.create_task(releases.run_due())
+
+        async def one_left() -> bool:
+            (message,) = await messages.find({}).to_list()
+            return len(message["awaiting"]) == 1
+
+        await until(one_left, 6, "all others are released")
+        assert not job.done()
+    await job
+    assert await store.waiting_deliveries() == 0

@@ -109,3 +109,18 @@ async def test_a_device_that_goes_is_done_with_at_once_but_for_what_waits_on_the
         assert await bob.awaiting("s1") == {"phone"}
         assert await node.db.releases.count_documents({"mailbox": f"{bob.id}/tablet", "passes": 0}) == 1
     await until(bob.all_released, BACK_SECONDS, "what waited on the shard that was dead is released")
+
+
+async def test_a_device_that_goes_when_a_shard_has_just_died_is_done_with_as_soon_as_that_is_known(
+    cluster: Cluster, node: Node, bob: Bob
+) -> None:
+    async def here() -> bool:
+        return await bob.awaiting("s1") == {"phone"}
+
+    cluster.shards[1].stop()
+    try:
+        assert await revoked(node, bob) == 200
+        await until(here, BACK_SECONDS, "what waited on the shard that lives is released")
+    finally:
+        cluster.shards[1].resume()
+    await until(bob.all_released, BACK_SECONDS, "what waited on the shard that was dead is released")

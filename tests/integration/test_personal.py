@@ -26,6 +26,7 @@ from relay.wire.errors import RelayError
 from tests.support.device import Closed, WireDevice, new_id
 from tests.support.failpoints import failing
 from tests.support.node import Node, NodeFactory
+from tests.support.waiting import until
 
 ANN = "ann-8d1c"
 KEY = "a key for tests only, of more than 32 bytes"
@@ -447,6 +448,33 @@ async def test_one_erasure_that_fails_keeps_no_other_from_ending(
     await settle(node)
     assert [row["_id"] async for row in node.db.erasures.find()] == ["dan"]
     monkeypatch.undo()
+    await settle(node)
+    assert await node.db.erasures.count_documents({}) == 0
+
+
+async def test_one_erasure_that_hangs_keeps_no_other_from_ending(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for user in ("dan", ANN):
+        await node.request("GET", "/v1/conversations", user, "phone")
+        await begun(node, user)
+    over = asyncio.Event()
+
+    async def hanging_for_dan(ctx: Any, user: str) -> None:
+        if user == "dan":
+            await over.wait()
+        await leave_all(ctx, user)
+
+    async def only_dans() -> bool:
+        return [row["_id"] async for row in node.db.erasures.find()] == ["dan"]
+
+    monkeypatch.setattr(erasing, "leave_all", hanging_for_dan)
+    job = asyncio.create_task(InterruptedErasures(node.relay.context, settle=AT_ONCE).run())
+    try:
+        await until(only_dans, 10, "the other erasure has ended")
+    finally:
+        over.set()
+        await job
     await settle(node)
     assert await node.db.erasures.count_documents({}) == 0
 
