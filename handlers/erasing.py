@@ -21,11 +21,10 @@ from handlers.changing import leave_all
 from handlers.context import Context
 from handlers.revoking import cut_off
 from relay.store.erasure import Erasures, Intent
-from relay.store.mongo import PyMongoError, brief
+from relay.store.mongo import brief
 from relay.store.shards import ShardDown
 from relay.wire import errors
 from relay.wire.clock import utc_now
-from relay.wire.errors import RelayError
 
 SETTLE: Final = timedelta(seconds=30)
 """How long after the intent a request admitted before it, or a message resolved before it, may still leave something."""
@@ -44,7 +43,7 @@ async def erase(ctx: Context, user: str, *, address: str = "", agent: str = "") 
     try:
         async with asyncio.timeout(_PATIENCE_SECONDS):
             await _do(ctx, intent)
-    except (TimeoutError, PyMongoError, RelayError) as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is decided
         log.warning("an erasure goes on in the background", error=brief(error))
 
 

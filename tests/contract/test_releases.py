@@ -15,6 +15,7 @@ from models.accounts import Device
 from models.conversations import Membership
 from models.housekeeping import Release
 from relay.store import releases as module
+from relay.store.batcher import BatcherClosed
 from relay.store.embedded import EmbeddedMongo
 from relay.store.releases import Planned, Releases
 from relay.wire.ids import RELAY_USER
@@ -304,6 +305,24 @@ async def test_a_release_that_could_not_be_committed_stays_planned(
     assert (await planned())[0]["passes"] == 1
     await store.acks.settle_doubts()
     await balance(store)
+
+
+async def test_a_release_that_meets_the_end_of_its_node_stays_planned_and_fails_nothing(
+    store: Store, releases: Releases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await device("bob/phone", removedAt=datetime.now(UTC))
+    waiting = await store.put(["bob/phone"])
+    plan = await releases.plan("bob/phone")
+
+    async def closed(*_: Any, **__: Any) -> bool:
+        raise BatcherClosed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.endings, "release", closed)
+        await releases.run(plan)
+    await make_due(plan)
+    assert await releases.run_due() == 1
+    assert await awaiting(store, waiting.doc_id) is None
 
 
 async def test_repeated_and_concurrent_releases_count_once(store: Store, releases: Releases) -> None:

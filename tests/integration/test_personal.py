@@ -452,6 +452,21 @@ async def test_one_erasure_that_fails_keeps_no_other_from_ending(
     assert await node.db.erasures.count_documents({}) == 0
 
 
+async def test_whatever_fails_when_an_erasure_is_decided_is_not_the_answer(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await live(node)
+
+    async def failing(*_: object) -> None:
+        raise KeyError("type")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(erasing, "leave_all", failing)
+        assert await erase(node) == (200, {"done": True})
+    await settle(node)
+    await assert_gone(node)
+
+
 async def test_one_erasure_that_hangs_keeps_no_other_from_ending(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -532,6 +547,21 @@ async def test_two_nodes_that_end_one_erasure_at_once_end_it(nodes: NodeFactory)
     )
     await settle(node)
     await assert_gone(node)
+
+
+async def test_an_erasure_that_is_decided_when_its_node_stops_is_answered_and_goes_on_elsewhere(
+    nodes: NodeFactory,
+) -> None:
+    node, other = await pair(nodes)
+    await live(node)
+    # As after SIGTERM, while requests that were there before are still answered.
+    await node.relay.context.sends.close(1)
+    await node.relay.context.endings.close(1)
+    assert await erase(node) == (200, {"done": True})
+    await nodes.stop(node)
+    for _ in range(2):
+        await settle(other)
+    await assert_gone(other)
 
 
 async def test_fates_run_out_after_72_hours_or_as_the_operator_sets(nodes: NodeFactory) -> None:
