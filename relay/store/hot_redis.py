@@ -203,15 +203,18 @@ class HotRedis:
             doc_id for doc_id, (_, until) in islice(self._copies.items(), 2 * _AT_ONCE) if until < now
         ]:
             self._uncount(doc_id)
+        replaced = [doc_id for doc_id in costs if doc_id in self._copies]
         excess = self._copied + sum(costs.values()) - self._max_bytes
-        most = _MOST_COPIES - len(costs)
+        excess -= sum(self._copies[doc_id][0] for doc_id in replaced)
+        surplus = len(self._copies) - len(replaced) + len(costs) - _MOST_COPIES
         oldest: list[str] = []
         for doc_id, (cost, _) in self._copies.items():
-            if excess <= 0 and len(self._copies) - len(oldest) <= most:
+            if excess <= 0 and surplus <= 0:
                 break
-            excess -= cost
             if doc_id not in costs:
                 oldest.append(doc_id)
+                excess -= cost
+                surplus -= 1
         return oldest
 
     def _uncount(self, doc_id: str) -> None:
