@@ -46,6 +46,10 @@ class Phone:
         self.shown: set[str] = set()
         self.last_seq = 0
         self.trouble: list[str] = []
+        self.is_removed = False
+        self.gaps = 0
+        """How many times it was told that it has missed messages."""
+        self._reads = asyncio.Event()
         self._wire: WireDevice | None = None
         self._reader: asyncio.Task[None] | None = None
         self._waiters: dict[tuple[str, str], asyncio.Future[dict[str, Any] | None]] = {}
@@ -69,11 +73,37 @@ class Phone:
                 await before.close()
                 await self._end_reading()
         self.known = True
+        self.gaps += "gap" in wire.welcome
+        self._reads.set()
         self.life, self._wire = life, wire
         self.shown = set()
         self.last_seq = 0
         self._reader = asyncio.create_task(self._read(wire), name=f"reader {self.key}")
         return True
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether it takes nothing from its connection."""
+        return self.connected and not self._reads.is_set()
+
+    def slow_down(self) -> None:
+        """Takes nothing any more, until it has something to say."""
+        self._reads.clear()
+
+    async def is_shut_out(self, life: Life, token: str) -> bool:
+        """Whether a token of this device is refused."""
+        headers = {"Authorization": f"Bearer {token}"}
+        async with life.node.http.get(life.node.url + "/v1/sync", headers=headers) as answered:
+            return answered.status == 401
+
+    async def cut_loose(self) -> bool:
+        """It was removed: whether its connection is closed, and it gets nothing more."""
+        if self._reader is not None:
+            self._reads.set()
+            await asyncio.wait({self._reader}, timeout=_PATIENCE)
+        closed = self._reader is None or self._reader.done()
+        await self.disconnect()
+        return closed
 
     async def disconnect(self) -> None:
         """Closes the connection."""
@@ -189,6 +219,7 @@ class Phone:
         if self._wire is None:
             self._lose()
             return
+        self._reads.set()
         try:
             await self._wire.put(*operations)
         except (aiohttp.ClientError, ConnectionError):
@@ -201,8 +232,11 @@ class Phone:
     async def _read(self, wire: WireDevice) -> None:
         try:
             while True:
+                await self._reads.wait()
                 self._take(await wire.next(600))
         except Closed as closed:
+            if self.is_removed and closed.code == 4401:
+                return
             if self._wire is wire and self.life is not None and not self.life.dead.is_set():
                 self.trouble.append(f"closed with {closed.code}")
         finally:

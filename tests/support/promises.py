@@ -16,7 +16,9 @@ Stored = Mapping[str, Any]
 @dataclass(slots=True)
 class Message:
     """One message of a phone. ``must`` are the devices that get it whatever happens, ``anyone`` people without a device, of
-    whom one that comes later gets it; ``may`` people who were members at some attempt."""
+    whom one that comes later gets it; ``may`` people who were members at some attempt, and had not blocked its sender.
+    ``left_out`` are devices that were full, and how often each had been told of a gap; ``silent`` people who had blocked the sender;
+    ``released`` and ``freed`` people, or devices, for whom it may, or must, wait no more."""
 
     conv: str
     id: str
@@ -31,6 +33,8 @@ class Message:
     may: set[str] = field(default_factory=set)
     released: set[str] = field(default_factory=set)
     freed: set[str] = field(default_factory=set)
+    left_out: dict[str, int] = field(default_factory=dict)
+    silent: set[str] = field(default_factory=set)
     seq: int | None = None
     refused: str | None = None
     sure: bool = True
@@ -85,6 +89,13 @@ class Model:
         self.told: list[Told] = []
         self.surely_read: dict[tuple[str, str], int] = {}
         self.perhaps_read: dict[tuple[str, str], int] = {}
+        self.blocks: set[tuple[str, str]] = set()
+        self.full: set[str] = set()
+        """Mailboxes that have been full since the last look but one."""
+        self.was_full = False
+        self.most_trimmed = 0
+        self.is_over = False
+        """Whether so much time has passed that nothing waits any more for who has blocked its sender."""
         self.lost = 0
         """Deliveries by which the ledgers of the lives that are running differ from what waits, since one of them began."""
 
@@ -138,26 +149,63 @@ class Model:
         for message in stored:
             message.freed.add(user)
 
+    def removed(self, phone: Phone) -> None:
+        """A device is none any more: nothing that was stored waits for it."""
+        phone.known = False
+        for message in self.messages.values():
+            message.released.add(phone.key)
+            message.freed.add(phone.key)
+        for told in self.told:
+            told.must.discard(phone.key)
+
+    def are_full(self, before: set[str], now: set[str]) -> None:
+        """These mailboxes were and are full: they may be left out of messages."""
+        self.full = before | now
+        self.was_full = self.was_full or bool(self.full)
+
+    def are_apart(self, one: str, other: str) -> bool:
+        """Whether one of these has blocked the other."""
+        return bool(self.blocks & {(one, other), (other, one)})
+
+    def check_bounded(self, waiting: Mapping[str, int], full: set[str], most: int) -> None:
+        """No mailbox of a device that is away grows on and on."""
+        for phone in self.phones.values():
+            count = waiting.get(phone.key, 0)
+            if not phone.connected and count >= most and phone.key not in full:
+                raise Broken(7, f"{count} messages wait for {phone.key}, and it is not full")
+
+    def check_trimmed(self, booked: int, *, crashed: bool) -> None:
+        """Nothing is left out for lack of room where there is room. Of a change whose node died nobody knows what it told."""
+        if booked > self.most_trimmed and not (crashed and self.was_full):
+            raise Broken(1, f"{booked} deliveries were trimmed, at most {self.most_trimmed} had no room")
+
     def tell(self, conv: str, event: str, *users: str) -> None:
         """A change was answered: its system message is stored."""
         people = self.members[conv] | set(users)
-        must = {phone.key for user in people for phone in self.of(user) if phone.known}
+        self.most_trimmed += len(self.full)
+        must = {phone.key for user in people for phone in self.of(user) if phone.known} - self.full
         self.told.append(Told(conv, event, users, must))
 
     def attempt(self, message: Message, *, perhaps: Iterable[str] = ()) -> None:
         """The message is sent, for the first time or again. ``perhaps``: members who come or go at this moment."""
         self.messages[message.id] = message
-        people = self.members[message.conv] - set(perhaps)
-        message.may |= people | set(perhaps)
+        blockers = {user for user in self.members[message.conv] if (user, message.phone.user) in self.blocks}
+        message.silent |= blockers
+        people = self.members[message.conv] - set(perhaps) - blockers
+        message.may |= people | (set(perhaps) - blockers)
         if message.seq is not None:
             return
+        self.most_trimmed += len(self.full)
         keys: set[str] = set()
         anyone: set[str] = set()
         for user in people:
             known = [phone.key for phone in self.of(user) if phone.known]
             keys.update(key for key in known if key != message.phone.key)
-            if not known and user != message.phone.user:
+            if not known and user != message.phone.user and f"{user}/*" not in self.full:
                 anyone.add(user)
+        for key in keys & self.full:
+            message.left_out[key] = self.phones[key].gaps
+        keys -= self.full
         message.anyone = anyone if message.must is None else message.anyone & anyone
         message.must = keys if message.must is None else message.must & keys
         if message.kind == "withdrawn" and message.reply_to is not None:
@@ -169,7 +217,10 @@ class Model:
             message.sure = False
             return
         if isinstance(found, str):
-            if found not in {*allowed, *(() if self.may_send(message) else ("not_member",))}:
+            if found == "mailbox_full" and not message.sure:
+                # It may be stored all the same; another attempt tells.
+                return
+            if found not in {*allowed, *self._refusals(message)}:
                 raise Broken(6, f"{message.id} was refused with {found}")
             if message.seq is not None:
                 raise Broken(5, f"{message.id} was stored, and a resend refused with {found}")
@@ -183,6 +234,19 @@ class Model:
         if message.refused is not None:
             raise Broken(1, f"{message.id} was refused and then stored")
         message.seq = seq
+
+    def _refusals(self, message: Message) -> set[str]:
+        """What its sender may be told instead."""
+        found: set[str] = set()
+        if not self.may_send(message):
+            found.add("not_member")
+        if message.conv in self.directs:
+            for user in self.members[message.conv] - {message.phone.user}:
+                if (message.phone.user, user) in self.blocks:
+                    found.add("blocked")
+                if {phone.key for phone in self.of(user) if phone.known} <= self.full:
+                    found.add("mailbox_full")
+        return found
 
     def may_send(self, message: Message) -> bool:
         """Whether its sender is a member now."""
@@ -203,7 +267,9 @@ class Model:
         if message is None:
             return
         if phone.user not in message.may:
-            raise Broken(4, f"{phone.key} has {name}, sent while they were no member")
+            raise Broken(
+                4, f"{phone.key} has {name}, sent while they were no member or had blocked its sender"
+            )
         if message.after is not None and seq <= message.after:
             raise Broken(5, f"{phone.key} has {name} before what its sender had: {seq} <= {message.after}")
         if message.seq is not None and message.seq != seq:
@@ -217,7 +283,7 @@ class Model:
         """No connection has more unacknowledged messages than its window."""
         for phone in self.phones.values():
             held = {name for name in phone.shown if name in phone.unacknowledged}
-            own = {name for name in held if not self._may_have_ended(name, phone.user)}
+            own = {name for name in held if not self._may_have_ended(name, phone.key)}
             if phone.connected and len(own - phone.acknowledging) > window:
                 raise Broken(7, f"{phone.key} has {len(own)} messages in flight, the window is {window}")
 
@@ -234,12 +300,14 @@ class Model:
             if message.seq is None:
                 continue
             known = awaited.get(message.doc_id, set())
-            held_up = {user_of(key) for key in known if key != PARTS_KEY} & message.freed
+            held_up = {
+                one for key in known if key != PARTS_KEY for one in (key, user_of(key))
+            } & message.freed
             if held_up:
                 raise Broken(3, f"{message.id} waits for {held_up}, who were removed")
             for key in message.must or ():
                 phone = self.phones[key]
-                if message.id in phone.acknowledging or self._may_have_ended(message.id, phone.user):
+                if message.id in phone.acknowledging or self._may_have_ended(message.id, key):
                     continue
                 if key not in known or message.doc_id not in heads:
                     raise Broken(2, f"{message.id} was stored, and {key} neither has it nor awaits it")
@@ -269,11 +337,13 @@ class Model:
             if doc_id not in fates:
                 raise Broken(1, f"{doc_id} was delivered, and is no message")
 
-    def _may_have_ended(self, name: str, user: str) -> bool:
+    def _may_have_ended(self, name: str, whose: str) -> bool:
+        """For a person, or for a device."""
         message = self.messages.get(name)
         if message is None:
             return True
-        return message.expired or message.withdrawal is not None or user in message.released
+        ended = message.expired or message.withdrawal is not None
+        return ended or not message.released.isdisjoint({whose, whose.partition("/")[0]})
 
     def check_status(self, message: Message, found: Stored) -> None:
         """What a sender is told of a message agrees with what its recipients did."""
@@ -285,7 +355,7 @@ class Model:
         surely = {
             phone.user
             for phone in others
-            if message.id in phone.acknowledged and not self._may_have_ended(message.id, phone.user)
+            if message.id in phone.acknowledged and not self._may_have_ended(message.id, phone.key)
         }
         if not surely <= delivered <= perhaps:
             raise Broken(8, f"status of {message.id}: {dict(found)}, acknowledged by {surely}..{perhaps}")
@@ -300,11 +370,16 @@ class Model:
             allowed.add("expired")
         if message.released:
             allowed.add("released")
+        if message.left_out or any(f"{user}/" in key for user in message.may for key in self.full):
+            allowed.add("trimmed")
+        if message.silent and self.is_over:
+            allowed.add("expired")
         if fate not in allowed:
             raise Broken(1, f"the fate of {message.id} is {fate}, not one of {sorted(allowed)}")
 
     def check_end(self, fates: Mapping[str, tuple[str, int]]) -> None:
         """Everything was drained and acknowledged: ``fates`` are (fate, seq) by document id."""
+        self.is_over = True
         self.check_phones()
         for message in self.messages.values():
             if message.seq is None:
@@ -323,7 +398,9 @@ class Model:
         withdrawal = message.withdrawal
         for key in message.must or ():
             phone = self.phones[key]
-            if message.expired or phone.user in message.released or message.id in phone.rows:
+            if message.expired or message.id in phone.rows:
+                continue
+            if not message.released.isdisjoint({key, phone.user}):
                 continue
             if withdrawal is None or (message.id, message.phone.user) not in phone.withdrawn:
                 if withdrawal is not None and key not in (withdrawal.must or ()):
@@ -334,6 +411,22 @@ class Model:
                 continue
             if not any(message.id in phone.rows for phone in self.of(user)):
                 raise Broken(1, f"{message.id} never reached any device of {user}")
+
+    def check_gaps(self, *, crashed: bool) -> None:
+        """Every device that was left out of a message has been told since, or before, when a node has died that knew of it."""
+        for message in self.messages.values():
+            for key, before in message.left_out.items():
+                phone = self.phones[key]
+                if message.seq is None or message.id in phone.rows or phone.is_removed:
+                    continue
+                if (
+                    message.expired
+                    or message.withdrawal
+                    or not message.released.isdisjoint({key, phone.user})
+                ):
+                    continue
+                if phone.gaps <= (0 if crashed else before):
+                    raise Broken(1, f"{key} was left out of {message.id}, and was not told of a gap")
 
     def _check_order(self) -> None:
         places: dict[str, int] = {}
