@@ -222,10 +222,11 @@ class Promises(RuleBasedStateMachine):
     async def _burst(self, sender: Phone, messages: Sequence[Message]) -> None:
         for message in messages:
             self.model.attempt(message)
+        turns = [sender.take_turn() for _ in messages]
         found = await sender.send_several(messages[0].conv, [message.operation() for message in messages])
-        for message, one in zip(messages, found, strict=True):
+        for message, turn, one in zip(messages, turns, found, strict=True):
             self.model.outcome(message, one)
-            self._check_sent(message, one)
+            self._check_sent(message, turn, one)
 
     @rule(which=st.integers(0, 30), node=Node)
     def resend(self, which: int, node: int) -> None:
@@ -849,9 +850,10 @@ class Promises(RuleBasedStateMachine):
         self.model.attempt(message, perhaps=perhaps)
         found: Any
         if phone.connected:
+            turn = phone.take_turn()
             found = await phone.send(message.conv, message.operation(again=again))
             if not again:
-                self._check_sent(message, found)
+                self._check_sent(message, turn, found)
         else:
             answered = await phone.request(
                 life, "POST", "/v1/messages", {"conv": message.conv, **message.operation(again=again)}
@@ -862,14 +864,18 @@ class Promises(RuleBasedStateMachine):
                 found = answered[1] if answered[0] == 201 else answered[1]["error"]["code"]
         self.model.outcome(message, found, allowed=allowed)
 
-    def _check_sent(self, message: Message, found: dict[str, Any] | str) -> None:
-        """What was sent for the first time over a connection comes after all that was sent there before."""
+    def _check_sent(self, message: Message, turn: int, found: dict[str, Any] | str) -> None:
+        """What is sent for the first time over a connection comes after all that was sent there before, whichever is answered
+        first."""
         if isinstance(found, str):
             return
-        seq, last = int(found["seq"]), message.phone.last_seq
-        if seq <= last:
-            raise Broken(5, f"{message.id}, {seq}, sorts before what its connection sent before: {last}")
-        message.phone.last_seq = seq
+        seq, sent = int(found["seq"]), message.phone.sent
+        for other, known in sent:
+            if (turn > other) != (seq > known):
+                raise Broken(
+                    5, f"{message.id}, {seq}, does not sort as its connection sent it: {sent}, {turn}"
+                )
+        sent.append((turn, seq))
 
     async def _send_through(self, message: Message, node: int, *, again: bool = False) -> None:
         """Sends through this very node."""

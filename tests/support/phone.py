@@ -44,7 +44,9 @@ class Phone:
         self.acknowledged: set[str] = set()
         self.acknowledging: set[str] = set()
         self.shown: set[str] = set()
-        self.last_seq = 0
+        self.turns = 0
+        self.sent: list[tuple[int, int]] = []
+        """What was sent for the first time over this connection: which turn it had, and its ``seq``."""
         self.trouble: list[str] = []
         self.is_removed = False
         self.gaps = 0
@@ -77,9 +79,14 @@ class Phone:
         self._reads.set()
         self.life, self._wire = life, wire
         self.shown = set()
-        self.last_seq = 0
+        self.sent = []
         self._reader = asyncio.create_task(self._read(wire), name=f"reader {self.key}")
         return True
+
+    def take_turn(self) -> int:
+        """Whose turn it is to be sent."""
+        self.turns += 1
+        return self.turns
 
     @property
     def is_slow(self) -> bool:
