@@ -18,6 +18,7 @@ class Message:
     """One message of a phone. ``must`` are the devices that get it whatever happens, ``anyone`` people without a device, of
     whom one that comes later gets it; ``may`` people who were members at some attempt, and had not blocked its sender.
     ``left_out`` are devices that were full, and how often each had been told of a gap; ``silent`` people who had blocked the sender;
+    ``lacked_room``: some mailbox of a member was full, be it that of who has no device;
     ``released`` and ``freed`` people, or devices, for whom it may, or must, wait no more."""
 
     conv: str
@@ -35,6 +36,7 @@ class Message:
     freed: set[str] = field(default_factory=set)
     left_out: dict[str, int] = field(default_factory=dict)
     silent: set[str] = field(default_factory=set)
+    lacked_room: bool = False
     seq: int | None = None
     refused: str | None = None
     sure: bool = True
@@ -196,6 +198,8 @@ class Model:
         if message.seq is not None:
             return
         self.most_trimmed += len(self.full)
+        members = self.members[message.conv]
+        message.lacked_room = message.lacked_room or any(user_of(key) in members for key in self.full)
         keys: set[str] = set()
         anyone: set[str] = set()
         for user in people:
@@ -370,7 +374,7 @@ class Model:
             allowed.add("expired")
         if message.released:
             allowed.add("released")
-        if message.left_out or any(f"{user}/" in key for user in message.may for key in self.full):
+        if message.lacked_room:
             allowed.add("trimmed")
         if message.silent and self.is_over:
             allowed.add("expired")
