@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from time import monotonic
 from typing import Any, Final
 
@@ -127,10 +127,7 @@ class Acks:
         if not wanted:
             return
         documents = await self._messages.read(wanted, committed=True)
-        settlement = Settlement([], [])
-        for doc_id in wanted:
-            self._settle_doubt(doc_id, documents.get(doc_id), settlement.acknowledged)
-        self._settled(settlement)
+        self._settle(wanted, documents)
 
     async def _attempt(self, group: EndingGroup, *, careful: bool) -> bool:
         """Whether something is left that others changed meanwhile, to be planned anew. What was done is booked."""
@@ -187,8 +184,7 @@ class Acks:
             # What is found done may be an earlier attempt's work.
             group.exact = False
         if doubtful:
-            for doc_id in group.read:
-                self._settle_doubt(doc_id, documents.get(doc_id), group.settlement.acknowledged)
+            self._settle(group.read, documents)
         # What is no message yet, or never became one, has no end that could be booked.
         for name in await self._messages.heads.orphans(documents):
             del documents[name]
@@ -229,8 +225,7 @@ class Acks:
             more = [part for head in names.values() for part in parts_of(head) if part in self._doubts]
             documents.update(await self._messages.read_all(more, committed=True))
             doubted.update(more)
-        for part in doubted:
-            self._settle_doubt(part, documents.get(part), group.settlement.acknowledged)
+        self._settle(doubted, documents)
         for part, document in (await self._messages.strayed(strayed, committed=doubtful)).items():
             if part not in doubted:
                 documents.setdefault(part, document)
@@ -276,6 +271,14 @@ class Acks:
         for doc_id, expected in group.doubts().items():
             if len(self._doubts) < _MAX_DOUBTS:
                 self._doubts[doc_id] = (expected, since)
+
+    def _settle(self, doc_ids: Iterable[str], documents: Mapping[str, Mapping[str, Any]]) -> None:
+        """Books what earlier attempts brought about, and hands it on: whatever becomes of this one, it is so."""
+        told: list[Acknowledged] = []
+        for doc_id in doc_ids:
+            self._settle_doubt(doc_id, documents.get(doc_id), told)
+        if told:
+            self._settled(Settlement(told, []))
 
     def _settle_doubt(
         self, doc_id: str, document: Mapping[str, Any] | None, told: list[Acknowledged]

@@ -361,12 +361,17 @@ class Commits:
             elif owner(document) != (envelope.user, envelope.device):
                 submission.settle(conflict())
             elif attempt and document["seq"] == envelope.seq:
+                # Whoever found it in the store before this answer may have acknowledged it already, or a device have gone.
+                ended = max(
+                    len(envelope.awaiting) - len(document["awaiting"]), len(document.get("deliveredTo", ()))
+                )
+                # Which recipients the attempt had that came through, nobody can tell.
+                self._ledger.mistrusted |= submission.renewed
                 envelope.awaiting = list(document["awaiting"])
                 envelope.shared = (
                     len(envelope.awaiting) > 1 or "deliveredTo" in document or "trimmed" in document
                 )
-                # Whoever found it in the store before this answer may have acknowledged it already.
-                self._ledger.add("accepted", len(document.get("deliveredTo", ())))
+                self._ledger.add("accepted", ended)
                 fresh.append(submission)
             else:
                 self._settle_given_up(envelope.doc_id, document)

@@ -22,6 +22,7 @@ def renew(submission: Submission, *, tried: bool) -> None:
     # A system message's for those who are no members any more were full when it was made.
     trimmed += [key for key in envelope.trimmed if user_of(key) not in audience.members]
     if (awaiting, trimmed) != (envelope.awaiting, envelope.trimmed):
+        submission.renewed = submission.renewed or tried
         envelope.awaiting, envelope.trimmed = awaiting, trimmed
         envelope.shared = len(awaiting) > 1 or bool(trimmed)
         submission.encode()

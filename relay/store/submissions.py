@@ -45,7 +45,8 @@ class Submission:
 
     With more than ``inline`` recipients it is *large*: stored in ``pieces``, the head first. Else the only piece is the
     envelope. ``raws`` are their stored forms, ``size`` the bytes of all; ``writings`` are the recipients of every attempt, and the
-    full mailboxes that it was left out of. ``held`` while it cannot be told whether it is on record as gone.
+    full mailboxes that it was left out of. ``held`` while it cannot be told whether it is on record as gone; ``renewed``
+    when its recipients have changed after it was tried.
     """
 
     __slots__ = (
@@ -61,6 +62,7 @@ class Submission:
         "large",
         "pieces",
         "raws",
+        "renewed",
         "sender_key",
         "settled",
         "size",
@@ -93,6 +95,7 @@ class Submission:
         self.done = done
         self.settled = False
         self.held = False
+        self.renewed = False
         self.writings: Mapping[str, tuple[list[str], list[str]]] = _NONE
         self.encode()
 

@@ -16,6 +16,7 @@ from relay.store.documents import decode, encode
 from relay.store.embedded import EmbeddedMongo
 from relay.store.endings import Ack, Ending, Removal, Sole
 from relay.store.ledger import Fate
+from relay.store.mongo import PyMongoError
 from relay.store.submissions import Stored
 from relay.wire.envelope import Envelope
 from relay.wire.errors import RelayError
@@ -555,4 +556,29 @@ async def test_whatever_ends_in_whatever_order_the_store_and_the_books_agree_wit
     assert all(told)
     assert len(told) == sum(len(group) for group in groups)
     assert store.ledger.count("accepted") == sum(len(one) for one in mailboxes)
+    await balance(store)
+
+
+async def test_what_was_released_before_its_sender_had_an_answer_was_accepted(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = store.envelope(["bob/phone", "cleo/phone"])
+    collection = store.commits._collection
+    tries = 0
+
+    class Lost:
+        def __getattr__(self, name: str) -> object:
+            return getattr(collection, name)
+
+        async def insert_many(self, *args: object, **options: object) -> object:
+            nonlocal tries
+            tries += 1
+            done = await collection.insert_many(*args, **options)
+            assert tries == 1
+            assert await store.endings.release([one.doc_id], ["cleo/phone"], deadline=monotonic() + 10)
+            raise PyMongoError(f"no answer to {done}")
+
+    monkeypatch.setattr(store.commits, "_collection", Lost())
+    assert await store.send(one) == [Stored(one.seq, one.at, fresh=True)]
+    assert (store.ledger.count("accepted"), store.ledger.count("released")) == (2, 1)
     await balance(store)
