@@ -11,8 +11,8 @@ from typing import Final
 
 _BURST: Final = 8
 # Others have so many times as long as those that went on took, and at most so long (s): a storm of thousands has to end.
-_SHARE: Final = 4
-_MOST_SECONDS: Final = 0.05
+_SHARE: Final = 15
+_MOST_SECONDS: Final = 0.2
 
 
 class Turns:
