@@ -10,14 +10,16 @@ from time import perf_counter
 from typing import Final
 
 _BURST: Final = 8
-# Others have so many times as long as those that went on took, and at most so long (s): a storm of thousands has to end.
+# Others have so many times as long as those that went on took, and at most so long (s).
 _SHARE: Final = 15
 _MOST_SECONDS: Final = 0.2
+# A storm has to end: at such a pace that who waits now would have gone on within so long (s), others have less.
+_ALL_SECONDS: Final = 20.0
 
 
 class Turns:
-    """A few go on at a time, in the order in which they came, and then the event loop is everybody else's for as long as that took:
-    thousands that are ready at the same moment would hold up live traffic until all of them are served."""
+    """A few go on at a time, in the order in which they came, and then the event loop is everybody else's for several times as long as
+    that took: thousands that are ready at the same moment would hold up live traffic until all of them are served."""
 
     def __init__(self, burst: int = _BURST) -> None:
         self._burst = burst
@@ -65,7 +67,9 @@ class Turns:
         if steps:
             self._next = loop.call_soon(self._after, steps - 1, began)
         else:
-            self._next = loop.call_later(min(_SHARE * (perf_counter() - began), _MOST_SECONDS), self._turn)
+            took = perf_counter() - began
+            enough = _ALL_SECONDS * self._burst / max(1, len(self._queue))
+            self._next = loop.call_later(min(_SHARE * took, _MOST_SECONDS, enough), self._turn)
 
 
 def _wake(waiter: asyncio.Future[None]) -> bool:

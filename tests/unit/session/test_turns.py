@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from typing import Any
+
+import pytest
 
 from relay.session.turns import Turns
 
@@ -64,3 +68,28 @@ async def test_a_turn_that_fails_is_nobodys_but_its_own() -> None:
     finally:
         asyncio.get_running_loop().set_exception_handler(None)
     assert len(failures) == 1
+
+
+async def test_the_more_wait_the_less_time_others_have_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    loop = asyncio.get_running_loop()
+    later = loop.call_later
+
+    def noted(delay: float, *args: Any) -> asyncio.TimerHandle:
+        pauses.append(delay)
+        return later(0, *args)
+
+    def slow() -> bool:
+        time.sleep(0.002)
+        return True
+
+    found = Turns(burst=1)
+    assert found.free()
+    for _ in range(1200):
+        found.later(slow)
+    monkeypatch.setattr(loop, "call_later", noted)
+    while len(found):
+        await asyncio.sleep(0)
+    many, few = pauses[1:200], pauses[-200:-1]
+    assert max(many) <= 20 / 1000
+    assert min(few) >= 15 * 0.002
