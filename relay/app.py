@@ -289,11 +289,12 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
         GatewaySettings(settings.max_connections, settings.auth_seconds, settings.outbox_bytes),
         addresses,
         Backlogs(mongo, timeout=timeout).empty,
+        router.busy,
     )
     app = application(
         context, admission, gateway, ROUTES, max_body=settings.max_frame_bytes, addresses=addresses
     )
-    runner = Runner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
+    runner = Runner(app, others=router.busy, access_log=None, handle_signals=False, shutdown_timeout=1.0)
     await runner.setup()
     stack.push_async_callback(admission.close)
     stack.push_async_callback(_drain, context, gateway, jobs, runner, settings.drain_seconds, accounts)

@@ -6,6 +6,7 @@ Runs once for each committed group, without waiting: everything it puts into one
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from time import monotonic
 from typing import Final
 
 from relay.metrics import Metrics
@@ -18,6 +19,7 @@ from relay.wire.envelope import Envelope
 from relay.wire.ids import document_id, head_id, user_of
 
 _WITHDRAWN: Final = "withdrawn"
+_MOMENT: Final = 0.05
 
 
 class Router:
@@ -28,6 +30,7 @@ class Router:
         self._bus: Bus = Alone() if bus is None else bus
         self._receipts = receipts
         self._latency = metrics.delivery
+        self._handed_at = 0.0
         self.others: Callable[[], bool] = _nobody
         self.withdrawn: Callable[[str], None] = _nothing
         """Is told the id of a message that is being withdrawn at another node."""
@@ -55,8 +58,13 @@ class Router:
             if shared:
                 self._hand_over(envelope)
 
+    def busy(self) -> bool:
+        """Whether messages between few devices came within the last moment, from here or from another node."""
+        return self.others() or monotonic() - self._handed_at < _MOMENT
+
     def handed(self, envelopes: Iterable[Envelope]) -> None:
         """Another node has committed these, for devices that are connected here."""
+        self._handed_at = monotonic()
         for envelope in envelopes:
             if envelope.kind == _WITHDRAWN and envelope.reply_to is not None:
                 self.withdrawn(document_id(envelope.conversation, envelope.reply_to))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -45,7 +45,7 @@ class GatewaySettings:
 
 class Gateway:
     """Turns upgrade requests into connections. ``entering`` counts those that are not authenticated yet, too. ``empty`` tells
-    in which of many mailboxes nothing waits."""
+    in which of many mailboxes nothing waits, ``others`` whether anybody's messages are under way, which go first."""
 
     def __init__(
         self,
@@ -54,13 +54,14 @@ class Gateway:
         settings: GatewaySettings,
         addresses: Addresses,
         empty: Empty,
+        others: Callable[[], bool],
     ) -> None:
         self._ctx = ctx
         self._admission = admission
         self._settings = settings
         self._addresses = addresses
         self._first = FirstDrains(ctx.messages, empty, ctx.metrics)
-        self._arrived = Turns()
+        self._arrived = Turns(others=others)
         self._entering = 0
         self._tasks: set[asyncio.Task[None]] = set()
 

@@ -19,10 +19,12 @@ _ALL_SECONDS: Final = 20.0
 
 class Turns:
     """A few go on at a time, in the order in which they came, and then the event loop is everybody else's for several times as long as
-    that took: thousands that are ready at the same moment would hold up live traffic until all of them are served."""
+    that took: thousands that are ready at the same moment would hold up live traffic until all of them are served. While there are no
+    ``others`` it is theirs, whoever they may be, for as long as that took."""
 
-    def __init__(self, burst: int = _BURST) -> None:
+    def __init__(self, burst: int = _BURST, *, others: Callable[[], bool] = lambda: True) -> None:
         self._burst = burst
+        self._others = others
         self._left = burst
         self._queue: deque[Callable[[], bool]] = deque()
         self._next: asyncio.Handle | None = None
@@ -69,7 +71,8 @@ class Turns:
         else:
             took = perf_counter() - began
             enough = _ALL_SECONDS * self._burst / max(1, len(self._queue))
-            self._next = loop.call_later(min(_SHARE * took, _MOST_SECONDS, enough), self._turn)
+            share = _SHARE if self._others() else 1
+            self._next = loop.call_later(min(share * took, _MOST_SECONDS, enough), self._turn)
 
 
 def _wake(waiter: asyncio.Future[None]) -> bool:

@@ -121,13 +121,18 @@ async def _errors(
 
 
 class Runner(web.AppRunner):
-    """Runs the application. What cannot be read as HTTP is answered as an error like any other, and hung up on."""
+    """Runs the application. What cannot be read as HTTP is answered as an error like any other, and hung up on. ``others`` says
+    whether anybody's messages are under way: they go before new connections."""
+
+    def __init__(self, app: web.Application, *, others: Callable[[], bool], **options: Any) -> None:
+        super().__init__(app, **options)
+        self._others = others
 
     async def _make_server(self) -> web.Server:
         server = await super()._make_server()
         server.__class__ = _Server
         # Made by aiohttp as one of its own.
-        cast(_Server, server).turns = Turns()
+        cast(_Server, server).turns = Turns(others=self._others)
         return server
 
 

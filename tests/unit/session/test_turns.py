@@ -93,3 +93,35 @@ async def test_the_more_wait_the_less_time_others_have_between_them(monkeypatch:
     many, few = pauses[1:200], pauses[-200:-1]
     assert max(many) <= 20 / 1000
     assert min(few) >= 15 * 0.002
+
+
+async def test_while_nobody_else_talks_the_next_wait_hardly_longer_than_the_first_took(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pauses: list[float] = []
+    loop = asyncio.get_running_loop()
+    later = loop.call_later
+
+    def noted(delay: float, *args: Any) -> asyncio.TimerHandle:
+        pauses.append(delay)
+        return later(0, *args)
+
+    def slow() -> bool:
+        time.sleep(0.002)
+        return True
+
+    talking = [False]
+    found = Turns(burst=1, others=lambda: talking[0])
+    monkeypatch.setattr(loop, "call_later", noted)
+    averages = []
+    for talks in (False, True):
+        talking[0] = talks
+        pauses.clear()
+        for _ in range(50):
+            if not found.free():
+                found.later(slow)
+        while len(found):
+            await asyncio.sleep(0)
+        averages.append(sum(pauses) / len(pauses))
+    quiet, busy = averages
+    assert 5 * quiet < busy
