@@ -15,13 +15,12 @@ from relay.store.batcher import BatcherClosed
 from relay.store.documents import owner
 from relay.store.submissions import Done, Stored, Submission
 from relay.wire.codec import dumps
-from relay.wire.envelope import Envelope
+from relay.wire.envelope import WITHDRAWN, Envelope
 from relay.wire.errors import RelayError
 from relay.wire.frames import Send
 from relay.wire.ids import document_id, is_placeholder
 from relay.wire.limits import Limit
 
-WITHDRAWN: Final = "withdrawn"
 # What a message may be refused for though it was taken before: members, devices, permissions or mailboxes have changed since.
 _AFTER_CHANGES: Final = frozenset({"not_member", "device_mismatch", "blocked", "forbidden", "mailbox_full"})
 _AFTER_GROWTH: Final = frozenset({Limit.RECIPIENTS, Limit.GROUP_BODY})

@@ -18,6 +18,7 @@ from handlers.sending import Sender
 from relay.store.batcher import BatcherClosed
 from relay.store.submissions import Stored
 from relay.wire.codec import decode_send
+from relay.wire.envelope import WITHDRAWN
 from relay.wire.errors import RelayError
 from relay.wire.frames import Send
 from relay.wire.ids import device_key, document_id
@@ -46,7 +47,7 @@ async def send(ctx: Context, caller: Caller, request: web.Request) -> web.Respon
             outcome.set_result(result)
 
     try:
-        if op.kind == sending.WITHDRAWN and caller.user in audience.members:
+        if op.kind == WITHDRAWN and caller.user in audience.members:
             await sending.check_withdrawal(ctx, sender, op)
         sending.submit(ctx, sender, op, audience, done)
         connection = ctx.hub.get(sender.key)
@@ -57,7 +58,7 @@ async def send(ctx: Context, caller: Caller, request: web.Request) -> web.Respon
         found = await sending.first_answer(ctx, sender, op, refusal)
     if isinstance(found, RelayError):
         raise found
-    if op.kind == sending.WITHDRAWN:
+    if op.kind == WITHDRAWN:
         sending.withdraw(ctx, sender.user, op)
     return answer(StoredAnswer(conv=op.conv, id=op.id, seq=found.seq, at=found.at), 201)
 

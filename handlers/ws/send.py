@@ -11,6 +11,7 @@ from handlers.sending import Sender
 from relay.store.audience import Audience
 from relay.store.submissions import Stored
 from relay.wire import replies
+from relay.wire.envelope import WITHDRAWN
 from relay.wire.errors import RelayError
 from relay.wire.frames import Send
 
@@ -23,7 +24,7 @@ def send(ctx: Context, peer: Peer, op: Send) -> Awaitable[None] | None:
         audience is None
         or peer.user not in audience.members
         or peer.user in audience.refusals
-        or op.kind == sending.WITHDRAWN
+        or op.kind == WITHDRAWN
         or op.sealed is not None
         or op.devices_rev is not None
     ):
@@ -49,7 +50,7 @@ async def _send_slowly(ctx: Context, peer: Peer, op: Send) -> None:
     sending.check(ctx, op)
     audience = await ctx.audiences.resolve(op.conv)
     try:
-        if op.kind == sending.WITHDRAWN and peer.user in audience.members:
+        if op.kind == WITHDRAWN and peer.user in audience.members:
             await sending.check_withdrawal(ctx, sender, op)
         _submit(ctx, peer, op, audience)
     except RelayError as refusal:
@@ -75,7 +76,7 @@ def _sender(peer: Peer) -> Sender:
 def _answer(ctx: Context, peer: Peer, op: Send, outcome: Stored | RelayError) -> None:
     if isinstance(outcome, Stored):
         peer.outbox.put(replies.stored(op.conv, op.id, outcome.seq, outcome.at, op.ref))
-        if op.kind == sending.WITHDRAWN:
+        if op.kind == WITHDRAWN:
             sending.withdraw(ctx, peer.user, op)
         return
     ctx.metrics.errors.labels(outcome.code).inc()

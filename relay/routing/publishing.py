@@ -9,7 +9,7 @@ is told in the next one. So whoever was entered before that second question gets
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
 from typing import Any, Final
 
@@ -17,7 +17,7 @@ import structlog
 
 from relay.redis_client import TROUBLE, AnyRedis
 from relay.routing.directory import Directory, Line
-from relay.routing.gathering import Gathered, packed
+from relay.routing.gathering import Gathered, Lines, packed
 from relay.wire.ids import user_of
 
 _SECONDS: Final = 2.0
@@ -27,7 +27,6 @@ _KEPT_SECONDS: Final = 5.0
 _MOST_KEPT: Final = 20_000
 
 log = structlog.get_logger(__name__)
-Lines = Mapping[str, Sequence[Line]]
 _Payload = tuple[str, bytes]
 
 

@@ -15,10 +15,9 @@ from relay.routing.fanout import Fanout
 from relay.routing.hub import Hub
 from relay.routing.receipts import Receipts
 from relay.store.endings import Settlement
-from relay.wire.envelope import Envelope
+from relay.wire.envelope import WITHDRAWN, Envelope
 from relay.wire.ids import document_id, head_id, user_of
 
-_WITHDRAWN: Final = "withdrawn"
 _MOMENT: Final = 0.05
 
 
@@ -66,7 +65,7 @@ class Router:
         """Another node has committed these, for devices that are connected here."""
         self._handed_at = monotonic()
         for envelope in envelopes:
-            if envelope.kind == _WITHDRAWN and envelope.reply_to is not None:
+            if envelope.kind == WITHDRAWN and envelope.reply_to is not None:
                 self.withdrawn(document_id(envelope.conversation, envelope.reply_to))
             if envelope.parts == 1:
                 self._deliver(envelope)

@@ -8,6 +8,8 @@ from typing import Final
 from relay.wire import ids
 from relay.wire.codec import dumps
 
+WITHDRAWN: Final = "withdrawn"
+"""The kind of a message that takes back the one that it replies to."""
 _NOBODY: Final[list[str]] = []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -70,58 +71,61 @@ async def test_a_turn_that_fails_is_nobodys_but_its_own() -> None:
     assert len(failures) == 1
 
 
-async def test_the_more_wait_the_less_time_others_have_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    pauses: list[float] = []
-    loop = asyncio.get_running_loop()
-    later = loop.call_later
+def slow() -> bool:
+    """Somebody's turn that takes two milliseconds."""
+    time.sleep(0.002)
+    return True
 
-    def noted(delay: float, *args: Any) -> asyncio.TimerHandle:
-        pauses.append(delay)
-        return later(0, *args)
 
-    def slow() -> bool:
-        time.sleep(0.002)
-        return True
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[float]]:
+    """From when it is called on pauses are noted, and over at once."""
 
+    def note() -> list[float]:
+        noted: list[float] = []
+        loop = asyncio.get_running_loop()
+        later = loop.call_later
+
+        def at_once(delay: float, *args: Any) -> asyncio.TimerHandle:
+            noted.append(delay)
+            return later(0, *args)
+
+        monkeypatch.setattr(loop, "call_later", at_once)
+        return noted
+
+    return note
+
+
+async def test_the_more_wait_the_less_time_others_have_between_them(
+    pauses: Callable[[], list[float]],
+) -> None:
     found = Turns(burst=1)
     assert found.free()
     for _ in range(1200):
         found.later(slow)
-    monkeypatch.setattr(loop, "call_later", noted)
+    noted = pauses()
     while len(found):
         await asyncio.sleep(0)
-    many, few = pauses[1:200], pauses[-200:-1]
+    many, few = noted[1:200], noted[-200:-1]
     assert max(many) <= 20 / 1000
     assert min(few) >= 15 * 0.002
 
 
 async def test_while_nobody_else_talks_the_next_wait_hardly_longer_than_the_first_took(
-    monkeypatch: pytest.MonkeyPatch,
+    pauses: Callable[[], list[float]],
 ) -> None:
-    pauses: list[float] = []
-    loop = asyncio.get_running_loop()
-    later = loop.call_later
-
-    def noted(delay: float, *args: Any) -> asyncio.TimerHandle:
-        pauses.append(delay)
-        return later(0, *args)
-
-    def slow() -> bool:
-        time.sleep(0.002)
-        return True
-
     talking = [False]
     found = Turns(burst=1, others=lambda: talking[0])
-    monkeypatch.setattr(loop, "call_later", noted)
+    noted = pauses()
     averages = []
     for talks in (False, True):
         talking[0] = talks
-        pauses.clear()
+        noted.clear()
         for _ in range(50):
             if not found.free():
                 found.later(slow)
         while len(found):
             await asyncio.sleep(0)
-        averages.append(sum(pauses) / len(pauses))
+        averages.append(sum(noted) / len(noted))
     quiet, busy = averages
     assert 5 * quiet < busy
