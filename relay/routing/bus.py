@@ -67,8 +67,8 @@ class Bus(Protocol):
     def ended(self, key: str) -> None:
         """The tokens of the device with this key are not good any more, here or elsewhere."""
 
-    async def online(self, users: Collection[str]) -> dict[str, set[str]]:
-        """Which devices of these users are online at other nodes, by user; nobody's while Redis is away."""
+    async def online(self, users: Collection[str]) -> dict[str, set[str]] | None:
+        """Which devices of these users are online at other nodes, by user; None while Redis is away and nobody knows."""
 
 
 class Alone:
@@ -126,6 +126,6 @@ class Alone:
     def ended(self, key: str) -> None:
         """There is nobody."""
 
-    async def online(self, users: Collection[str]) -> dict[str, set[str]]:
+    async def online(self, users: Collection[str]) -> dict[str, set[str]] | None:
         """There is nobody."""
         return {}

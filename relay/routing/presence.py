@@ -97,7 +97,8 @@ class Presence:
         self._up: set[str] = set()
         self.watched = 0
         """How many people are watched, counted once for each watcher."""
-        self._changed: set[str] = set()
+        # Whether it was seen at this node.
+        self._changed: dict[str, bool] = {}
         self._asked: dict[Connected, None] = {}
         self._outrun: set[str] = set()
         self._faded: dict[Connected, None] = {}
@@ -115,13 +116,13 @@ class Presence:
 
     async def online_of(self, users: Collection[str]) -> set[str]:
         """Which of these people are online, at whatever node."""
-        here = {user for user in users if self.online(user)}
-        return here.union(await self._bus.online([user for user in users if user not in here]))
+        return (await self._online_of(users))[0]
 
     async def devices_online(self, user: str) -> set[str]:
         """Which of this user's devices are online, at whatever node."""
         here = {one.device for one in self._hub.of_user(user) if self._is_fresh(one)}
-        return here.union((await self._bus.online([user])).get(user, ()))
+        elsewhere = await self._bus.online([user]) or {}
+        return here.union(elsewhere.get(user, ()))
 
     async def last_seen(self, users: Sequence[str]) -> dict[str, int]:
         """When a device of each was last noted or heard here (ms), with one query; who never was is absent."""
@@ -191,7 +192,7 @@ class Presence:
         for user, moment in users:
             if moment:
                 self._note_left(user, moment)
-            self._look_again(user)
+            self._look_again(user, here=False)
 
     def watched_users(self, *, online: bool) -> list[str]:
         """Everybody who is watched here and, when last looked at, was online, or was not."""
@@ -302,9 +303,9 @@ class Presence:
         self._look_again(user)
         self._bus.seen(user, self._left.get(user, 0))
 
-    def _look_again(self, user: str) -> None:
+    def _look_again(self, user: str, *, here: bool = True) -> None:
         if user in self._watchers:
-            self._changed.add(user)
+            self._changed[user] = here or self._changed.get(user, False)
             self._begin()
 
     def _begin(self) -> None:
@@ -316,14 +317,15 @@ class Presence:
     async def _tell_all(self) -> None:
         try:
             while self._changed or self._asked:
-                changed, self._changed = self._changed, set()
+                changed, self._changed = self._changed, {}
                 asked, self._asked = self._asked, {}
                 self._outrun = set()
                 try:
                     await self._tell(changed, asked)
                 except PyMongoError as error:
                     log.warning("presence cannot be told now", error=brief(error))
-                    self._changed |= changed & self._watchers.keys()
+                    for user, here in changed.items():
+                        self._look_again(user, here=here)
                     self._asked = {one: None for one in asked if one in self._watches} | self._asked
                     await asyncio.sleep(_RETRY_SECONDS)
                     continue
@@ -333,7 +335,13 @@ class Presence:
         finally:
             self._task = None
 
-    async def _tell(self, changed: set[str], asked: Mapping[Connected, None]) -> None:
+    async def _online_of(self, users: Collection[str]) -> tuple[set[str], bool]:
+        """And whether other nodes could be asked."""
+        here = {user for user in users if self.online(user)}
+        elsewhere = await self._bus.online([user for user in users if user not in here])
+        return here.union(elsewhere or ()), elsewhere is not None
+
+    async def _tell(self, changed: Mapping[str, bool], asked: Mapping[Connected, None]) -> None:
         concerned = [(watcher, user) for user in changed for watcher in self._watchers.get(user, ())]
         concerned += [
             (watcher, user)
@@ -348,7 +356,16 @@ class Presence:
         }
         sights = await self._sights.of(unsure) if unsure else {}
         seen = await self.last_seen(list(wanted)) if wanted else {}
-        everywhere = (await self.online_of(wanted)).union(wanted & self._leaving.keys())
+        online, known = await self._online_of(wanted)
+        everywhere = online.union(wanted & self._leaving.keys())
+        if not known:
+            # What other nodes told of these cannot be seen now; they are looked at again when it can.
+            concerned = [
+                (watcher, user)
+                for watcher, user in concerned
+                if watcher in asked or user in everywhere or changed[user]
+            ]
+            wanted = {user for _, user in concerned}
         self._up -= wanted
         self._up |= everywhere & self._watchers.keys()
         for watcher, user in dict.fromkeys(concerned):
@@ -364,7 +381,7 @@ class Presence:
             if pair in unsure:
                 watch.sights[user] = (sights.get(pair), begun)
             elif user not in watch.sights:
-                self._changed.add(user)
+                self._look_again(user, here=changed.get(user, False))
                 continue
             sight = watch.sights[user][0]
             look = _NOTHING if sight is None else _look(sight, user in everywhere, seen.get(user))

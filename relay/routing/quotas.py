@@ -269,7 +269,7 @@ class Quotas:
         """These without those that other nodes count, which are passed over like what is far below its quota. What may be latched is
         counted all the same, to be unlatched."""
         asked = [key for key in keys if key not in self._full and not is_placeholder(key)]
-        online = await self._bus.online({user_of(key) for key in asked})
+        online = await self._bus.online({user_of(key) for key in asked}) or {}
         there = {device_key(user, device) for user, devices in online.items() for device in devices}
         passed = there.intersection(asked)
         now = monotonic()

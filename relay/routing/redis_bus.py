@@ -239,16 +239,18 @@ class RedisBus:
         """See ``Bus``."""
         self._registrations.note(Entry("keep", user, device, serial, silent))
 
-    async def online(self, users: Collection[str]) -> dict[str, set[str]]:
+    async def online(self, users: Collection[str]) -> dict[str, set[str]] | None:
         """See ``Bus``."""
-        if not self._works or not users:
+        if not users:
             return {}
+        if not self._works:
+            return None
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 found = await self._directory.find(list(users))
         except TROUBLE as error:
             self._fails(error)
-            return {}
+            return None
         online: dict[str, set[str]] = {}
         for user, lines in found.items():
             for line in lines:

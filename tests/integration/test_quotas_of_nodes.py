@@ -57,7 +57,7 @@ async def is_full(node: Node, full: bool) -> bool:
 
 async def is_away(node: Node, device: WireDevice) -> bool:
     """Whether nobody takes it for connected."""
-    return not await node.relay.context.bus.online([device.user])
+    return await node.relay.context.bus.online([device.user]) == {}
 
 
 async def test_a_device_that_is_live_at_another_node_is_not_counted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Collection
 
 import pytest
@@ -10,7 +11,7 @@ from relay.routing import second_looks as module
 from relay.routing.bus import Alone
 from relay.routing.second_looks import ROUND_SECONDS, SecondLooks
 from tests.support.backlog import LocalConnection
-from tests.unit.routing.test_presence import World, settle, told
+from tests.unit.routing.test_presence import GRACE, World, settle, told
 
 
 class Directory(Alone):
@@ -24,10 +25,10 @@ class Directory(Alone):
         self.works = True
         self.asked: list[list[str]] = []
 
-    async def online(self, users: Collection[str]) -> dict[str, set[str]]:
+    async def online(self, users: Collection[str]) -> dict[str, set[str]] | None:
         self.asked.append(sorted(users))
         self.shared = self.works
-        return {user: {"phone"} for user in users if user in self.there} if self.works else {}
+        return {user: {"phone"} for user in users if user in self.there} if self.works else None
 
 
 class Looking(World):
@@ -121,6 +122,30 @@ async def test_who_cannot_be_asked_for_is_not_gone(world: Looking) -> None:
     for _ in range(3):
         await world.round()
     assert told(ann) == [("bob", True)]
+
+
+async def test_a_hint_that_cannot_be_looked_up_is_not_taken_for_news(world: Looking) -> None:
+    world.directory.there = {"bob"}
+    ann = await world.watcher("bob", "cleo")
+    world.directory.there = {"cleo"}
+    world.directory.works = False
+    world.presence.changed_elsewhere([("bob", 5000), ("cleo", 5000)])
+    await settle()
+    assert told(ann) == [("bob", True), ("cleo", False)]
+    world.directory.works = True
+    world.looks.hurry()
+    await world.round()
+    assert told(ann)[2:] == [("bob", False), ("cleo", True)]
+
+
+async def test_who_leaves_here_while_nobody_else_can_be_asked_is_gone(world: Looking) -> None:
+    bob = world.connect("bob")
+    ann = await world.watcher("bob")
+    world.directory.works = False
+    world.leave(bob)
+    await asyncio.sleep(GRACE)
+    await settle()
+    assert told(ann) == [("bob", True), ("bob", False)]
 
 
 async def test_it_asks_for_watched_people_who_are_not_here_in_groups_and_for_nobody_else(
