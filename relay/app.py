@@ -207,7 +207,11 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
     audit = Audit(pseudonyms)
     stack.push_async_callback(audit.close)
     await audit.tell_end()
-    passwords = Passwords(processes=settings.password_processes, queue=settings.password_queue)
+    passwords = Passwords(
+        processes=settings.password_processes,
+        queue=settings.password_queue,
+        busy=lambda: router.busy() or router.fanout.waiting > 0,
+    )
     stack.callback(passwords.close)
     rates = Rates(
         rate_rules(settings),

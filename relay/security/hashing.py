@@ -24,11 +24,14 @@ _PR_SET_PDEATHSIG: Final = 1
 dummy: str | None = None
 
 
-def start() -> None:
-    """Prepares the process: it steps back behind everything else, ends with the relay however that ends, and leaves Ctrl-C
-    to it."""
+def start(relay: int) -> None:
+    """Prepares the process: it steps back behind everything else, ends with the process ``relay`` however that ends, and leaves
+    Ctrl-C to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != relay:
+        # It died before this one could ask to be told, and nobody else ends it.
+        os._exit(0)
     _step_back()
     known_dummy()
 

@@ -16,6 +16,7 @@ import pytest
 from argon2 import PasswordHasher
 
 from relay.security import hashing
+from relay.security import passwords as module
 from relay.security.passwords import Passwords
 from relay.wire.errors import RelayError
 from tests.support.frozen import freeze
@@ -159,6 +160,52 @@ async def test_what_does_not_fit_into_the_queue_is_told_to_come_back() -> None:
     passwords.close()
 
 
+async def test_while_messages_are_under_way_a_process_rests_between_two_passwords(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_REST", 1000.0)
+    monkeypatch.setattr(module, "_MOST_REST", 0.4)
+    busy = True
+    passwords = Passwords(processes=1, queue=10, busy=lambda: busy)
+    await passwords.verify(None, GOOD)
+    began = time.perf_counter()
+    await passwords.verify(None, GOOD)
+    assert time.perf_counter() - began >= 0.39
+    monkeypatch.setattr(module, "_MOST_REST", 60.0)
+    busy = False
+    await passwords.verify(None, GOOD)
+    async with asyncio.timeout(30):
+        await passwords.verify(None, GOOD)
+    passwords.close()
+
+
+async def test_an_answer_does_not_wait_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_REST", 1000.0)
+    monkeypatch.setattr(module, "_MOST_REST", 60.0)
+    passwords = Passwords(processes=1, queue=10, busy=lambda: True)
+    async with asyncio.timeout(30):
+        assert await passwords.verify(None, GOOD) is False
+    passwords.close()
+
+
+async def test_who_would_wait_for_too_long_is_told_to_come_back_while_there_is_room_in_the_queue() -> None:
+    passwords = Passwords(processes=1, queue=100)
+    await passwords.hash(GOOD)
+    (pid,) = children(passwords)
+    freeze(pid)
+    passwords._lately = 4.0
+    waiting = [asyncio.create_task(passwords.verify(None, GOOD)) for _ in range(3)]
+    await asyncio.sleep(0)
+    with pytest.raises(RelayError) as caught:
+        await passwords.verify(None, GOOD)
+    assert caught.value.code == "unavailable"
+    os.kill(pid, signal.SIGCONT)
+    await asyncio.gather(*waiting)
+    passwords._lately = 100.0
+    assert await passwords.verify(None, GOOD) is False, "nobody waits"
+    passwords.close()
+
+
 async def test_who_gives_up_makes_room() -> None:
     passwords = Passwords(processes=1, queue=1)
     await passwords.hash(GOOD)
@@ -198,6 +245,12 @@ async def main():
     await asyncio.sleep(60)
 asyncio.run(main())
 """
+
+
+def test_a_process_whose_relay_died_before_it_had_started_ends_by_itself() -> None:
+    line = "from relay.security import hashing; hashing.start(2**30); print('alive')"
+    ended = subprocess.run([sys.executable, "-c", line], capture_output=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (0, b"")
 
 
 async def test_the_processes_end_with_a_relay_that_is_killed() -> None:
