@@ -183,7 +183,11 @@ class Settings(BaseSettings):
     rate_report: Rate = Field("20/hour", description="Reports by one user.")
     rate_export: Rate = Field("10/hour", description="Exports of a person's data by one user.")
     message_rate: float = Field(
-        500, ge=0, le=1_000_000, description="Messages a second of one device; 0: no limit."
+        500,
+        ge=0,
+        le=1_000_000,
+        description="Messages a second of one device; who posts at several nodes with one Redis has a fifth more altogether. "
+        "0: no limit.",
     )
     message_burst: int = Field(2000, ge=1, le=10_000_000, description="Messages of one device at once.")
 

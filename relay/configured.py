@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil
 from pathlib import Path
 from typing import Final
 
@@ -13,6 +14,7 @@ from relay.routing.hub import Hub
 from relay.routing.live import Live
 from relay.security.issuer import Issuer
 from relay.security.pseudonyms import Pseudonyms
+from relay.security.rates import OFF
 from relay.security.tokens import KeyConfigurationError, Verifier, first_secret, generate_secret, load_keys
 from relay.store.audience import Audiences
 from relay.store.people import People
@@ -23,6 +25,8 @@ SECRET_FILE: Final = "jwt-secret"
 PSEUDONYM_FILE: Final = "pseudonym-key"
 LOOPBACK: Final = "127.0.0.1"
 _RATE: Final = "rate_"
+_MESSAGE_WINDOW: Final = 20
+_DAY: Final = 86_400
 
 
 class StartError(Exception):
@@ -51,9 +55,19 @@ def cannot_listen(host: str, port: int, error: OSError, setting: str = "RELAY_PO
 
 
 def rate_rules(settings: Settings) -> dict[str, str]:
-    """The rate limits by name: each setting ``rate_…`` is one."""
+    """The rate limits by name: each setting ``rate_…`` is one, and ``message`` what one device may send over HTTP."""
     names = [name for name in Settings.model_fields if name.startswith(_RATE)]
-    return {name.removeprefix(_RATE): getattr(settings, name) for name in names}
+    rules = {name.removeprefix(_RATE): getattr(settings, name) for name in names}
+    return {**rules, "message": _message_rule(settings.message_rate, settings.message_burst)}
+
+
+def _message_rule(rate: float, burst: int) -> str:
+    """As a window over all nodes, so long that it comes near to the rate, and that never refuses what one node's bucket allows:
+    in no window more than the burst and what the rate brings meanwhile."""
+    if not rate:
+        return OFF
+    seconds = min(max(_MESSAGE_WINDOW, ceil(burst / rate)), _DAY)
+    return f"{burst + ceil(rate * seconds)}/{seconds} seconds"
 
 
 def pseudonyms_of(settings: Settings) -> Pseudonyms:

@@ -35,6 +35,8 @@ async def send(ctx: Context, caller: Caller, request: web.Request) -> web.Respon
     op = decode_send(await body(request))
     sender = Sender(caller.user, caller.device, device_key(caller.user, caller.device))
     sending.check(ctx, op)
+    # A device has one connection, but may post at many nodes.
+    await ctx.rates.check("message", sender.key)
     if ctx.sends.is_full([op.conv]) or ctx.endings.is_full([op.conv]):
         raise RelayError("unavailable", "the relay is busy; send again", retry_after=1000)
     audience = await ctx.audiences.resolve(op.conv)

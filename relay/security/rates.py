@@ -45,7 +45,9 @@ _WHAT: Final = {
     "presence": "watch lists",
     "report": "reports",
     "export": "exports",
+    "message": "messages",
 }
+_LIMITS: Final = {"message": Limit.MESSAGE_RATE}
 _REDIS_SECONDS: Final = 0.2
 _REDIS_PAUSE: Final = 1.0
 _REDIS_CONNECTIONS: Final = 16
@@ -111,7 +113,7 @@ class Rates:
                 "rate_limited",
                 f"too many {what}; try again in {ceil(wait)} s",
                 retry_after=max(1, ceil(wait * 1000)),
-                limit=Limit.REQUEST_RATE,
+                limit=_LIMITS.get(name, Limit.REQUEST_RATE),
             )
 
     async def close(self) -> None:

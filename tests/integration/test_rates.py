@@ -194,6 +194,24 @@ async def test_a_device_over_its_message_rate_is_told_when_to_come_back_and_othe
     await ann.expect("stored")
 
 
+async def test_a_device_that_posts_at_all_nodes_in_turn_has_no_rate_for_each_of_them(
+    nodes: NodeFactory, valkey: Valkey
+) -> None:
+    settings: dict[str, Any] = {"redis_url": valkey.url, "message_rate": 0.001, "message_burst": 4}
+    several = [await nodes.start(**settings) for _ in range(3)]
+    conv = await several[0].direct("ann", "bob")
+    posted = []
+    for number in range(12):
+        message = {"id": new_id(), "conv": conv, "kind": "text", "body": "x"}
+        posted.append(await several[number % 3].request("POST", "/v1/messages", "ann", "phone", message))
+    assert [status for status, _ in posted] == [201] * 8 + [429] * 4
+    refusal = posted[-1][1]["error"]
+    assert refusal["code"] == "rate_limited"
+    assert refusal["message"].startswith("too many messages")
+    other = {"id": new_id(), "conv": conv, "kind": "text", "body": "x"}
+    assert (await several[0].request("POST", "/v1/messages", "bob", "phone", other))[0] == 201
+
+
 def _http(operation: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in operation.items() if name != "t"}
 
