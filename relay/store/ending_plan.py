@@ -153,6 +153,9 @@ class EndingGroup:
         expected.update({key: Expectation("released", None) for key in dropped})
         self.settlement.released.extend((doc_id, key) for key in dropped)
         fate = self._fate_of(doc_id, user)
+        if fate is None and doc_id in self._removals:
+            # Somebody else's message.
+            self.settlement.withdrawn = [one for one in self.settlement.withdrawn if one != doc_id]
         entry = None
         if not remaining or fate is not None:
             # A message that nobody got before its last mailbox was removed is released, not delivered.

@@ -107,7 +107,7 @@ class Settlement:
     released: list[tuple[str, str]]
     """(document id, device key) pairs that no connection needs to hold credit for any more."""
     withdrawn: list[str] = field(default_factory=list)
-    """Ids of messages that were to end as withdrawn: they are gone, or never were there."""
+    """Ids of messages that their sender has withdrawn: they are gone, or never were there."""
 
 
 Ending = Ack | Removal | Release

@@ -133,14 +133,9 @@ class Messages:
         headless: set[str] = set()
         async with self._readers:
             # What is true now, not when it came: a shard may have died while it waited for its turn.
-            complete = True
-            if conversation is not None:
-                query["conversationId"] = conversation
-                if self._shards.is_down(conversation):
-                    raise ShardDown
-            elif reachable := self._shards.reachable:
-                complete = False
-                conditions.append(reachable)
+            where, complete = self._reach(conversation)
+            if where:
+                conditions.append(where)
             if conditions:
                 query["$and"] = conditions
             while True:
@@ -363,18 +358,21 @@ class Messages:
             query["sender.user"] = {"$ne": exclude_sender}
         async with self._finders:
             # As in ``waiting``.
-            complete = True
-            if conversation is not None:
-                query["conversationId"] = conversation
-                if self._shards.is_down(conversation):
-                    raise ShardDown
-            elif reachable := self._shards.reachable:
-                complete = False
-                query.update(reachable)
+            where, complete = self._reach(conversation)
+            query.update(where)
             with time_limit(_FIND_SECONDS):
                 hint = None if complete else WAITING_INDEX
                 cursor = self._collection.find(query, {"_id": 1}, hint=hint).limit(limit)
                 return Awaited([row["_id"] async for row in cursor if _is_id(row["_id"])], complete)
+
+    def _reach(self, conversation: str | None) -> tuple[Mapping[str, Any], bool]:
+        """What narrows a query down to what can answer now, and whether that is all there is. Raises ShardDown."""
+        if conversation is not None:
+            if self._shards.is_down(conversation):
+                raise ShardDown
+            return {"conversationId": conversation}, True
+        reachable = self._shards.reachable
+        return reachable, not reachable
 
     async def count_waiting(self, *, seconds: float = 0) -> int:
         """How many deliveries (message and device) wait in the store, on the shards that answer. Reads every message, for

@@ -426,6 +426,7 @@ async def test_nobody_withdraws_anothers_message_by_the_id_of_an_own_one(
     await ann.expect("acked", ref="behind")
     waiting = await node.db.messages.find_one({"id": theirs})
     assert waiting is not None and "bob/phone" in waiting["awaiting"]
+    assert waiting["_id"] not in node.relay.context.messages.hot._withdrawn, "it may still be kept for many"
     bob = await node.connect("bob")
     assert (await bob.expect("msg", id=theirs))["body"] == "ann's"
 
