@@ -15,6 +15,7 @@ from relay.store.mongo import PyMongoError
 from relay.store.submissions import Stored, Submission
 from relay.wire.envelope import Envelope
 from relay.wire.ids import PARTS_KEY, new_id
+from tests.support.stand_in import StandIn
 from tests.support.store import Store, open_store
 
 INLINE = 3
@@ -144,12 +145,8 @@ async def test_parts_whose_end_was_in_doubt_are_booked_once(
             raise Crash
         return await before(*args, **kwargs)
 
-    class Failing:
-        def __getattr__(self, asked: str) -> Any:
-            return fails_once if asked == name else getattr(target, asked)
-
     if name == "bulk_write":
-        monkeypatch.setattr(store.acks, "_collection", Failing())
+        monkeypatch.setattr(store.acks, "_collection", StandIn(target, name, fails_once))
     else:
         monkeypatch.setattr(store.acks, name, fails_once)
     if ending == "acknowledgement":

@@ -22,6 +22,7 @@ from relay.wire.envelope import Envelope
 from relay.wire.errors import RelayError
 from relay.wire.ids import device_key
 from tests.support.backlog import LocalConnection
+from tests.support.stand_in import StandIn
 from tests.support.store import TTL_SECONDS, Store, open_store
 
 BYTES = 1 << 20
@@ -566,19 +567,15 @@ async def test_what_was_released_before_its_sender_had_an_answer_was_accepted(
     collection = store.commits._collection
     tries = 0
 
-    class Lost:
-        def __getattr__(self, name: str) -> object:
-            return getattr(collection, name)
+    async def lost(*args: object, **options: object) -> object:
+        nonlocal tries
+        tries += 1
+        done = await collection.insert_many(*args, **options)
+        assert tries == 1
+        assert await store.endings.release([one.doc_id], ["cleo/phone"], deadline=monotonic() + 10)
+        raise PyMongoError(f"no answer to {done}")
 
-        async def insert_many(self, *args: object, **options: object) -> object:
-            nonlocal tries
-            tries += 1
-            done = await collection.insert_many(*args, **options)
-            assert tries == 1
-            assert await store.endings.release([one.doc_id], ["cleo/phone"], deadline=monotonic() + 10)
-            raise PyMongoError(f"no answer to {done}")
-
-    monkeypatch.setattr(store.commits, "_collection", Lost())
+    monkeypatch.setattr(store.commits, "_collection", StandIn(collection, "insert_many", lost))
     assert await store.send(one) == [Stored(one.seq, one.at, fresh=True)]
     assert (store.ledger.count("accepted"), store.ledger.count("released")) == (2, 1)
     await balance(store)

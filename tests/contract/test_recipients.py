@@ -13,6 +13,7 @@ from relay.store.embedded import EmbeddedMongo
 from relay.store.mongo import PyMongoError
 from relay.store.submissions import Stored, Submission
 from relay.wire.errors import RelayError
+from tests.support.stand_in import StandIn
 from tests.support.store import Store, open_store
 
 
@@ -78,16 +79,11 @@ async def changes_during_the_insert(store: Store, one: Submission, monkeypatch: 
     """The recipients become stale while MongoDB writes."""
     insert = store.commits._collection.insert_many
 
-    class Slow:
-        def __getattr__(self, name: str) -> object:
-            return getattr(collection, name)
+    async def slow(*args: object, **options: object) -> object:
+        one.audience.stale = True
+        return await insert(*args, **options)
 
-        async def insert_many(self, *args: object, **options: object) -> object:
-            one.audience.stale = True
-            return await insert(*args, **options)
-
-    collection = store.commits._collection
-    monkeypatch.setattr(store.commits, "_collection", Slow())
+    monkeypatch.setattr(store.commits, "_collection", StandIn(store.commits._collection, "insert_many", slow))
 
 
 async def awaiting(store: Store, one: Submission) -> list[str] | None:
@@ -187,25 +183,20 @@ async def test_a_sealed_message_that_is_tried_again_is_for_nobody_who_came_meanw
     insert = store.commits._collection.insert_many
     tries = 0
 
-    class Lost:
-        def __getattr__(self, name: str) -> object:
-            return getattr(collection, name)
+    async def lost(*args: object, **options: object) -> object:
+        nonlocal tries
+        tries += 1
+        if tries > 1:
+            return await insert(*args, **options)
+        one.audience.stale = True
+        recipients.members = {
+            "ann": ["ann/phone"],
+            "bob": ["bob/phone", "bob/tablet"],
+            "dan": ["dan/laptop"],
+        }
+        raise PyMongoError("no answer")
 
-        async def insert_many(self, *args: object, **options: object) -> object:
-            nonlocal tries
-            tries += 1
-            if tries > 1:
-                return await insert(*args, **options)
-            one.audience.stale = True
-            recipients.members = {
-                "ann": ["ann/phone"],
-                "bob": ["bob/phone", "bob/tablet"],
-                "dan": ["dan/laptop"],
-            }
-            raise PyMongoError("no answer")
-
-    collection = store.commits._collection
-    monkeypatch.setattr(store.commits, "_collection", Lost())
+    monkeypatch.setattr(store.commits, "_collection", StandIn(store.commits._collection, "insert_many", lost))
     await store.commits.commit([one])
     assert isinstance(await outcome, Stored)
     # It has no ciphertext for the tablet; cleo has left; dan's first device drains what waits for any.
