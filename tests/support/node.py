@@ -7,6 +7,7 @@ from typing import Any
 
 import aiohttp
 from pymongo import AsyncMongoClient
+from pymongo.write_concern import WriteConcern
 
 from config.settings import Settings
 from relay import app
@@ -129,7 +130,11 @@ class NodeFactory:
         relay = await app.start(Settings(**values))
         if not leases:
             relay.context.invalidation.lease = 0.1
-        node = Node(relay, self._client[values["mongo_database"]], self._http)
+        # What a test writes is seen by whoever reads what a majority has.
+        database = self._client.get_database(
+            values["mongo_database"], write_concern=WriteConcern(w="majority")
+        )
+        node = Node(relay, database, self._http)
         self._nodes.append(node)
         return node
 
