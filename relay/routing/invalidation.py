@@ -136,9 +136,9 @@ class Invalidation:
             await asyncio.gather(self._confirming, return_exceptions=True)
 
     async def _settled(self, conversations: list[str], users: list[str]) -> bool:
-        """Whether no other node lives, or all have confirmed."""
+        """Whether no other node can believe what was before, or all have confirmed."""
         try:
-            others = await self._peers.others()
+            others = await self._peers.leasing()
             return not others or await self._bus.invalidate(others, conversations, users, self.lease)
         except PyMongoError:
             # Nobody knows; what may be true is taken for true.

@@ -57,6 +57,11 @@ class Roster:
 
 EMPTY: Final = Roster({})
 Loader = Callable[[list[str]], Awaitable[Mapping[str, Roster]]]
+Hold = Callable[[], Awaitable[None]]
+
+
+async def _alone() -> None:
+    return None
 
 
 class Audience:
@@ -167,10 +172,12 @@ class Audience:
 
 class Audiences:
     """The cache. ``load`` answers a whole list of conversations with one round of queries; conversations that do not
-    exist are absent from its answer and are remembered as empty for the lease."""
+    exist are absent from its answer and are remembered as empty for the lease. Await ``hold`` before anything is committed: it returns
+    when other nodes wait for this one's leases, and raises PyMongoError."""
 
-    def __init__(self, load: Loader) -> None:
+    def __init__(self, load: Loader, *, hold: Hold = _alone) -> None:
         self._load = load
+        self.hold = hold
         self._cached: OrderedDict[str, Audience] = OrderedDict()
         self._of_user: dict[str, set[str]] = {}
         self._wanted: dict[str, list[asyncio.Future[Audience]]] = {}
@@ -210,6 +217,12 @@ class Audiences:
             self._outrun.update(self._asked)
             for name in list(self._of_user.get(user, ())):
                 self._drop(name)
+
+    def forget(self) -> None:
+        """Believes nothing any more: others may not have waited for this node's leases."""
+        self._outrun.update(self._asked)
+        for name in list(self._cached):
+            self._drop(name)
 
     async def _load_wanted(self) -> None:
         try:

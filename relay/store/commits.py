@@ -225,6 +225,7 @@ class Commits:
     async def _attempt(self, batch: list[Submission], attempt: int) -> None:
         for submission in batch:
             submission.held = False
+        await self._audiences.hold()
         await self._refresh(batch, attempt)
         asked_again = [s for s in batch if not s.settled and not s.held and (s.again or attempt)]
         if asked_again:

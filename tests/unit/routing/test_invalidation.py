@@ -38,7 +38,7 @@ class House:
         for over in self.concerned(await self.late(), conversations, users):
             await over
 
-    async def others(self) -> list[str]:
+    async def leasing(self) -> list[str]:
         return []
 
     async def invalidate(self, *_: Any) -> bool:
