@@ -292,7 +292,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
         admission,
         GatewaySettings(settings.max_connections, settings.auth_seconds, settings.outbox_bytes),
         addresses,
-        Backlogs(mongo, timeout=timeout).empty,
+        Backlogs(mongo, shards, timeout=timeout).empty,
         router.busy,
     )
     app = application(

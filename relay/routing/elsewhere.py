@@ -76,11 +76,9 @@ class Elsewhere:
             case Told():
                 self._tell(hint)
             case Replaced():
-                connection = self._hub.get(hint.key)
-                if connection is not None and connection.serial == hint.serial:
+                # A dead socket is seconds in closing, and nothing must be pushed into it that the other could have.
+                if (connection := self._hub.replace(hint.key, hint.serial)) is not None:
                     connection.shut(errors.REPLACED)
-                    # A dead socket is seconds in closing, and nothing must be pushed into it that the other could have.
-                    self._hub.remove(connection)
             case Confirmed():
                 self._confirmed(hint.node, hint.numbers)
             case Changed() if node != self._own:

@@ -73,6 +73,8 @@ class Hub:
         self._empty: asyncio.Event | None = None
         # Whether they are, until when that is remembered, and when it changed.
         self._quiet: OrderedDict[str, tuple[bool, float, int]] = OrderedDict()
+        # By device key the number of a connection that is replaced elsewhere and was not registered here then.
+        self._replaced: OrderedDict[str, int] = OrderedDict()
         self.left: dict[str, float] = {}
         """Device keys that disconnected since somebody last took them, with when they were last heard, for `last seen`."""
 
@@ -103,6 +105,25 @@ class Hub:
         self._quiet[user] = (quiet, monotonic() + _ENTERING_SECONDS, moment)
         if len(self._quiet) > _MOST_REMEMBERED:
             self._quiet.popitem(last=False)
+
+    def replace(self, key: str, serial: int) -> Connected | None:
+        """Another node has a younger connection of this device than the one with this number. Returns that one, which is registered
+        no more; or None, and remembers the number for when it is about to be."""
+        connection = self._connections.get(key)
+        if connection is not None and connection.serial == serial:
+            self.remove(connection)
+            return connection
+        self._replaced.pop(key, None)
+        self._replaced[key] = serial
+        if len(self._replaced) > _MOST_REMEMBERED:
+            self._replaced.popitem(last=False)
+        return None
+
+    def is_replaced(self, key: str, serial: int) -> bool:
+        """Whether the connection with this number, which is about to be registered, is replaced already: here or elsewhere."""
+        before = self._connections.get(key)
+        elsewhere = self._replaced.pop(key, 0)
+        return elsewhere >= serial or (before is not None and before.serial > serial)
 
     def remove(self, connection: Connected) -> None:
         """Forgets a connection, unless another one has taken its place."""

@@ -143,8 +143,7 @@ class Gateway:
             # It is never registered: nobody else takes its line away.
             self._ctx.bus.leave(identity.user, identity.device, serial)
             raise
-        before = self._ctx.hub.get(device_key(identity.user, identity.device))
-        replaced = before is not None and before.serial > serial
+        replaced = self._ctx.hub.is_replaced(device_key(identity.user, identity.device), serial)
         if replaced or self._ctx.health.draining:
             self._ctx.bus.leave(identity.user, identity.device, serial)
             await self._refuse(ws, errors.REPLACED if replaced else errors.RESTARTING)

@@ -10,6 +10,7 @@ import pytest
 from relay.store import backlogs as module
 from relay.store.backlogs import Backlogs
 from relay.store.embedded import EmbeddedMongo
+from relay.store.shards import Shards
 from tests.support.store import Store, open_store
 
 
@@ -34,7 +35,7 @@ async def test_the_empty_ones_of_many_are_told(store: Store) -> None:
     await waits(store, 1, ["ann/phone", "bob/phone"])
     await waits(store, 2, ["cleo/*"])
     keys = ["ann/phone", "ann/*", "bob/phone", "cleo/phone", "cleo/*", "dan/phone"]
-    found = await Backlogs(store.mongo, timeout=2).empty(keys)
+    found = await Backlogs(store.mongo, store.shards, timeout=2).empty(keys)
     assert found == {"ann/*", "cleo/phone", "dan/phone"}
 
 
@@ -42,7 +43,7 @@ async def test_where_too_much_waits_to_look_at_nothing_is_called_empty(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_MOST", 3)
-    backlogs = Backlogs(store.mongo, timeout=2)
+    backlogs = Backlogs(store.mongo, store.shards, timeout=2)
     for number in range(2):
         await waits(store, number, ["ann/phone"])
     assert await backlogs.empty(["ann/phone", "bob/phone"]) == {"bob/phone"}
@@ -54,5 +55,19 @@ async def test_where_too_much_waits_to_look_at_nothing_is_called_empty(
 async def test_what_is_no_message_at_all_harms_nobody(store: Store) -> None:
     await waits(store, 1, "ann/phone")
     await waits(store, 2, ["bob/phone", {"odd": 1}, 7, None])
-    found = await Backlogs(store.mongo, timeout=2).empty(["ann/phone", "bob/phone", "cleo/phone"])
+    found = await Backlogs(store.mongo, store.shards, timeout=2).empty(
+        ["ann/phone", "bob/phone", "cleo/phone"]
+    )
     assert found == {"cleo/phone"}
+
+
+async def test_while_a_shard_is_down_nobody_is_asked_and_nothing_called_empty(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backlogs = Backlogs(store.mongo, store.shards, timeout=2)
+    assert await backlogs.empty(["ann/phone"]) == {"ann/phone"}
+    with monkeypatch.context() as down:
+        down.setattr(Shards, "reachable", {"conversationId": {"$lt": "m"}})
+        down.setattr(backlogs, "_collection", None)
+        assert await backlogs.empty(["ann/phone"]) == set()
+    assert await backlogs.empty(["ann/phone"]) == {"ann/phone"}

@@ -33,6 +33,26 @@ async def test_nothing_is_pushed_into_a_replaced_connection_while_it_closes() ->
     await old.close()
 
 
+async def test_a_connection_that_is_replaced_elsewhere_before_it_is_registered_does_not_stay() -> None:
+    hub, metrics = Hub(), Metrics()
+    router = Router(hub, metrics, Receipts(Announcer(hub, metrics, "receipt"), max_frame=262_144))
+    nobody: Any = None
+    elsewhere = Elsewhere(
+        hub, metrics, router, nobody, nobody, own="here", confirmed=lambda *_: None, ended=lambda _: None
+    )
+    elsewhere.take("there", [Replaced("bob/phone", 7)])
+    assert not hub.is_replaced("ann/phone", 5)
+    assert hub.is_replaced("bob/phone", 7)
+    elsewhere.take("there", [Replaced("bob/phone", 7)])
+    assert not hub.is_replaced("bob/phone", 8), "the device has come back since"
+    young = LocalConnection(MemoryBacklog(), "bob", "phone")
+    young.serial = 9
+    hub.add(young)
+    assert hub.is_replaced("bob/phone", 8), "another connection of it was faster"
+    assert not hub.is_replaced("bob/phone", 10)
+    await young.close()
+
+
 async def test_the_later_connection_has_the_higher_number_whichever_node_started_first() -> None:
     first, second = (
         RedisBus("redis://127.0.0.1:1", Hub(), Metrics(), node=node, prefix="relay:test")
