@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -124,7 +125,8 @@ class Audit:
         if self._closed:
             raise late
         if self._writer is None:
-            self._writer = asyncio.create_task(self._write(), name="audit")
+            # In a context of its own: a time limit of who happens to come first is not that of those who follow.
+            self._writer = asyncio.create_task(self._write(), name="audit", context=Context())
         item = _Act(fields, asyncio.get_running_loop().create_future())
         try:
             async with asyncio.timeout(self._seconds):

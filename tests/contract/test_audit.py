@@ -20,6 +20,7 @@ from relay.store.accounts import milliseconds
 from relay.store.audit import Audit, check_key
 from relay.store.audit_chain import End
 from relay.store.embedded import EmbeddedMongo
+from relay.store.mongo import time_limit
 from relay.wire.errors import RelayError
 from tests.support.control import BACKENDS, open_control
 from tests.support.waiting import until
@@ -524,6 +525,14 @@ async def test_an_entry_that_cannot_be_written_in_time_is_refused_and_the_next_i
     with pytest.raises(RelayError):
         await impatient.record("test.act", actor="bob")
     assert (await audit.verify()).holds
+
+
+async def test_the_time_limit_of_who_writes_first_is_not_that_of_those_who_follow(audit: Audit) -> None:
+    with time_limit(0.5):
+        await audit.record("test.act", actor="ann")
+    await asyncio.sleep(0.6)
+    await audit.record("test.act", actor="bob")
+    assert await numbers() == [1, 2]
 
 
 async def test_a_crash_before_the_head_moved_is_no_fault(audit: Audit) -> None:
