@@ -12,6 +12,7 @@ Address = IPv4Address | IPv6Address
 
 LOCAL: Final = "local"
 _HOUSEHOLD_BITS: Final = 64
+_MAX_AGENT: Final = 200
 
 
 class Addresses:
@@ -45,6 +46,12 @@ class Addresses:
 
     def _is_proxy(self, address: Address) -> bool:
         return any(address in network for network in self._trusted)
+
+
+def agent_of(request: web.BaseRequest) -> str:
+    """What a client calls itself: 200 printable characters at most."""
+    text = request.headers.get("User-Agent", "")[: 2 * _MAX_AGENT]
+    return "".join(sign for sign in text if sign.isprintable())[:_MAX_AGENT]
 
 
 def _backwards(values: list[str] | tuple[str, ...]) -> Iterator[str]:

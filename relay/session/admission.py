@@ -9,6 +9,7 @@ from handlers.context import Context
 from relay.security.tokens import Identity, TokenError, Verifier
 from relay.store.accounts import Arrival
 from relay.store.arrivals import Arrivals
+from relay.store.arriving import Arriving
 from relay.store.mongo import PyMongoError
 from relay.wire.errors import RelayError
 from relay.wire.ids import device_key
@@ -28,7 +29,7 @@ class Admission:
     def __init__(self, ctx: Context, verifier: Verifier) -> None:
         self._ctx = ctx
         self._verifier = verifier
-        self._arrivals = Arrivals(ctx.accounts, ctx.metrics)
+        self._arrivals = Arrivals(ctx.accounts, ctx.audit, ctx.metrics)
         self._seen: dict[str, float] = {}
 
     def verify(self, token: str) -> Identity:
@@ -38,19 +39,23 @@ class Admission:
         except TokenError as error:
             raise RelayError("unauthorized", str(error)) from None
 
-    async def arrive(self, identity: Identity, *, live: bool = False) -> Arrival:
-        """Notes that a device connects, ``live`` by a WebSocket. When it is new, or back from inactivity or removal, it counts as a recipient from
+    async def arrive(self, identity: Identity, *, address: str, agent: str, live: bool = False) -> Arrival:
+        """Notes that a device connects from ``address`` with ``agent``, ``live`` by a WebSocket. When it is new, or back from inactivity or removal, it counts as a recipient from
         here on: nothing resolved without it is still on its way. Raises RelayError ``unauthorized``, and ``unavailable`` when too
-        many come at once."""
+        many come at once or the audit trail, in which a new device is first, cannot be written."""
         ctx = self._ctx
         try:
             arrival = await self._arrivals.arrive(
-                identity.user,
-                identity.device,
-                provision=ctx.provision,
-                issued=identity.issued,
-                session=identity.session,
-                live=live,
+                Arriving(
+                    user=identity.user,
+                    device=identity.device,
+                    provision=ctx.provision,
+                    issued=identity.issued,
+                    session=identity.session,
+                    live=live,
+                    address=address,
+                    agent=agent,
+                )
             )
         except PyMongoError:
             # It may have arrived all the same: nobody knows.
@@ -72,13 +77,13 @@ class Admission:
         """Nobody comes in any more."""
         await self._arrivals.close()
 
-    async def admit(self, token: str) -> Identity:
-        """For HTTP: verifies, and notes the arrival. Raises RelayError ``unauthorized``."""
+    async def admit(self, token: str, *, address: str, agent: str) -> Identity:
+        """For HTTP: verifies, and notes the arrival from ``address`` with ``agent``. Raises RelayError ``unauthorized``."""
         identity = self.verify(token)
         key = device_key(identity.user, identity.device)
         now = monotonic()
         if self._seen.get(key, 0) < now or not await self._in_good_standing(identity):
-            await self.arrive(identity)
+            await self.arrive(identity, address=address, agent=agent)
             if len(self._seen) >= _MAX_SEEN:
                 self._seen.clear()
             self._seen[key] = now + _SEEN_SECONDS

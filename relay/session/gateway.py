@@ -14,7 +14,7 @@ from aiohttp import WSMsgType, web
 from handlers.context import Context
 from relay.routing.first_drains import Empty, FirstDrains
 from relay.security.tokens import Identity
-from relay.session.addresses import Addresses
+from relay.session.addresses import Addresses, agent_of
 from relay.session.admission import Admission, bearer
 from relay.session.connection import Connection
 from relay.session.turns import Turns
@@ -124,7 +124,9 @@ class Gateway:
             known = self._ctx.hub.get(device_key(identity.user, identity.device))
             if known is None and len(self._ctx.hub) >= self._settings.max_connections:
                 raise FrameError(errors.TOO_MANY)
-            arrival = await self._admission.arrive(identity, live=True)
+            arrival = await self._admission.arrive(
+                identity, address=self._addresses.of(request), agent=agent_of(request), live=True
+            )
         except RelayError as failure:
             await self._refuse(ws, errors.RESTARTING if failure.retry else errors.UNAUTHORIZED)
             return None

@@ -13,7 +13,7 @@ from aiohttp.http_exceptions import LineTooLong
 
 from handlers.context import Context
 from handlers.http.route import Caller, Route, only
-from relay.session.addresses import Addresses
+from relay.session.addresses import Addresses, agent_of
 from relay.session.admission import Admission, bearer
 from relay.session.gateway import Gateway
 from relay.session.turns import Turns
@@ -26,7 +26,6 @@ log = structlog.get_logger(__name__)
 
 FIRST_REQUEST_SECONDS: Final = 30.0
 """How long a connection may take until its first request is there, headers and all."""
-_MAX_AGENT: Final = 200
 # Bytes: who sends more than that at once has come for something else than to connect, and is read at once.
 _MOST_HELD: Final = 65_536
 _CODE_OF_STATUS: dict[int, Code] = {
@@ -60,12 +59,12 @@ def _serve(
     ctx: Context, admission: Admission, addresses: Addresses, route: Route
 ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     async def serve(request: web.Request) -> web.StreamResponse:
-        caller = Caller("", "", address=addresses.of(request), agent=_agent(request))
+        caller = Caller("", "", address=addresses.of(request), agent=agent_of(request))
         if not route.open:
             token = bearer(request.headers.get("Authorization"))
             if token is None:
                 raise RelayError("unauthorized", "this needs a token: Authorization: Bearer <token>")
-            identity = await admission.admit(token)
+            identity = await admission.admit(token, address=caller.address, agent=caller.agent)
             caller = replace(caller, user=identity.user, device=identity.device, session=identity.session)
         only(request, *route.query)
         try:
@@ -75,11 +74,6 @@ def _serve(
             raise
 
     return serve
-
-
-def _agent(request: web.Request) -> str:
-    text = request.headers.get("User-Agent", "")[: 2 * _MAX_AGENT]
-    return "".join(sign for sign in text if sign.isprintable())[:_MAX_AGENT]
 
 
 @web.middleware

@@ -13,6 +13,7 @@ from pymongo import ReturnDocument, UpdateOne
 from models.accounts import Device, User
 from models.housekeeping import Tombstone
 from relay.security.pseudonyms import Pseudonyms
+from relay.store.arriving import Arriving, Provision
 from relay.store.mongo import DuplicateKeyError
 from relay.wire.clock import utc_now
 from relay.wire.ids import device_key
@@ -95,40 +96,33 @@ class Accounts:
         known = {document["_id"] async for document in cursor}
         return [user for user in users if user not in known]
 
-    async def arrive(
-        self,
-        user: str,
-        device: str,
-        *,
-        provision: bool,
-        issued: int | None = None,
-        session: str | None = None,
-        live: bool = False,
-    ) -> Arrival | None:
-        """Notes that a device is here now with a token issued at ``issued`` (s; None: this moment) for ``session``; ``live``: by
-        a WebSocket.
+    async def arrive(self, one: Arriving) -> Arrival | Provision | None:
+        """Notes that a device is here now.
 
-        When ``provision``, a token of another issuer (no ``session``) creates the device and its user, and brings back a
-        device that was removed before the token was issued. None when the token is not good for this device (``Standing``),
-        or the user or the device is unknown and may not be created.
+        When it may be created, so may its user, and a device that was removed before the token was issued is brought back; but
+        only what the trail says already is done: what it has yet to say is the answer, and nothing has been made. None when the
+        token is not good for this device (``Standing``), or the user or the device is unknown and may not be created.
         """
-        key = device_key(user, device)
+        user, key = one.user, one.key
         now = utc_now()
-        moment = now if issued is None else datetime.fromtimestamp(issued, UTC)
-        may_create = provision and session is None
+        moment = one.moment(now)
         person = await _users().find_one({"_id": user}, PERSON)
         if person is None:
-            if not may_create or not await self._provision(user, moment):
+            if not one.may_create or await self.erased({user: moment}):
                 return None
+            if one.noted is None:
+                row = await _devices().find_one({"_id": key}, {"removedAt": 1})
+                return Provision(returned=row is not None and row.get("removedAt") is not None, account=True)
+            await self._insert_users([user])
         elif is_barred(person):
             return None
         cutoff = now - self.inactive
-        here = {"$set": {"lastSeen": now, "liveAt": now} if live else {"lastSeen": now}}
+        here = {"$set": {"lastSeen": now, "liveAt": now} if one.live else {"lastSeen": now}}
         quiet = is_quiet(person or {})
         good: dict[str, Any] = (
             {"$or": [{"endedAt": None}, {"endedAt": {"$lt": moment}}]}
-            if session is None
-            else {"session.id": session}
+            if one.session is None
+            else {"session.id": one.session}
         )
         active = {"$or": [{"lastSeen": None}, {"lastSeen": {"$gte": cutoff}}]}
         before = await _devices().find_one_and_update(
@@ -142,23 +136,27 @@ class Accounts:
             return await self._with_gap_of(person, key, arrival)
         before = await _devices().find_one({"_id": key})
         if before is None:
-            if not may_create:
+            if not one.may_create:
                 return None
+            if not one.is_noted(returned=False):
+                return Provision(returned=False, account=False)
             try:
                 made = {"createdAt": now, "updatedAt": stamp_now(), **here["$set"]}
                 await _devices().insert_one({"_id": key, "user": user, **made})
             except DuplicateKeyError:
-                return await self._arrive_beside(user, device, provision, issued, session, live)
+                return await self._arrive_beside(one)
             arrival = await self._with_gap_of(person, key, arrival_of(None, {}, changed=True, quiet=quiet))
             return await self.unless_barred(user, key, arrival)
-        if not standing_of({**before, "removedAt": None}).accepts(int(moment.timestamp()), session):
+        if not standing_of({**before, "removedAt": None}).accepts(int(moment.timestamp()), one.session):
             return None
         if before.get("removedAt") is not None:
-            if not may_create:
+            if not one.may_create:
                 return None
+            if not one.is_noted(returned=True):
+                return Provision(returned=True, account=False)
             return await self.unless_barred(user, key, await self._return(before, now, quiet=quiet))
         if before.get("lastSeen") is None or before["lastSeen"] >= cutoff:
-            return await self._arrive_beside(user, device, provision, issued, session, live)
+            return await self._arrive_beside(one)
         # The gap first: should this die in between, the device still counts as away, and the next arrival finds both.
         gap = before.get("gap")
         if gap is None:
@@ -178,14 +176,10 @@ class Accounts:
         )
         return replace(arrival, gap_since=milliseconds(gap["since"]), gap_why=str(gap["why"]))
 
-    async def _arrive_beside(
-        self, user: str, device: str, provision: bool, issued: int | None, session: str | None, live: bool
-    ) -> Arrival | None:
+    async def _arrive_beside(self, one: Arriving) -> Arrival | Provision | None:
         """Another connection of this device arrives at the same moment, and may not have told anybody yet."""
-        arrival = await self.arrive(
-            user, device, provision=provision, issued=issued, session=session, live=live
-        )
-        return None if arrival is None else replace(arrival, changed=True)
+        arrival = await self.arrive(one)
+        return replace(arrival, changed=True) if isinstance(arrival, Arrival) else arrival
 
     async def _return(self, before: Mapping[str, Any], now: datetime, *, quiet: bool) -> Arrival:
         """A removed device is here again, as a new one with an old name: what it missed is gone."""
@@ -209,18 +203,17 @@ class Accounts:
         await _devices().update_one({"_id": key}, {"$set": {"endedAt": now, "updatedAt": stamp_now()}})
         return None
 
-    async def _provision(self, user: str, moment: datetime) -> bool:
-        """Creates a user whom a token of ``moment`` brings, unless they were erased since."""
-        return user in await self.provision({user: moment})
-
     async def provision(self, users: Mapping[str, datetime]) -> set[str]:
         """Creates the users whom tokens of these moments bring, but those who were erased since; returns the former."""
-        named = {self._pseudonyms.of(user): user for user in users}
-        graves = Tombstone.get_motor_collection().find({"_id": {"$in": list(named)}})
-        erased = {named[one["_id"]] async for one in graves if users[named[one["_id"]]] <= one["at"]}
-        created = set(users) - erased
+        created = set(users) - await self.erased(users)
         await self._insert_users(created)
         return created
+
+    async def erased(self, users: Mapping[str, datetime]) -> set[str]:
+        """Those of these users who were erased since these moments."""
+        named = {self._pseudonyms.of(user): user for user in users}
+        graves = Tombstone.get_motor_collection().find({"_id": {"$in": list(named)}})
+        return {named[one["_id"]] async for one in graves if users[named[one["_id"]]] <= one["at"]}
 
     async def _insert_users(self, users: Iterable[str]) -> None:
         now = utc_now()

@@ -12,17 +12,22 @@ import pytest
 from pymongo.errors import AutoReconnect, ExecutionTimeout
 
 from models.accounts import Device, User
+from models.audit import AuditEntry
 from models.housekeeping import Tombstone
 from relay.metrics import Metrics
 from relay.security.pseudonyms import Pseudonyms
 from relay.store import arrivals as module
 from relay.store.accounts import Accounts, Arrival
 from relay.store.arrivals import Arrivals
+from relay.store.arriving import Arriving, Provision
+from relay.store.audit import Audit
 from relay.store.embedded import EmbeddedMongo
 from relay.store.mongo import PyMongoError
 from relay.wire.errors import RelayError
+from tests.support.arriving import arrive
 from tests.support.control import clear, open_control
 from tests.support.on_cluster import ON_CLUSTER
+from tests.support.waiting import until
 
 INACTIVE = timedelta(days=30)
 NOW = datetime.now(UTC).replace(microsecond=0)
@@ -99,7 +104,8 @@ class House:
     def __init__(self) -> None:
         self.pseudonyms = Pseudonyms(b"a key for tests only, of 32 bytes.")
         self.accounts = Accounts(inactive=INACTIVE, pseudonyms=self.pseudonyms)
-        self.arrivals = Arrivals(self.accounts, Metrics())
+        self.audit = Audit(self.pseudonyms)
+        self.arrivals = Arrivals(self.accounts, self.audit, Metrics())
 
     async def make(self, kind: Kind, user: str) -> None:
         if kind.user is not None:
@@ -114,14 +120,28 @@ class House:
             await Tombstone.get_motor_collection().insert_one(grave)
 
     async def alone(self, kind: Kind, user: str) -> Arrival | None:
-        return await self.accounts.arrive(user, "phone", **self._how(kind, user))
+        return await arrive(self.accounts, user, "phone", **self._how(kind, user))
 
-    async def together(self, kind: Kind, user: str) -> Arrival | None:
-        return await self.arrivals.arrive(user, "phone", **self._how(kind, user))
+    async def together(self, kind: Kind, user: str, noted: Provision | None = None) -> Arrival | None:
+        how = self._how(kind, user) | {"noted": noted}
+        return await self.arrivals.arrive(
+            Arriving(user=user, device="phone", **how, address="192.0.2.7", agent="app/1")
+        )
 
     def _how(self, kind: Kind, user: str) -> dict[str, Any]:
         session = f"s {user}" if kind.session == "s" else kind.session
         return {"provision": kind.provision, "issued": kind.issued, "session": session, "live": kind.live}
+
+    async def noted(self) -> list[dict[str, Any]]:
+        """What the trail says of devices that were made or came back: user, device, address, agent, details."""
+        return [
+            {name: found["value"] for name, found in entry["personal"].items()} | entry["details"]
+            async for entry in AuditEntry.get_motor_collection().find({"act": "device.provision"})
+        ]
+
+    async def close(self) -> None:
+        await self.arrivals.close()
+        await self.audit.close()
 
 
 @pytest.fixture
@@ -129,7 +149,7 @@ async def house(control: str) -> AsyncIterator[House]:
     await clear()
     found = House()
     yield found
-    await found.arrivals.close()
+    await found.close()
 
 
 async def stored(user: str) -> tuple[Any, Any]:
@@ -173,7 +193,7 @@ async def commands() -> dict[str, int]:
 
 
 @pytest.mark.skipif(ON_CLUSTER, reason="a router counts for nobody")
-@pytest.mark.parametrize(("name", "most"), [("known", 10), ("never seen", 16), ("new device", 14)])
+@pytest.mark.parametrize(("name", "most"), [("known", 10), ("never seen", 45), ("new device", 40)])
 async def test_two_hundred_at_once_take_a_few_commands(house: House, name: str, most: int) -> None:
     kind = next(one for one in KINDS if one.name == name)
     for number in range(200):
@@ -201,7 +221,7 @@ async def test_groups_of_two_nodes_that_bring_the_same_devices_agree(house: Hous
     )
     assert all(one is not None and one.changed for one in found)
     assert await Device.get_motor_collection().count_documents({}) == 60
-    await other.arrivals.close()
+    await other.close()
 
 
 async def test_who_is_stored_as_nonsense_fails_alone(house: House) -> None:
@@ -248,7 +268,8 @@ async def test_a_user_suspended_while_their_new_device_is_made_has_none_that_is_
         return await create(*given)
 
     monkeypatch.setattr(house.arrivals, "_create", late)
-    found = await asyncio.gather(*(house.together(kind, f"u{number}") for number in range(20)))
+    noted = Provision(returned=False, account=False)
+    found = await asyncio.gather(*(house.together(kind, f"u{number}", noted) for number in range(20)))
     assert [number for number, one in enumerate(found) if one is None] == [5]
     row = await Device.get_motor_collection().find_one({"_id": "u5/phone"})
     assert row is not None
@@ -305,6 +326,142 @@ async def test_who_has_waited_for_too_long_is_refused(house: House, monkeypatch:
             *(house.together(KINDS[0], f"u{number}") for number in range(100)), return_exceptions=True
         )
     assert all(isinstance(one, PyMongoError) for one in found)
+
+
+# The audit trail
+
+
+def kind_of(name: str, **changes: Any) -> Kind:
+    return replace(next(one for one in KINDS if one.name == name), **changes)
+
+
+ENTRY = {"address": "192.0.2.7", "agent": "app/1", "device": "phone"}
+
+
+async def test_of_several_hundred_new_devices_at_once_each_has_one_entry(house: House) -> None:
+    users = [f"u{number:03}" for number in range(600)]
+    kind = kind_of("never seen")
+    found = await asyncio.gather(*(house.together(kind, user) for user in users))
+    assert all(found)
+    told = sorted(await house.noted(), key=lambda entry: entry["actor"])
+    made = {"returned": False, "account": True}
+    assert told == [{"actor": user, "target": user, **ENTRY, **made} for user in users]
+    assert (await house.audit.verify()).entries == len(users)
+    # They are here again.
+    found = await asyncio.gather(*(house.together(kind, user) for user in users))
+    assert all(found)
+    assert len(await house.noted()) == len(users)
+
+
+async def test_only_who_is_made_or_brought_back_is_in_the_trail(house: House) -> None:
+    for number, kind in enumerate(KINDS):
+        await house.make(kind, f"u{number}")
+    for number, kind in enumerate(KINDS):
+        await house.together(kind, f"u{number}")
+    told = {entry["actor"]: (entry["returned"], entry.get("account", False)) for entry in await house.noted()}
+    assert {kind.name: told[f"u{number}"] for number, kind in enumerate(KINDS) if f"u{number}" in told} == {
+        "new, user with a gap": (False, False),
+        "never seen": (False, True),
+        "never seen, by HTTP": (False, True),
+        "new device": (False, False),
+        # Of such a one only the user is made.
+        "device without its user": (False, True),
+        "erased before the token": (False, True),
+        "removed before the token": (True, False),
+    }
+
+
+async def test_who_has_no_good_token_leaves_no_entry_in_a_group_either(house: House) -> None:
+    barred = ("erased after the token", "suspended, new device", "removed after the token")
+    kinds = [kind_of(barred[number % len(barred)]) for number in range(30)]
+    for number, kind in enumerate(kinds):
+        await house.make(kind, f"u{number}")
+    found = await asyncio.gather(*(house.together(kind, f"u{number}") for number, kind in enumerate(kinds)))
+    assert found == [None] * len(kinds)
+    assert await house.noted() == []
+
+
+@pytest.mark.parametrize("name", ["never seen", "removed before the token"])
+async def test_a_device_that_comes_many_times_at_once_has_one_entry(house: House, name: str) -> None:
+    kind = kind_of(name)
+    for number in range(3):
+        await house.make(kind, f"u{number}")
+    found = await asyncio.gather(*(house.together(kind, f"u{number % 3}") for number in range(30)))
+    assert all(one is not None and one.changed for one in found)
+    assert sorted(entry["actor"] for entry in await house.noted()) == ["u0", "u1", "u2"]
+
+
+@pytest.mark.parametrize("together", [1, 40])
+@pytest.mark.parametrize("name", ["never seen", "new device", "removed before the token"])
+async def test_without_its_entry_nobody_is_made_or_brought_back(
+    house: House, monkeypatch: pytest.MonkeyPatch, name: str, together: int
+) -> None:
+    kind = kind_of(name)
+    users = [f"u{number}" for number in range(together)]
+    for user in users:
+        await house.make(kind, user)
+    before = [await stored(user) for user in users]
+    monkeypatch.setattr(house.audit, "_seconds", 0.0)
+    found = await asyncio.gather(*(house.together(kind, user) for user in users), return_exceptions=True)
+    assert [getattr(one, "code", one) for one in found] == ["unavailable"] * together
+    assert [await stored(user) for user in users] == before
+    monkeypatch.undo()
+    assert all(await asyncio.gather(*(house.together(kind, user) for user in users)))
+
+
+async def test_who_is_known_does_not_wait_for_a_trail_that_hangs(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_NEW_SECONDS", 2.0)
+    known = [f"k{number}" for number in range(20)]
+    for user in known:
+        await house.make(kind_of("known"), user)
+    free = asyncio.Event()
+    record = house.audit.record
+
+    async def hangs(*given: Any, **fields: Any) -> None:
+        await free.wait()
+        await record(*given, **fields)
+
+    monkeypatch.setattr(house.audit, "record", hangs)
+    tasks = [asyncio.ensure_future(house.together(kind_of("never seen"), f"u{n}")) for n in range(400)]
+    while not house.arrivals._unnoted:
+        await asyncio.sleep(0.01)
+    async with asyncio.timeout(5):
+        assert all(await asyncio.gather(*(house.together(kind_of("known"), user) for user in known)))
+
+    async def gave_up() -> bool:
+        return sum(task.done() for task in tasks) >= 100
+
+    # Three hundred are with the trail.
+    await until(gave_up, 20, "the rest has waited for its turn for too long")
+    free.set()
+    found = await asyncio.gather(*tasks, return_exceptions=True)
+    made = sum(isinstance(one, Arrival) for one in found)
+    assert {one.code for one in found if isinstance(one, RelayError)} == {"unavailable"}
+    assert 0 < made <= 300
+    assert await Device.get_motor_collection().count_documents({"_id": {"$regex": "^u"}}) == made
+
+
+async def test_who_was_removed_meanwhile_is_noted_as_back(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = kind_of("new device")
+    await house.make(kind, "u0")
+    record = house.audit.record
+    past = {"removedAt": OLD, "endedAt": OLD}
+
+    async def late(*given: Any, **fields: Any) -> None:
+        await record(*given, **fields)
+        await Device.get_motor_collection().update_one(
+            {"_id": "u0/phone"}, {"$setOnInsert": {"user": "u0", "createdAt": OLD, **past}}, upsert=True
+        )
+
+    monkeypatch.setattr(house.audit, "record", late)
+    arrival = await house.together(kind, "u0")
+    assert arrival is not None
+    assert arrival.returned
+    assert [entry["returned"] for entry in await house.noted()] == [False, True]
 
 
 async def test_a_node_that_stops_refuses_who_waits(house: House) -> None:

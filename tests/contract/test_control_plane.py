@@ -21,6 +21,7 @@ from relay.store.conversations import Conversations
 from relay.store.embedded import EmbeddedMongo
 from relay.store.revisions import Proposal, Revisions
 from relay.wire.errors import RelayError
+from tests.support.arriving import arrive
 from tests.support.control import (
     BACKENDS,
     always,
@@ -97,9 +98,9 @@ async def test_an_added_user_keeps_the_time_of_the_first_addition(accounts: Acco
 
 
 async def test_an_unknown_device_arrives_only_when_it_may_be_created(accounts: Accounts) -> None:
-    assert await accounts.arrive("ann", "phone", provision=False) is None
+    assert await arrive(accounts, "ann", "phone", provision=False) is None
     assert not await accounts.exists("ann")
-    arrival = await accounts.arrive("ann", "phone", provision=True)
+    arrival = await arrive(accounts, "ann", "phone", provision=True)
     assert arrival is not None
     assert (arrival.changed, arrival.gap_since, arrival.gap_why) == (True, None, None)
     assert await accounts.exists("ann")
@@ -107,11 +108,11 @@ async def test_an_unknown_device_arrives_only_when_it_may_be_created(accounts: A
 
 
 async def test_a_known_device_arrives_unchanged_and_is_seen(accounts: Accounts) -> None:
-    await accounts.arrive("ann", "phone", provision=True)
+    await arrive(accounts, "ann", "phone", provision=True)
     await last_seen("ann/phone", datetime.now(UTC) - INACTIVE + timedelta(minutes=1))
     await came("ann/phone", 11)
     before = datetime.now(UTC) - timedelta(seconds=1)
-    arrival = await accounts.arrive("ann", "phone", provision=False)
+    arrival = await arrive(accounts, "ann", "phone", provision=False)
     assert arrival is not None
     assert (arrival.changed, arrival.gap_since) == (False, None)
     found = await Device.get_motor_collection().find_one({"_id": "ann/phone"})
@@ -122,26 +123,26 @@ async def test_a_known_device_arrives_unchanged_and_is_seen(accounts: Accounts) 
 async def test_a_device_that_has_just_come_counts_as_new_as_long_as_resolved_recipients_are_believed(
     accounts: Accounts,
 ) -> None:
-    await accounts.arrive("ann", "phone", provision=True)
-    again = await accounts.arrive("ann", "phone", provision=True)
+    await arrive(accounts, "ann", "phone", provision=True)
+    again = await arrive(accounts, "ann", "phone", provision=True)
     await came("ann/phone", 11)
-    later = await accounts.arrive("ann", "phone", provision=True)
+    later = await arrive(accounts, "ann", "phone", provision=True)
     assert again is not None
     assert later is not None
     assert (again.changed, later.changed) == (True, False)
 
 
 async def test_one_device_that_arrives_many_times_at_once_is_one_device(accounts: Accounts) -> None:
-    found = await asyncio.gather(*(accounts.arrive("ann", "phone", provision=True) for _ in range(10)))
+    found = await asyncio.gather(*(arrive(accounts, "ann", "phone", provision=True) for _ in range(10)))
     assert all(arrival is not None and arrival.gap_since is None for arrival in found)
     assert await Device.get_motor_collection().count_documents({}) == 1
 
 
 async def test_a_device_back_from_inactivity_learns_since_when_it_missed_messages(accounts: Accounts) -> None:
-    await accounts.arrive("ann", "phone", provision=True)
+    await arrive(accounts, "ann", "phone", provision=True)
     away = datetime.now(UTC) - INACTIVE - timedelta(days=5)
     await last_seen("ann/phone", away)
-    arrival = await accounts.arrive("ann", "phone", provision=True)
+    arrival = await arrive(accounts, "ann", "phone", provision=True)
     assert arrival is not None
     assert arrival.changed
     assert arrival.gap_why == "inactive"
@@ -150,52 +151,52 @@ async def test_a_device_back_from_inactivity_learns_since_when_it_missed_message
 
 
 async def test_an_arrival_tells_when_the_device_was_last_connected_live(accounts: Accounts) -> None:
-    first = await accounts.arrive("ann", "phone", provision=True, live=True)
+    first = await arrive(accounts, "ann", "phone", provision=True, live=True)
     assert first is not None
     assert (first.live_until, first.quiet) == (None, False)
     before = datetime.now(UTC) - timedelta(hours=1)
     await Device.get_motor_collection().update_one({"_id": "ann/phone"}, {"$set": {"liveAt": before}})
     # Asking over HTTP is no connection on which anything was told.
-    await accounts.arrive("ann", "phone", provision=True)
+    await arrive(accounts, "ann", "phone", provision=True)
     await User.get_motor_collection().update_one({"_id": "ann"}, {"$set": {"deliveredReceipts": False}})
-    second = await accounts.arrive("ann", "phone", provision=True, live=True)
+    second = await arrive(accounts, "ann", "phone", provision=True, live=True)
     assert second is not None
     assert second.live_until == int(before.timestamp() * 1000)
     assert second.quiet
-    third = await accounts.arrive("ann", "phone", provision=True, live=True)
+    third = await arrive(accounts, "ann", "phone", provision=True, live=True)
     assert third is not None
     assert third.live_until is not None
     assert third.live_until > second.live_until
     await Device.get_motor_collection().update_one({"_id": "ann/phone"}, {"$set": {"liveAt": before}})
     heard = before + timedelta(minutes=30)
     await accounts.seen({"ann/phone": heard})
-    fourth = await accounts.arrive("ann", "phone", provision=True, live=True)
+    fourth = await arrive(accounts, "ann", "phone", provision=True, live=True)
     assert fourth is not None
     assert fourth.live_until is not None
     assert fourth.live_until == int(heard.timestamp() * 1000), "not when that was noted"
 
 
 async def test_a_gap_is_told_until_the_device_has_drained(accounts: Accounts) -> None:
-    await accounts.arrive("ann", "phone", provision=True)
+    await arrive(accounts, "ann", "phone", provision=True)
     await last_seen("ann/phone", datetime.now(UTC) - INACTIVE - timedelta(days=5))
-    first = await accounts.arrive("ann", "phone", provision=True)
+    first = await arrive(accounts, "ann", "phone", provision=True)
     await came("ann/phone", 11)
-    second = await accounts.arrive("ann", "phone", provision=True)
+    second = await arrive(accounts, "ann", "phone", provision=True)
     assert first is not None
     assert second is not None
     assert (second.changed, second.gap_since, second.gap_why) == (False, first.gap_since, "inactive")
     await accounts.close_gap("ann", "phone")
-    third = await accounts.arrive("ann", "phone", provision=True)
+    third = await arrive(accounts, "ann", "phone", provision=True)
     assert third is not None
     assert third.gap_since is None
 
 
 async def test_of_two_gaps_the_older_is_told(accounts: Accounts) -> None:
-    await accounts.arrive("ann", "phone", provision=True)
+    await arrive(accounts, "ann", "phone", provision=True)
     await last_seen("ann/phone", datetime.now(UTC) - 3 * INACTIVE)
-    first = await accounts.arrive("ann", "phone", provision=True)
+    first = await arrive(accounts, "ann", "phone", provision=True)
     await last_seen("ann/phone", datetime.now(UTC) - 2 * INACTIVE)
-    second = await accounts.arrive("ann", "phone", provision=True)
+    second = await arrive(accounts, "ann", "phone", provision=True)
     assert first is not None
     assert second is not None
     assert second.changed
@@ -214,14 +215,14 @@ async def test_of_two_gaps_the_older_is_told(accounts: Accounts) -> None:
 async def test_a_device_is_active_for_thirty_days_and_before_its_first_connection(
     accounts: Accounts, away: timedelta | None, active: bool
 ) -> None:
-    await accounts.arrive("ann", "phone", provision=True)
+    await arrive(accounts, "ann", "phone", provision=True)
     await last_seen("ann/phone", None if away is None else datetime.now(UTC) - away)
     assert await accounts.active_devices(["ann"]) == ({"ann": ["ann/phone"]} if active else {})
 
 
 async def test_devices_are_told_by_user(accounts: Accounts) -> None:
     for user, device in (("ann", "phone"), ("ann", "tablet"), ("bob", "phone"), ("cleo", "phone")):
-        await accounts.arrive(user, device, provision=True)
+        await arrive(accounts, user, device, provision=True)
     found = await accounts.active_devices(["ann", "bob", "dan"])
     assert {user: set(keys) for user, keys in found.items()} == {
         "ann": {"ann/phone", "ann/tablet"},
@@ -234,7 +235,7 @@ async def test_seen_moves_forward_only_and_touches_nobody_else(accounts: Account
     future = datetime.now(UTC).replace(microsecond=0) + timedelta(days=1)
     long_ago = future - timedelta(days=9)
     for device, moment in (("a", long_ago), ("b", future), ("c", long_ago)):
-        await accounts.arrive("ann", device, provision=True)
+        await arrive(accounts, "ann", device, provision=True)
         await last_seen(f"ann/{device}", moment)
     await accounts.seen(dict.fromkeys(("ann/a", "ann/b", "ann/unknown"), datetime.now(UTC)))
     found = {one["_id"]: one["lastSeen"] async for one in Device.get_motor_collection().find({})}
@@ -569,7 +570,7 @@ async def test_any_cursor_is_a_page_or_a_bad_request(conversations: Conversation
 async def test_both_backends_hold_the_same_documents(
     backend: str, accounts: Accounts, revisions: Revisions
 ) -> None:
-    await accounts.arrive("ann", "phone", provision=True)
+    await arrive(accounts, "ann", "phone", provision=True)
     name, _ = await create(revisions, "ann", ["bob"], "direct")
     assert set(await document(name)) == {
         "_id",

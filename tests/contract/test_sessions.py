@@ -16,9 +16,11 @@ from relay.security.pseudonyms import Pseudonyms
 from relay.security.refresh import begin
 from relay.store import accounts as store
 from relay.store.accounts import Accounts, Standing
+from relay.store.arriving import Provision
 from relay.store.embedded import EmbeddedMongo
 from relay.store.sessions import Installation, Opened, Renewed, Reused, Sessions, new_device
 from relay.wire.errors import RelayError
+from tests.support.arriving import arrive
 from tests.support.control import BACKENDS, open_control
 
 PSEUDONYMS = Pseudonyms(b"a key for tests only, of 32 bytes")
@@ -346,11 +348,11 @@ async def test_nobody_who_is_suspended_or_being_erased_arrives(
     made = await sessions.register("ann", "hash")
     session = (await opened(sessions, PHONE, made.user)).token.session
     now = int(time.time())
-    assert await accounts.arrive(made.user, "phone", provision=True, issued=now, session=session)
+    assert await arrive(accounts, made.user, "phone", provision=True, issued=now, session=session)
     await User.get_motor_collection().update_one({"_id": made.user}, {"$set": {mark: datetime.now(UTC)}})
     for name in ("phone", "new"):
-        assert await accounts.arrive(made.user, name, provision=True, issued=now + 5) is None
-    assert await accounts.arrive(made.user, "phone", provision=True, issued=now, session=session) is None
+        assert await arrive(accounts, made.user, name, provision=True, issued=now + 5) is None
+    assert await arrive(accounts, made.user, "phone", provision=True, issued=now, session=session) is None
     standing = await accounts.standing(made.user, "phone")
     assert standing is not None and standing.barred
 
@@ -362,7 +364,7 @@ async def test_who_is_suspended_while_a_new_device_arrives_has_none_that_is_good
     now = int(time.time()) + 5
     await accounts.add_users(["ann"])
     if returns:
-        assert await accounts.arrive("ann", "phone", provision=True)
+        assert await arrive(accounts, "ann", "phone", provision=True)
         await sessions.remove("ann", "phone")
     judge, judged = store.is_barred, 0
 
@@ -374,7 +376,9 @@ async def test_who_is_suspended_while_a_new_device_arrives_has_none_that_is_good
 
     with monkeypatch.context() as patch:
         patch.setattr(store, "is_barred", suspended_meanwhile)
-        assert await accounts.arrive("ann", "phone", provision=True, issued=now) is None
+        noted = Provision(returned=returns, account=False)
+        found = await arrive(accounts, "ann", "phone", provision=True, issued=now, noted=noted)
+    assert found is None
     assert judged == 2
     stored = await row("ann/phone")
     assert datetime.now(UTC) - stored["endedAt"] < timedelta(seconds=5), "its older tokens stay bad"
@@ -384,32 +388,32 @@ async def test_a_removed_device_comes_back_only_with_a_token_issued_after_its_re
     sessions: Sessions, accounts: Accounts
 ) -> None:
     now = int(time.time())
-    assert await accounts.arrive("ann", "phone", provision=True, issued=now)
+    assert await arrive(accounts, "ann", "phone", provision=True, issued=now)
     await sessions.remove("ann", "phone")
-    assert await accounts.arrive("ann", "phone", provision=True, issued=now) is None
-    assert await accounts.arrive("ann", "phone", provision=False, issued=now + 5) is None
-    assert await accounts.arrive("ann", "phone", provision=True, issued=now + 5, session="s") is None
+    assert await arrive(accounts, "ann", "phone", provision=True, issued=now) is None
+    assert await arrive(accounts, "ann", "phone", provision=False, issued=now + 5) is None
+    assert await arrive(accounts, "ann", "phone", provision=True, issued=now + 5, session="s") is None
     assert "removedAt" in await row("ann/phone")
-    found = await accounts.arrive("ann", "phone", provision=True, issued=now + 5)
+    found = await arrive(accounts, "ann", "phone", provision=True, issued=now + 5)
     assert found is not None
     assert found.changed and found.returned
     assert found.gap_why == "reset"
-    assert await accounts.arrive("ann", "phone", provision=True, issued=now) is None, "old tokens stay bad"
-    again = await accounts.arrive("ann", "phone", provision=True, issued=now + 5)
+    assert await arrive(accounts, "ann", "phone", provision=True, issued=now) is None, "old tokens stay bad"
+    again = await arrive(accounts, "ann", "phone", provision=True, issued=now + 5)
     assert again is not None and not again.returned
 
 
 async def test_a_token_of_a_session_creates_neither_user_nor_device(accounts: Accounts) -> None:
-    assert await accounts.arrive("ann", "phone", provision=True, session="s") is None
+    assert await arrive(accounts, "ann", "phone", provision=True, session="s") is None
     await accounts.add_users(["ann"])
-    assert await accounts.arrive("ann", "phone", provision=True, session="s") is None
+    assert await arrive(accounts, "ann", "phone", provision=True, session="s") is None
     assert await Device.get_motor_collection().count_documents({}) == 0
 
 
 async def test_the_standing_is_remembered_for_a_while_and_forgotten_on_demand(
     sessions: Sessions, accounts: Accounts
 ) -> None:
-    await accounts.arrive("ann", "phone", provision=True)
+    await arrive(accounts, "ann", "phone", provision=True)
     assert await accounts.standing("ann", "laptop", within=60) is None
     assert await accounts.standing("bob", "phone", within=60) is None
     first = await accounts.standing("ann", "phone", within=60)
@@ -424,7 +428,7 @@ async def test_the_standing_is_remembered_for_a_while_and_forgotten_on_demand(
 async def test_a_standing_read_while_the_device_was_revoked_is_not_remembered(
     sessions: Sessions, accounts: Accounts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await accounts.arrive("ann", "phone", provision=True)
+    await arrive(accounts, "ann", "phone", provision=True)
     judge = store.is_barred
 
     def revoked_meanwhile(person: Any) -> bool:
@@ -477,9 +481,9 @@ async def test_an_erased_person_comes_back_only_with_a_token_issued_later(accoun
     at = datetime.now(UTC)
     await Tombstone.get_motor_collection().insert_one({"_id": PSEUDONYMS.of("ann"), "at": at})
     now = int(at.timestamp())
-    assert await accounts.arrive("ann", "phone", provision=True, issued=now) is None
+    assert await arrive(accounts, "ann", "phone", provision=True, issued=now) is None
     assert not await accounts.exists("ann")
-    assert await accounts.arrive("ann", "phone", provision=True, issued=now + 1)
+    assert await arrive(accounts, "ann", "phone", provision=True, issued=now + 1)
     assert await accounts.exists("ann")
 
 

@@ -14,6 +14,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from tests.support.admin import ROOT, Admin
+from tests.support.arriving import make_known
 from tests.support.device import Closed, new_id
 from tests.support.failpoints import failing
 from tests.support.node import Node, NodeFactory
@@ -24,6 +25,7 @@ KEY = "a key for tests only, of more than 32 bytes"
 @pytest.fixture
 async def node(nodes: NodeFactory) -> Node:
     found = await nodes.start(pseudonym_key=KEY)
+    await make_known(found, ("ann", "bob", "u1"))
     for user in ("ann", "bob", "u1"):
         assert (await found.request("GET", "/v1/conversations", user, "phone"))[0] == 200
     await found.db.users.update_one({"_id": "u1"}, {"$set": {"username": "cleo", "name": "Cleo \x1b[2J"}})
@@ -180,6 +182,28 @@ async def test_a_person_is_shown_by_id_or_user_name_and_never_guessed(node: Node
     shown = json.loads((await admin("audit", "list", "--act", "user.show", "--json"))[1])
     assert sorted(entry["target"] for entry in shown) == ["bob", "u1", "u1"]
     assert {entry["actor"] for entry in shown} == {"$admin"}
+
+
+async def test_a_device_that_came_by_its_token_is_listed_with_what_was_made(node: Node, admin: Admin) -> None:
+    for _ in range(2):
+        await node.connect("dora", "tablet")
+    code, out, _ = await admin("audit", "list", "--user", "dora")
+    assert code == 0
+    (line,) = out.splitlines()
+    told = line.split("\t")
+    agent = told.pop(7)
+    assert agent.startswith("Python/")
+    assert told[2:] == [
+        "device.provision",
+        "dora",
+        "dora",
+        "tablet",
+        "127.0.0.1",
+        "returned=no account=yes",
+    ]
+    code, out, _ = await admin("audit", "verify")
+    assert code == 0
+    assert out.startswith("the audit trail holds: 1 entr")
 
 
 async def test_the_trail_is_listed_with_the_device_that_an_entry_is_about(node: Node, admin: Admin) -> None:

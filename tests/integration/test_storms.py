@@ -13,6 +13,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from tests.support.arriving import make_known
 from tests.support.device import Closed, WireDevice
 from tests.support.failpoints import failing
 from tests.support.node import Node, NodeFactory
@@ -33,14 +34,6 @@ async def http(nodes: NodeFactory) -> None:
 
 def people(many: int = MANY) -> list[str]:
     return [f"u{number:03}" for number in range(many)]
-
-
-async def make_known(node: Node, users: Sequence[str]) -> None:
-    """These people and their phones are known since yesterday."""
-    then = datetime.now(UTC) - timedelta(days=1)
-    seen = {"createdAt": then, "lastSeen": then, "liveAt": then}
-    await node.db.users.insert_many([{"_id": user, "createdAt": then} for user in users])
-    await node.db.devices.insert_many([{"_id": f"{user}/phone", "user": user, **seen} for user in users])
 
 
 async def comes(node: Node, user: str) -> WireDevice:

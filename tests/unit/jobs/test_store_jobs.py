@@ -24,6 +24,7 @@ from relay.store.embedded import EmbeddedMongo
 from relay.store.mongo import Mongo, PyMongoError
 from relay.store.shards import Shards
 from relay.store.timekeeping import Timekeeper
+from tests.support.arriving import arrive
 from tests.support.backlog import LocalConnection, MemoryBacklog, message, turns
 from tests.support.store import TTL_SECONDS, Store, open_store
 
@@ -187,7 +188,7 @@ async def test_last_seen_is_kept_for_those_who_left_and_now_and_then_for_those_w
     devices = Device.get_motor_collection()
     for one in (left, stays):
         hub.add(one)
-        await store.accounts.arrive(one.user, one.device, provision=True)
+        await arrive(store.accounts, one.user, one.device, provision=True)
     hub.remove(left)
 
     async def seen_by(job: LastSeen) -> set[str]:
