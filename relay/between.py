@@ -42,6 +42,7 @@ async def join(
         own=own,
         confirmed=bus.confirmed,
         ended=cut_offs.take,
+        back=resumed,
     )
     await bus.start(elsewhere)
     stack.push_async_callback(bus.close)

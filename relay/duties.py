@@ -66,7 +66,7 @@ def duties(
         Job("presence", ctx.live.presence.tick, _PRESENCE_SECONDS),
         Job("second looks", ctx.live.looks.run, _PRESENCE_SECONDS),
         Job("expiry", Expiry(ctx.messages, ctx.endings, ctx.clock.now).run, settings.expiry_seconds, 0.1),
-        Job("sweep", sweep.run, settings.sweep_seconds, 0.2),
+        Job("sweep", sweep.run, settings.sweep_seconds, 0.2, prompt=True),
         Job("last seen", last_seen.run, _LAST_SEEN_SECONDS, 0.2),
         Job("quotas", ctx.quotas.run, _QUOTA_SECONDS, 0.2),
         Job("hot messages", ctx.messages.hot.tidy, _HOT_SECONDS, 0.1),

@@ -6,23 +6,29 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from time import monotonic
+from typing import Final
 
 import structlog
 
 from relay.store.mongo import brief
+
+# Of the interval: a job that takes all of its time leaves so much to others.
+_LEAST_PAUSE: Final = 0.25
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Something done every ``seconds``. ``jitter`` is the part of the interval that varies, so that nodes do not act in
-    step."""
+    """Something done ``seconds`` after the last time. ``jitter`` is the part of the interval that varies, so that nodes do not act in
+    step. A ``prompt`` job's runs begin ``seconds`` apart at most, jitter included, unless one takes most of that itself."""
 
     name: str
     run: Callable[[], Awaitable[None]]
     seconds: float
     jitter: float = 0.0
+    prompt: bool = False
 
 
 class Supervisor:
@@ -45,9 +51,18 @@ class Supervisor:
 
 
 async def _repeat(job: Job) -> None:
+    began = monotonic()
     while True:
-        await asyncio.sleep(job.seconds * (1 + random.uniform(-job.jitter, job.jitter)))
+        await asyncio.sleep(_pause(job, monotonic() - began))
+        began = monotonic()
         try:
             await job.run()
         except Exception as error:  # noqa: BLE001 - one bad round must not end the job
             log.warning("job failed; it runs again", job=job.name, error=brief(error))
+
+
+def _pause(job: Job, took: float) -> float:
+    """How long a job rests after a run that took so long."""
+    if not job.prompt:
+        return job.seconds * (1 + random.uniform(-job.jitter, job.jitter))
+    return job.seconds * max(1 - random.uniform(0, job.jitter) - took / job.seconds, _LEAST_PAUSE)

@@ -22,11 +22,14 @@ from relay.wire.ids import any_device_key
 _PAGE: Final = 1000
 _KEYS: Final = 500
 _MOST_PAGES: Final = 20
-_GRACE_MS: Final = 5000
+# Who waits for a sweep gets a message within its interval and 5 s: the rest is for the query and the push.
+_GRACE_MS: Final = 3000
 # Each holds a window of messages at most.
 _STARVED: Final = 64
 _GIVE_UP_SECONDS: Final = 30.0
-_SPREAD_SECONDS: Final = 3.0
+# From the first, for clocks that are not quite the same, to the last.
+_SPREAD_SECONDS: Final = (0.5, 3.0)
+_REST_SECONDS: Final = 10.0
 
 log = structlog.get_logger(__name__)
 
@@ -49,6 +52,8 @@ class Sweep:
         self._now = now
         self._stuck: set[str] = set()
         self._soon: asyncio.Task[None] | None = None
+        self._asked_at = 0.0
+        self._rests_until = 0.0
 
     async def run(self) -> None:
         """One round. What one part cannot do keeps no other from its work. Raises PyMongoError."""
@@ -62,7 +67,9 @@ class Sweep:
             raise failed
 
     def hurry(self) -> None:
-        """Hints of other nodes may have been lost: looks for what they were about soon, once it is old enough to be found."""
+        """Hints of other nodes may have been lost: looks for what they were about soon, once it is old enough to be found. However
+        often it is called there is one look in ten seconds at most."""
+        self._asked_at = monotonic()
         if self._soon is None:
             self._soon = asyncio.create_task(self._find_soon(), name="sweep soon")
 
@@ -73,11 +80,19 @@ class Sweep:
             await asyncio.gather(self._soon, return_exceptions=True)
 
     async def _find_soon(self) -> None:
+        grace = _GRACE_MS / 1000
+        began = 0.0
         try:
-            await asyncio.sleep(_GRACE_MS / 1000 + random.uniform(0, _SPREAD_SECONDS))
-            await self.find_missed()
-        except PyMongoError as error:
-            log.warning("what other nodes told is looked for by the next sweep", error=brief(error))
+            # What was lost shortly before a look began was too young for it.
+            while self._asked_at + grace > began:
+                soon = grace + random.uniform(*_SPREAD_SECONDS)
+                await asyncio.sleep(max(soon, self._rests_until - monotonic()))
+                began = monotonic()
+                self._rests_until = began + _REST_SECONDS
+                try:
+                    await self.find_missed()
+                except PyMongoError as error:
+                    log.warning("what other nodes told is looked for by the next sweep", error=brief(error))
         finally:
             self._soon = None
 

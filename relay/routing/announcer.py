@@ -33,12 +33,12 @@ class Announcer:
         """Tells every connected device of these users, except the one with the device key ``but``."""
         wanted = list(users)
         self.tell_here(wanted, frame, but=but)
-        if self.bus.shared:
+        if self.bus.tells:
             self.bus.tell(self._event, wanted, frame, but)
 
     def reaches(self, user: str) -> bool:
         """Whether a device of this user may be connected somewhere."""
-        return self.bus.shared or bool(self.hub.of_user(user))
+        return self.bus.tells or bool(self.hub.of_user(user))
 
     def tell_here(self, users: Iterable[str], frame: str, *, but: str | None = None) -> None:
         """As ``tell``, the devices that are connected to this node."""

@@ -15,8 +15,13 @@ class Bus(Protocol):
     """What a node tells others. Nothing here waits or raises for a Redis that is away, unless it says so."""
 
     @property
+    def tells(self) -> bool:
+        """Whether what is told goes out, and who is where can be asked. It promises nothing about hearing others: what needs no
+        answer of theirs goes by this."""
+
+    @property
     def shared(self) -> bool:
-        """Whether other nodes can be told of anything now."""
+        """As ``tells``, and this node hears what others tell: their confirmations come."""
 
     @property
     def problem(self) -> str | None:
@@ -74,6 +79,7 @@ class Bus(Protocol):
 class Alone:
     """The bus of a node without Redis."""
 
+    tells = False
     shared = False
     problem = None
 

@@ -10,6 +10,7 @@ from relay.metrics import Metrics
 from relay.routing.announcer import Announcer
 from relay.routing.bus import Event
 from relay.routing.hints import (
+    Back,
     Beat,
     Changed,
     Confirmed,
@@ -34,7 +35,8 @@ log = structlog.get_logger(__name__)
 
 class Elsewhere:
     """Hands hints to those whom they concern. ``own`` is this node's id; ``confirmed`` is told who confirms which numbers,
-    ``ended`` the keys of devices whose tokens are not good any more."""
+    ``ended`` the keys of devices whose tokens are not good any more; ``back`` is called when what another had to tell may be lost,
+    and comes again."""
 
     def __init__(
         self,
@@ -47,6 +49,7 @@ class Elsewhere:
         own: str,
         confirmed: Callable[[str, Iterable[int]], None],
         ended: Callable[[str], None],
+        back: Callable[[], None] = lambda: None,
     ) -> None:
         self._hub = hub
         self._router = router
@@ -55,6 +58,7 @@ class Elsewhere:
         self._own = own
         self._confirmed = confirmed
         self._ended = ended
+        self._back = back
         events: tuple[Event, ...] = ("receipt", "read", "typing", "presence", "keys")
         self._announcers = {event: Announcer(hub, metrics, event) for event in events}
 
@@ -91,7 +95,9 @@ class Elsewhere:
                 self._hub.set_quiet(hint.user, hint.quiet, hint.moment)
             case Ended() if node != self._own:
                 self._ended(hint.key)
-            case Changed() | Seen() | Recheck() | Quiet() | Ended() | Beat():
+            case Back() if node != self._own:
+                self._back()
+            case Changed() | Seen() | Recheck() | Quiet() | Ended() | Beat() | Back():
                 pass
 
     def _tell(self, told: Told) -> None:

@@ -1,12 +1,14 @@
 """What nodes tell each other: hints about what the store knows, and what is stored nowhere.
 
 One parcel is what one node has for another at one moment. Nodes of one relay run the same code but for the minutes of an
-upgrade: what cannot be read is dropped, and the sweep finds what it was about.
+upgrade: what cannot be read is dropped, and the sweep finds what it was about. An unknown hint is dropped alone; a node of the first
+kind drops the parcel that holds it, so a kind that is added later travels in a parcel of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Final
 
 import msgspec
@@ -117,7 +119,13 @@ class Beat(msgspec.Struct, array_like=True, tag="b"):
     """The channel works."""
 
 
-Hint = Message | Released | Told | Replaced | Changed | Confirmed | Seen | Recheck | Quiet | Ended | Beat
+class Back(msgspec.Struct, array_like=True, tag="w"):
+    """What this node had to tell may not have gone out; now it does again."""
+
+
+Hint = (
+    Message | Released | Told | Replaced | Changed | Confirmed | Seen | Recheck | Quiet | Ended | Beat | Back
+)
 
 
 class Parcel(msgspec.Struct, array_like=True):
@@ -128,6 +136,29 @@ class Parcel(msgspec.Struct, array_like=True):
     hints: list[Hint]
 
 
+class _Sealed(msgspec.Struct, array_like=True):
+    """A parcel whose hints are not read yet."""
+
+    node: str
+    at: int
+    hints: list[msgspec.Raw]
+
+
 Unreadable: Final = msgspec.DecodeError
 encode: Final = msgspec.msgpack.Encoder().encode
-decode: Final = msgspec.msgpack.Decoder(Parcel).decode
+_all: Final = msgspec.msgpack.Decoder(Parcel).decode
+_sealed: Final = msgspec.msgpack.Decoder(_Sealed).decode
+_one: Final = msgspec.msgpack.Decoder(Hint).decode
+
+
+def decode(data: bytes) -> Parcel:
+    """The parcel, without those of its hints that cannot be read. Raises Unreadable for what is none."""
+    try:
+        return _all(data)
+    except msgspec.ValidationError:
+        sealed = _sealed(data)
+    parcel = Parcel(sealed.node, sealed.at, [])
+    for raw in sealed.hints:
+        with suppress(msgspec.ValidationError):
+            parcel.hints.append(_one(raw))
+    return parcel

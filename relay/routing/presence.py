@@ -160,7 +160,7 @@ class Presence:
         loop = asyncio.get_running_loop().time()
         moment = self._now() - int((loop - connection.heard) * 1000)
         self._note_left(user, moment)
-        watched = user in self._watchers or self._bus.shared
+        watched = user in self._watchers or self._bus.tells
         if watched and not self._closed and not self.online(user):
             # A device that reconnects must not flicker.
             self._leaving[user] = loop + self._grace

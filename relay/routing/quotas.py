@@ -239,7 +239,7 @@ class Quotas:
 
     async def _take_due(self) -> list[str]:
         """The first that are due and not online at other nodes; those within their lease stay."""
-        asked = await self._next_due(_ASKED if self._bus.shared else _ROUND)
+        asked = await self._next_due(_ASKED if self._bus.tells else _ROUND)
         due: list[str] = []
         for start in range(0, len(asked), _ROUND):
             if len(due) >= _ROUND:

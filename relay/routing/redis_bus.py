@@ -79,6 +79,8 @@ class RedisBus:
         self._receiver: Receiver | None = None
         self.resumed: Callable[[], None] = _nothing
         self._works = True
+        # Since others were last told that it may be.
+        self._may_be_lost = False
         self._ask_at = 0.0
         self._ahead = 0.0
         self._publisher = Publisher(
@@ -98,6 +100,11 @@ class RedisBus:
     # -- life
 
     @property
+    def tells(self) -> bool:
+        """Whether Redis answered last."""
+        return self._works
+
+    @property
     def shared(self) -> bool:
         """Whether Redis answered last, and its channels are heard."""
         return self._works and all(channel.heard for channel in self._channels)
@@ -107,6 +114,8 @@ class RedisBus:
         """What does not work, for people."""
         if self.shared:
             return None
+        if self._works:
+            return "this node does not hear what others tell; its devices get messages of other nodes by the sweep"
         return "it does not carry what nodes tell each other; other nodes' devices get messages by the sweep"
 
     async def start(self, receiver: Receiver) -> None:
@@ -302,6 +311,7 @@ class RedisBus:
         return True
 
     def _fails(self, error: BaseException) -> None:
+        self._may_be_lost = True
         self._ask_at = monotonic() + _PAUSE_SECONDS * random.uniform(0.5, 1.5)
         if self._works:
             self._works = False
@@ -326,6 +336,7 @@ class RedisBus:
                 self._fails(error)
             for channel in self._channels:
                 if channel.came_back():
+                    self._may_be_lost = True
                     self._came_back()
             # A node that starts waits until it hears itself.
             begun = all(channel.ready.is_set() for channel in self._channels) or not self._works
@@ -338,6 +349,8 @@ class RedisBus:
 
     async def _beat(self) -> None:
         beat = hints.encode(Parcel(self._node, 0, [hints.Beat()]))
+        # At most once a beat, however often it flaps; a beat that fails makes it true again.
+        is_back, self._may_be_lost = self._may_be_lost, False
         asked = monotonic()
         async with self._redis.pipeline(transaction=False) as pipe:
             # The time of the server that carries this node's channel; TIME itself is no command of a cluster's pipeline.
@@ -345,6 +358,10 @@ class RedisBus:
             pipe.execute_command("SPUBLISH", self._channel(self._node), beat)
             if self._channels[1].quiet_for(_BEAT_SECONDS):
                 pipe.execute_command("SPUBLISH", self._all, beat)
+            if is_back:
+                # Apart from others: an older node drops the whole parcel.
+                back = hints.encode(Parcel(self._node, 0, [hints.Back()]))
+                pipe.execute_command("SPUBLISH", self._all, back)
             answers = await pipe.execute()
         seconds, microseconds = answers[0]
         took = monotonic() - asked

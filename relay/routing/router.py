@@ -38,7 +38,7 @@ class Router:
 
     def expected(self, envelopes: Iterable[Envelope]) -> None:
         """These are being committed: where they may have to be handed over is found out meanwhile."""
-        if self._bus.shared:
+        if self._bus.tells:
             self._bus.expect(
                 user_of(key)
                 for envelope in envelopes
@@ -48,13 +48,13 @@ class Router:
 
     def committed(self, envelopes: Sequence[Envelope]) -> None:
         """Delivers fresh messages to connected devices; the others find them when they connect."""
-        shared = self._bus.shared
+        tells = self._bus.tells
         for envelope in envelopes:
             if envelope.parts > 1:
                 self.fanout.put(envelope)
             else:
                 self._deliver(envelope)
-            if shared:
+            if tells:
                 self._hand_over(envelope)
 
     def busy(self) -> bool:
@@ -102,9 +102,9 @@ class Router:
 
     def settled(self, settlement: Settlement) -> None:
         """Gives credit back and tells senders that their messages arrived."""
-        shared = self._bus.shared
+        tells = self._bus.tells
         for doc_id, key in self.released(settlement.released):
-            if shared and not key.endswith("/!"):
+            if tells and not key.endswith("/!"):
                 self._bus.release(doc_id, key)
         observe = self._latency.observe
         add = self._receipts.add

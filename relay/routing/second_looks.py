@@ -72,7 +72,7 @@ class SecondLooks:
         if not away:
             return True
         found = await self._bus.online(away)
-        if found is None or not self._bus.shared:
+        if found is None or not self._bus.tells:
             return False
         wrong: list[str] = []
         for user in away:

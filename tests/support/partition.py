@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 _CHUNK = 65_536
+_SUBSCRIBES = b"SSUBSCRIBE"
 
 
 class Partition:
@@ -19,6 +20,7 @@ class Partition:
         self._server_port = port
         self._up = asyncio.Event()
         self._down = asyncio.Event()
+        self._subscriptions = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self.heal()
@@ -30,21 +32,27 @@ class Partition:
         if down:
             self._down.clear()
 
+    def cut_subscriptions(self) -> None:
+        """Holds back what goes over connections, open or new, on which somebody has subscribed; all others work."""
+        self._subscriptions.clear()
+
     def heal(self) -> None:
         """Lets everything pass again."""
         self._up.set()
         self._down.set()
+        self._subscriptions.set()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
         try:
+            subscribed = asyncio.Event()
             to, out = await asyncio.open_connection("127.0.0.1", self._server_port)
             try:
                 async with asyncio.TaskGroup() as both:
-                    both.create_task(_pass_on(reader, out, self._up))
-                    both.create_task(_pass_on(to, writer, self._down))
+                    both.create_task(self._pass_on(reader, out, self._up, subscribed))
+                    both.create_task(self._pass_on(to, writer, self._down, subscribed))
             finally:
                 out.close()
         except (OSError, asyncio.CancelledError, ExceptionGroup):
@@ -64,17 +72,26 @@ class Partition:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    async def _pass_on(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        open_: asyncio.Event,
+        subscribed: asyncio.Event,
+    ) -> None:
+        while data := await reader.read(_CHUNK):
+            if open_ is self._up and _SUBSCRIBES in data.upper():
+                subscribed.set()
+            await open_.wait()
+            if subscribed.is_set():
+                await self._subscriptions.wait()
+            writer.write(data)
+            await writer.drain()
+        raise _Ended
+
 
 class _Ended(Exception):
     """One side has closed: the other side's connection ends, too."""
-
-
-async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, open_: asyncio.Event) -> None:
-    while data := await reader.read(_CHUNK):
-        await open_.wait()
-        writer.write(data)
-        await writer.drain()
-    raise _Ended
 
 
 @asynccontextmanager

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import pairwise
 
+import pytest
 from structlog.testing import capture_logs
 
+from relay.jobs import supervisor as module
 from relay.jobs.supervisor import Job, Supervisor
+from tests.support.stand_in import StandIn
 
 
 async def until_count(runs: list[str], name: str, count: int) -> None:
@@ -84,3 +88,38 @@ async def test_jobs_run_under_their_names() -> None:
     supervisor.start()
     await until_count(names, "job expiry", 1)
     await supervisor.stop()
+
+
+async def test_runs_of_a_prompt_job_begin_no_further_apart_than_its_interval(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pauses: list[float] = []
+    now = 100.0
+    over = asyncio.Event()
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now
+        pauses.append(seconds)
+        now += seconds
+        if len(pauses) == 200:
+            over.set()
+            await asyncio.Event().wait()
+
+    began: list[float] = []
+
+    async def work() -> None:
+        nonlocal now
+        began.append(now)
+        # The last ones take nearly as long as the interval, or longer.
+        now += 12.0 if len(began) < 150 else 40.0
+
+    monkeypatch.setattr(module, "monotonic", lambda: now)
+    monkeypatch.setattr(module, "asyncio", StandIn(asyncio, "sleep", sleep))
+    supervisor = Supervisor([Job("work", work, 30.0, 0.2, prompt=True)])
+    supervisor.start()
+    async with asyncio.timeout(5):
+        await over.wait()
+    await supervisor.stop()
+    gaps = [late - early for early, late in pairwise([100.0, *began])][:150]
+    assert 23.9 < min(gaps) < 25.5 and 28.5 < max(gaps) < 30.1, "only ever shortened, and not all alike"
+    assert set(pauses[150:]) == {7.5}, "one that takes too long still leaves time to others"

@@ -7,7 +7,7 @@ from typing import Any
 from relay.metrics import Metrics
 from relay.routing.announcer import Announcer
 from relay.routing.elsewhere import Elsewhere
-from relay.routing.hints import Replaced
+from relay.routing.hints import Back, Replaced
 from relay.routing.hub import Hub
 from relay.routing.receipts import Receipts
 from relay.routing.redis_bus import RedisBus
@@ -51,6 +51,28 @@ async def test_a_connection_that_is_replaced_elsewhere_before_it_is_registered_d
     assert hub.is_replaced("bob/phone", 8), "another connection of it was faster"
     assert not hub.is_replaced("bob/phone", 10)
     await young.close()
+
+
+async def test_that_another_node_is_back_is_passed_on_and_that_this_one_is_not() -> None:
+    hub, metrics = Hub(), Metrics()
+    router = Router(hub, metrics, Receipts(Announcer(hub, metrics, "receipt"), max_frame=262_144))
+    nobody: Any = None
+    back: list[str] = []
+    elsewhere = Elsewhere(
+        hub,
+        metrics,
+        router,
+        nobody,
+        nobody,
+        own="here",
+        confirmed=lambda *_: None,
+        ended=lambda _: None,
+        back=lambda: back.append("back"),
+    )
+    elsewhere.take("here", [Back()])
+    assert back == []
+    elsewhere.take("there", [Back()])
+    assert back == ["back"]
 
 
 async def test_the_later_connection_has_the_higher_number_whichever_node_started_first() -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 
 import pytest
 
 from relay.metrics import Metrics
 from relay.routing.announcer import Announcer
+from relay.routing.bus import Alone, Event
 from relay.routing.hub import Hub
 from relay.routing.receipts import Receipts
 from relay.routing.router import Router
 from relay.store.endings import Acknowledged, Settlement
+from relay.wire.envelope import Envelope
 from tests.support.backlog import LocalConnection, MemoryBacklog, message, turns
 
 PEOPLE = [("ann", "phone"), ("ann", "tablet"), ("bob", "phone"), ("bob", "laptop"), ("cleo", "watch")]
@@ -156,3 +158,43 @@ async def test_the_time_to_the_acknowledgement_is_measured(house: House) -> None
     sample = house.metrics.registry.get_sample_value
     assert sample("relay_delivery_seconds_count") == 2
     assert sample("relay_delivery_seconds_sum") == 2.5
+
+
+class Deaf(Alone):
+    """A bus on which others are told, and none of them is heard."""
+
+    tells = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[object] = []
+
+    def expect(self, users: Iterable[str]) -> None:
+        self.told.append(("expect", *users))
+
+    def deliver(self, envelope: Envelope, keys: list[str]) -> None:
+        self.told.append(("deliver", *keys))
+
+    def release(self, doc_id: str, key: str) -> None:
+        self.told.append(("release", key))
+
+    def tell(self, event: Event, users: list[str], frame: str, but: str | None) -> None:
+        self.told.append((event, *users))
+
+
+@pytest.mark.parametrize("tells", [True, False])
+async def test_a_node_tells_others_as_long_as_that_goes_out_though_it_hears_none_of_them(tells: bool) -> None:
+    bus = Deaf()
+    bus.tells = tells
+    assert not bus.shared
+    hub, metrics = Hub(), Metrics()
+    announcer = Announcer(hub, metrics, "typing", bus)
+    router = Router(hub, metrics, Receipts(Announcer(hub, metrics, "receipt"), max_frame=262_144), bus)
+    one = message(1, "bob/phone")
+    router.expected([one])
+    router.committed([one])
+    router.settled(Settlement([], [(one.doc_id, "bob/phone")]))
+    announcer.tell(["bob"], "{}")
+    assert announcer.reaches("bob") is tells
+    told = [("expect", "bob"), ("deliver", "bob/phone"), ("release", "bob/phone"), ("typing", "bob")]
+    assert bus.told == (told if tells else [])

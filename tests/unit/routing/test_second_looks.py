@@ -17,7 +17,7 @@ from tests.unit.routing.test_presence import GRACE, World, settle, told
 class Directory(Alone):
     """A bus on which hints are lost: who is ``there`` is found only when asked for. ``works``: it answers."""
 
-    shared = True
+    tells = shared = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Directory(Alone):
 
     async def online(self, users: Collection[str]) -> dict[str, set[str]] | None:
         self.asked.append(sorted(users))
-        self.shared = self.works
+        self.tells = self.shared = self.works
         return {user: {"phone"} for user in users if user in self.there} if self.works else None
 
 
