@@ -28,11 +28,12 @@ from tests.faults.conftest import Processes
 from tests.support.device import Closed, WireDevice
 from tests.support.frozen import freeze
 from tests.support.node import SECRET
-from tests.support.process import ROOT, RelayProcess, environment, free_port, run_relay, running
+from tests.support.process import ROOT, RelayProcess, environment, free_port, run_module, run_relay, running
 from tests.support.waiting import until
 
 WORKER = "-m relay"
 VALKEY = "valkey-server"
+LIFE = re.compile(r"\[info\] (stopping|stopped)\b.*\bworker=(\d)")
 
 
 def beneath(relay: RelayProcess, kind: str = "") -> dict[int, str]:
@@ -232,6 +233,66 @@ async def test_sighup_replaces_one_worker_after_the_other_and_the_port_always_ac
     assert len(turned) <= len(users)
     assert sum(closed.values()) >= len(users)
     assert max(closed.values()) <= 2, "once a worker at most"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda one: one.name)
+async def test_the_second_worker_serves_until_the_first_has_ended(
+    pair: RelayProcess, number: signal.Signals
+) -> None:
+    await begin(pair)
+    for n in range(24):
+        # None of them reads, and so none answers the close: a worker that has some takes its time.
+        await pair.connect(f"user-{n}")
+    assert all([await connected(pair, worker) for worker in (1, 2)])
+    (first,) = [pid for pid in beneath(pair, WORKER) if "RELAY_WORKER=1" in _environment(pid)]
+    pair.signal(number)
+    meanwhile = 0
+    while not LIFE.search(pair.said()) or running(first):
+        ready = await status(pair, 2, "/readyz")
+        draining = LIFE.search(pair.said()) is not None
+        if running(first):
+            assert ready == 200, "the second one drains, and the first one still runs"
+            meanwhile += draining
+        await asyncio.sleep(0.02)
+    assert meanwhile, "nobody looked while the first one drained"
+
+    async def told() -> bool:
+        return len(LIFE.findall(pair.said())) >= 4
+
+    await until(told, 30, "both workers have drained")
+    assert LIFE.findall(pair.said())[:4] == [
+        ("stopping", "1"),
+        ("stopped", "1"),
+        ("stopping", "2"),
+        ("stopped", "2"),
+    ]
+
+
+async def status(relay: RelayProcess, number: int, path: str) -> int:
+    """The status that this worker alone answers; 0 when it does not."""
+    url = f"http://127.0.0.1:{relay.settings['worker_port'] + number - 1}{path}"
+    try:
+        async with relay.http.get(url) as response:
+            return response.status
+    except aiohttp.ClientError:
+        return 0
+
+
+def _environment(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/environ").read_text().split("\0")
+
+
+@pytest.mark.faults
+async def test_the_command_line_says_how_many_workers_and_outdoes_the_environment(pair: RelayProcess) -> None:
+    pair.settings["workers"] = 1
+    pair.arguments = ["--workers", "2"]
+    await begin(pair)
+    assert len(beneath(pair, WORKER)) == 2
+    assert all([await status(pair, number, "/readyz") == 200 for number in (1, 2)])
+    code, out, err = await run_module("relay", "--workers", "two", data_dir=pair.directory / "other")
+    assert (code, out) == (2, "")
+    assert err.startswith("relay: RELAY_WORKERS: ")
 
 
 async def test_everything_that_the_supervisor_started_ends_with_it_and_valkey_is_started_again(

@@ -114,6 +114,7 @@ class RelayProcess(Node):
         }
         self.environment: dict[str, str] = {}
         """What its environment has beside its settings."""
+        self.arguments: list[str] = []
         self._devices = []
         self._process: subprocess.Popen[bytes] | None = None
         self._client: AsyncMongoClient[dict[str, Any]] | None = None
@@ -131,7 +132,7 @@ class RelayProcess(Node):
         with self.log.open("ab") as log:
             self._process = await asyncio.to_thread(
                 subprocess.Popen,
-                [sys.executable, "-m", "relay"],
+                [sys.executable, "-m", "relay", *self.arguments],
                 cwd=ROOT,
                 env={**environment(**self.settings), **self.environment},
                 stdin=subprocess.DEVNULL,
