@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import OrderedDict
 from collections.abc import Mapping
 from hashlib import sha256
@@ -71,7 +72,8 @@ class Rates:
     windows, as fixed ones do; over the length of a window at most twice the limit passes, and then spread out. In Redis
     windows run by its clock, so that nodes' clocks need not agree.
 
-    Redis gets 200 ms. When it is late or away this process counts by itself and asks it again at most once a second.
+    Redis gets 200 ms. When it is late or away this process counts by itself and asks it again about once a second (after
+    0.5 to 1.5 s).
     Counts in this process are of at most 100,000 keys a rule: then those untouched for longest are forgotten, and only those
     of that rule. Else whoever may ask for much under one rule could have the counts of another forgotten.
     """
@@ -187,12 +189,12 @@ class _Redis:
         if not self.working:
             if now < self._ask_at:
                 return None
-            self._ask_at = now + _REDIS_PAUSE
+            self._ask_at = _after_a_pause(now)
         try:
             async with asyncio.timeout(_REDIS_SECONDS):
                 wait = await self._take(rule, name, digest, cost)
         except TROUBLE as error:
-            self._ask_at = monotonic() + _REDIS_PAUSE
+            self._ask_at = _after_a_pause(monotonic())
             if self.working:
                 self.working = False
                 log.warning("Redis does not count; this node counts by itself", error=type(error).__name__)
@@ -218,6 +220,11 @@ class _Redis:
                 await close(self._redis)
         except TROUBLE:
             return
+
+
+def _after_a_pause(now: float) -> float:
+    # Many nodes lose Redis at one moment, and must not all ask again at another.
+    return now + _REDIS_PAUSE * random.uniform(0.5, 1.5)
 
 
 def _storage(redis: AnyRedis) -> RedisStorage:

@@ -1,7 +1,7 @@
 """Hot messages in Redis: what one node has committed to many devices, others need not read from MongoDB.
 
 A help and never the truth: MongoDB says what waits for whom. Redis gets 200 ms; when it is late or away nothing is asked of
-it for a second, and what there was to keep is dropped.
+it for about a second (0.5 to 1.5 s), and what there was to keep is dropped.
 
 What else lies there is small and worth more: who is connected where, and the counts of rate limits. So each node has a budget
 of bytes for its copies, in which the oldest make room for new ones; and they live for a shorter time than a line of the
@@ -12,6 +12,7 @@ directory ever has left (relay.routing.directory), so that a Redis that is full 
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from time import monotonic
@@ -129,7 +130,8 @@ class HotRedis:
         return found
 
     def _pause(self, error: BaseException) -> None:
-        self._ask_at = monotonic() + _PAUSE
+        # Many nodes lose it at one moment, and must not all ask again at another.
+        self._ask_at = monotonic() + _PAUSE * random.uniform(0.5, 1.5)
         log.debug("Redis keeps no hot messages now", error=type(error).__name__)
 
     async def _write(self) -> None:

@@ -219,7 +219,7 @@ async def test_without_redis_everything_comes_from_mongodb_in_time(
     for key in KEYS:
         assert await bodies(store, key) == [envelope.frame_for(key)]
         forget_here(store)
-    assert monotonic() - began < 2, "it is asked once a second, for 200 ms"
+    assert monotonic() - began < 2, "it is asked about once a second, for 200 ms"
     store.messages.hot.committed([envelope])
     if fault == "pause":
         valkey.resume()
