@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import uvloop
+from hypothesis import HealthCheck, settings
 
 from relay.store.embedded import EmbeddedMongo
 from tests.support.databases import Databases
@@ -23,6 +24,10 @@ from tests.support.on_cluster import (
 )
 
 __all__ = ["pytest_runtest_call"]
+
+# How fast examples are made is the machine's business.
+settings.register_profile("relay", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("relay")
 
 TEST_COMMANDS = {"enableTestCommands": "1", "ttlMonitorSleepSecs": "1"}
 
