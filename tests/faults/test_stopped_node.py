@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from time import monotonic
+from typing import Any
 
 import pytest
 
@@ -11,10 +15,23 @@ from tests.faults.conftest import Processes
 from tests.support.failpoints import failing
 from tests.support.node import Node
 from tests.support.process import Mongods
+from tests.support.valkey import open_valkey
 from tests.support.waiting import arriving, until
 
+# A removal waits for the leases of a node that does not answer, which is 7 s.
+REMOVAL_SECONDS = 15.0
 # After so long without a sign of life nobody waits for a node any more.
-FORGOTTEN_SECONDS = 10.5
+FORGOTTEN_SECONDS = 20.5
+
+
+@pytest.fixture(params=["without Redis", "with Redis"])
+async def between(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[dict[str, Any]]:
+    """The settings of nodes that have a Redis between them, or none."""
+    if request.param == "without Redis":
+        yield {}
+        return
+    async with open_valkey(tmp_path) as valkey:
+        yield {"redis_url": valkey.url}
 
 
 async def recipients(node: Node, message: str) -> set[str]:
@@ -23,11 +40,21 @@ async def recipients(node: Node, message: str) -> set[str]:
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("stopped", "removed"),
+    [
+        pytest.param(8.0, 0.0, id="for 8 s, within which others wait for it"),
+        pytest.param(20.0, 11.0, id="for 20 s, after its beats have lapsed"),
+        pytest.param(FORGOTTEN_SECONDS, FORGOTTEN_SECONDS, id="until nobody waits for it"),
+    ],
+)
 async def test_a_node_that_was_stopped_during_a_removal_commits_nothing_for_who_was_removed(
-    mongods: Mongods, processes: Processes
+    mongods: Mongods, processes: Processes, between: dict[str, Any], stopped: float, removed: float
 ) -> None:
+    """It stands still for ``stopped`` seconds; the removal begins after ``removed``."""
     uri = await mongods.start_set(1)
-    shared = {"mongo_uri": uri, "pseudonym_key": "shared by all nodes of a database, 32 bytes"}
+    shared = {"mongo_uri": uri, "pseudonym_key": "shared by all nodes of a database, 32 bytes", **between}
     one, two = processes(**shared), processes(**shared, commits_in_flight=1)
     await one.start()
     await two.start()
@@ -40,15 +67,21 @@ async def test_a_node_that_was_stopped_during_a_removal_commits_nothing_for_who_
         queued = await bob.send(conv, "has its recipients, and waits behind it")
         await asyncio.sleep(0.2)
         two.signal(signal.SIGSTOP)
+        began = monotonic()
         try:
             unread = await bob.send(conv, "is not even read yet")
-            await asyncio.sleep(FORGOTTEN_SECONDS)
-            assert await recipients(one, committing) == {"ann", "cleo"}, "MongoDB went on"
+
+            async def committed() -> bool:
+                return await recipients(one, committing) == {"ann", "cleo"}
+
+            await until(committed, 5, "MongoDB went on")
+            await asyncio.sleep(began + removed - monotonic())
             assert await one.db.messages.count_documents({"id": {"$in": [queued, unread]}}) == 0
             path = f"/v1/conversations/{conv}/members/cleo"
-            async with asyncio.timeout(4):
+            async with asyncio.timeout(4 if removed >= FORGOTTEN_SECONDS else REMOVAL_SECONDS):
                 assert (await one.request("DELETE", path, "ann", "phone"))[0] == 200
             assert await recipients(one, committing) == {"ann"}
+            await asyncio.sleep(began + stopped - monotonic())
         finally:
             two.signal(signal.SIGCONT)
 
