@@ -21,9 +21,10 @@ from tests.support.on_cluster import (
     ClusterServer,
     open_cluster,
     pytest_runtest_call,
+    pytest_terminal_summary,
 )
 
-__all__ = ["pytest_runtest_call"]
+__all__ = ["pytest_runtest_call", "pytest_terminal_summary"]
 
 # How fast examples are made is the machine's business.
 settings.register_profile("relay", deadline=None, suppress_health_check=[HealthCheck.too_slow])

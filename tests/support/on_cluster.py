@@ -19,6 +19,8 @@ from tests.support.forwarder import NO_FAIL_POINTS
 
 ON_CLUSTER: Final = os.environ.get("RELAY_TEST_MONGO") == "cluster"
 _SPARE: Final = 3
+_FAIL_POINT: Final = "it needs a fail point"
+_ONE_MONGOD: Final = "it stops the one mongod"
 
 
 class ClusterDatabases(Databases):
@@ -58,7 +60,7 @@ class ClusterServer:
     @property
     def pid(self) -> int:
         """None that a test could stop."""
-        pytest.skip("it stops the one mongod")
+        pytest.skip(_ONE_MONGOD)
 
 
 @asynccontextmanager
@@ -79,5 +81,15 @@ def pytest_runtest_call() -> Generator[None, object, object]:
         return (yield)
     except OperationFailure as error:
         if ON_CLUSTER and NO_FAIL_POINTS in str(error):
-            pytest.skip("it needs a fail point")
+            pytest.skip(_FAIL_POINT)
         raise
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How much of the suites a run on a cluster leaves out, and why."""
+    if not ON_CLUSTER:
+        return
+    reasons = [str(report.longrepr) for report in terminalreporter.getreports("skipped")]
+    for why in (_FAIL_POINT, _ONE_MONGOD):
+        count = sum(why in reason for reason in reasons)
+        terminalreporter.write_line(f"left out on the cluster because {why}: {count}")
