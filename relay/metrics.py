@@ -114,7 +114,7 @@ class Metrics:
         )
         self.bus_dropped = Counter(
             "relay_bus_dropped_total",
-            "Hints to or from other nodes that were dropped: too many, too old, or Redis did not answer.",
+            "Hints to or from other nodes that were dropped: too many, too old, or Redis, or a part of it, did not answer.",
             registry=r,
         )
         self.watches = Gauge(

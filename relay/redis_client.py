@@ -55,3 +55,7 @@ async def close(redis: AnyRedis) -> None:
     await redis.aclose()
     if isinstance(redis, Redis):
         await redis.connection_pool.disconnect()
+    else:
+        # The driver leaves them open when it was about to look for the masters anew.
+        await redis.nodes_manager.aclose()
+        await redis.nodes_manager.aclose("startup_nodes")

@@ -31,7 +31,8 @@ class Channel:
         self.name = name
         self._take = take
         self._heard_at = 0.0
-        self._lost = False
+        # When it was last known not to work, until it works again.
+        self._lost_at: float | None = None
         self.ready = asyncio.Event()
 
     @property
@@ -46,10 +47,16 @@ class Channel:
     def came_back(self) -> bool:
         """Whether it works again after it did not; True once."""
         if not self.heard:
-            self._lost = self.ready.is_set()
+            self._lose(self._heard_at)
             return False
-        lost, self._lost = self._lost, False
-        return lost
+        if self._lost_at is None or self._heard_at <= self._lost_at:
+            return False
+        self._lost_at = None
+        return True
+
+    def _lose(self, at: float) -> None:
+        if self.ready.is_set():
+            self._lost_at = at
 
     async def run(self) -> None:
         """Listens."""
@@ -59,10 +66,10 @@ class Channel:
             try:
                 await self._listen()
             except TROUBLE as error:
-                self._lost = self.ready.is_set()
+                self._lose(monotonic())
                 log.debug("a channel is not heard", error=type(error).__name__)
             except Exception:
-                self._lost = self.ready.is_set()
+                self._lose(monotonic())
                 log.exception("a channel is not heard")
             if self._heard_at > began:
                 delay = _FIRST_DELAY

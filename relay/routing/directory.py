@@ -11,13 +11,16 @@ from collections.abc import Sequence
 from typing import Any, Final, Literal, NamedTuple
 
 from redis.asyncio import RedisCluster
+from redis.exceptions import ConnectionError
 
 from relay.redis_client import AnyRedis
+from relay.redis_servers import Command, Servers
 
 KEPT_SECONDS: Final = 90
 """A line is good for so long; it is renewed three times as often."""
 _MOST_OF_USER: Final = 64
 _AT_ONCE: Final = 1000
+_SECONDS: Final = 1.0
 
 Way = Literal["enter", "late", "keep", "leave"]
 
@@ -83,21 +86,36 @@ class Outcome(NamedTuple):
     before: Line | None
 
 
-class Directory:
-    """The directory as one node uses it. Every method raises what ``relay.redis_client.TROUBLE`` names."""
+class Found(NamedTuple):
+    """Where the devices of users are connected; users without any are absent. Nobody knows about the ``unknown``, whose part of
+    Redis does not answer."""
 
-    def __init__(self, redis: AnyRedis, *, prefix: str, node: str) -> None:
-        self._redis = redis
+    lines: dict[str, list[Line]]
+    unknown: frozenset[str]
+
+
+class PartAway(ConnectionError):
+    """Some of these users are in a part of Redis that does not answer, while others are not."""
+
+
+class Directory:
+    """The directory as one node uses it. Every method raises what ``relay.redis_client.TROUBLE`` names when Redis does not
+    answer; ``servers`` are those behind ``redis``, its own when there are none."""
+
+    def __init__(self, redis: AnyRedis, *, prefix: str, node: str, servers: Servers | None = None) -> None:
+        self._clustered = isinstance(redis, RedisCluster)
+        self._servers = servers or Servers(redis, seconds=_SECONDS)
         self._prefix = prefix
         self._node = node
 
-    async def note(self, entries: Sequence[Entry]) -> list[Outcome]:
-        """Writes or takes away lines, in one round trip."""
+    async def note(self, entries: Sequence[Entry]) -> list[Outcome | None]:
+        """Writes or takes away lines, in one round trip. None: the part of Redis where this one belongs does not answer."""
         if not entries:
             return []
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for entry in entries:
-                pipe.eval(
+        answers = await self._servers.ask(
+            [
+                (
+                    "EVAL",
                     _SCRIPT,
                     1,
                     self._key(entry.user),
@@ -109,38 +127,44 @@ class Directory:
                     str(_MOST_OF_USER),
                     "s" if entry.silent else "-",
                 )
-            answers = await pipe.execute()
-        return [Outcome(bool(written), None if not before else _line(before)) for written, before in answers]
+                for entry in entries
+            ]
+        )
+        return [None if isinstance(answer, Exception) else _outcome(*answer) for answer in answers]
 
     async def find(self, users: Sequence[str]) -> dict[str, list[Line]]:
-        """Where the devices of these users are connected, this node's too; users without any are absent."""
-        async with self._redis.pipeline(transaction=False) as pipe:
-            self.ask(pipe, users)
-            return self.found(users, await pipe.execute())
+        """Where the devices of these users are connected, this node's too; users without any are absent. Raises PartAway when
+        that is not known of all."""
+        found = self.found(users, await self._servers.ask(self.questions(users)))
+        if found.unknown:
+            raise PartAway
+        return found.lines
 
-    def ask(self, pipe: Any, users: Sequence[str]) -> None:
-        """Adds the question where these users' devices are to a pipeline; ``found`` reads the answers."""
+    def questions(self, users: Sequence[str]) -> list[Command]:
+        """What to ask to learn where these users' devices are; ``found`` reads the answers."""
         keys = [self._key(user) for user in users]
-        if isinstance(self._redis, RedisCluster):
-            for key in keys:
-                pipe.get(key)
-            return
-        for start in range(0, len(keys), _AT_ONCE):
-            pipe.mget(keys[start : start + _AT_ONCE])
+        if self._clustered:
+            return [("GET", key) for key in keys]
+        return [("MGET", *keys[start : start + _AT_ONCE]) for start in range(0, len(keys), _AT_ONCE)]
 
-    def found(self, users: Sequence[str], answers: Sequence[Any]) -> dict[str, list[Line]]:
-        """As ``find``, from the answers of the pipeline that ``ask`` has added to."""
-        values = (
-            answers if isinstance(self._redis, RedisCluster) else [one for some in answers for one in some]
-        )
-        found: dict[str, list[Line]] = {}
+    def found(self, users: Sequence[str], answers: Sequence[Any]) -> Found:
+        """What the answers to ``questions`` say."""
+        values = answers if self._clustered else [one for some in answers for one in some]
+        lines: dict[str, list[Line]] = {}
+        unknown: list[str] = []
         for user, value in zip(users, values, strict=True):
-            if value:
-                found[user] = [_line(line) for line in value.split(b"\n")]
-        return found
+            if isinstance(value, Exception):
+                unknown.append(user)
+            elif value:
+                lines[user] = [_line(line) for line in value.split(b"\n")]
+        return Found(lines, frozenset(unknown))
 
     def _key(self, user: str) -> str:
         return f"{self._prefix}:at:{user}"
+
+
+def _outcome(written: int, before: bytes | None) -> Outcome:
+    return Outcome(bool(written), None if not before else _line(before))
 
 
 def _line(text: bytes) -> Line:

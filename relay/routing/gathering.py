@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from relay.routing import hints
@@ -60,6 +60,14 @@ class Gathered:
         early.for_node, early.for_all, early.seen = self.for_node, self.for_all, self.seen
         rest.released, rest.told = self.released, self.told
         return early, rest
+
+    def count(self, users: Collection[str]) -> int:
+        """How much of it is for these users."""
+        if not users:
+            return 0
+        count = sum(user_of(key) in users for _, keys in self.messages for key in keys)
+        count += sum(user_of(key) in users for _, key in self.released)
+        return count + sum(user in users for one in self.told for user in one.users)
 
     def only_messages(self) -> Gathered:
         """The messages of this group."""

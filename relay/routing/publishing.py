@@ -11,12 +11,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
-from typing import Any, Final
+from typing import Final
 
 import structlog
 
-from relay.redis_client import TROUBLE, AnyRedis
-from relay.routing.directory import Directory, Line
+from relay.redis_client import TROUBLE
+from relay.redis_servers import Command, Servers
+from relay.routing.directory import Directory, Found, Line
 from relay.routing.gathering import Gathered, Lines, packed
 from relay.wire.ids import user_of
 
@@ -32,11 +33,12 @@ _Payload = tuple[str, bytes]
 
 class Publisher:
     """``channel`` names that of a node, ``all_nodes`` is the one that everybody hears; ``now`` is the time that is written on
-    parcels (ms), ``fails`` is told when Redis does not answer. What ``gathered`` holds is told soon after ``wake``."""
+    parcels (ms), ``fails`` is told when Redis does not answer, ``lost`` how much could not be told because only a part of it does
+    not. What ``gathered`` holds is told soon after ``wake``."""
 
     def __init__(
         self,
-        redis: AnyRedis,
+        servers: Servers,
         directory: Directory,
         *,
         node: str,
@@ -44,14 +46,16 @@ class Publisher:
         all_nodes: str,
         now: Callable[[], int],
         fails: Callable[[BaseException], None],
+        lost: Callable[[int], None],
     ) -> None:
-        self._redis = redis
+        self._servers = servers
         self._directory = directory
         self._node = node
         self._channel = channel
         self._all = all_nodes
         self._now = now
         self._fails = fails
+        self._lost = lost
         self.gathered = Gathered()
         self._wake = asyncio.Event()
         # Those of the last turn, whose devices were looked up by it.
@@ -100,8 +104,10 @@ class Publisher:
         early, rest = group.split(known)
         out += self._packed(early, known, began)
         asked = list(dict.fromkeys([*group.users(), *whereabouts.take_wanted()]))
-        lines = await self._exchange(out, asked)
-        whereabouts.note(asked, lines)
+        lines, unknown = await self._exchange(out, asked)
+        whereabouts.note([user for user in asked if user not in unknown], lines)
+        if missed := rest.count(unknown):
+            self._lost(missed)
         self._ready += self._packed(rest, lines, began)
         self._ready += self._packed(early.only_messages(), _came(known, lines), began)
 
@@ -114,20 +120,19 @@ class Publisher:
         ]
         return out + [(self._all, payload) for payload in packed(self._node, at, for_all)]
 
-    async def _exchange(self, out: Sequence[_Payload], users: Sequence[str]) -> dict[str, list[Line]]:
+    async def _exchange(self, out: Sequence[_Payload], users: Sequence[str]) -> Found:
         """Publishes, and looks up where the devices of these users are."""
         for start in range(0, len(out) - _PARCELS, _PARCELS):
             await self._send(out[start : start + _PARCELS], ())
         rest = len(out) % _PARCELS or _PARCELS
         return await self._send(out[-rest:], users)
 
-    async def _send(self, out: Sequence[_Payload], users: Sequence[str]) -> dict[str, list[Line]]:
+    async def _send(self, out: Sequence[_Payload], users: Sequence[str]) -> Found:
+        commands: list[Command] = [("SPUBLISH", channel, payload) for channel, payload in out]
         async with asyncio.timeout(_SECONDS):
-            async with self._redis.pipeline(transaction=False) as pipe:
-                for channel, payload in out:
-                    pipe.execute_command("SPUBLISH", channel, payload)
-                self._directory.ask(pipe, users)
-                answers: list[Any] = await pipe.execute()
+            answers = await self._servers.ask(commands + self._directory.questions(users))
+        if unheard := sum(isinstance(answer, Exception) for answer in answers[: len(out)]):
+            self._lost(unheard)
         return self._directory.found(users, answers[len(out) :])
 
 

@@ -15,10 +15,11 @@ import structlog
 
 from relay.metrics import Metrics
 from relay.redis_client import TROUBLE, close, connect
+from relay.redis_servers import Command, Servers
 from relay.routing import hints
 from relay.routing.bus import Event
 from relay.routing.channels import Channel
-from relay.routing.directory import Directory, Entry, Line, Outcome
+from relay.routing.directory import Directory, Entry, Line, Outcome, PartAway
 from relay.routing.hints import Hint, Parcel, Told
 from relay.routing.hub import Hub
 from relay.routing.publishing import Publisher
@@ -65,7 +66,8 @@ class RedisBus:
         self._prefix = prefix
         self._is_dead = is_dead
         self._dropped = metrics.bus_dropped
-        self._directory = Directory(self._redis, prefix=prefix, node=node)
+        self._servers = Servers(self._redis, seconds=ANSWER_SECONDS, back=lambda: self._came_back())
+        self._directory = Directory(self._redis, prefix=prefix, node=node, servers=self._servers)
         self._serial = 0
         self._registrations = Registrations(
             self._directory,
@@ -84,13 +86,14 @@ class RedisBus:
         self._ask_at = 0.0
         self._ahead = 0.0
         self._publisher = Publisher(
-            self._redis,
+            self._servers,
             self._directory,
             node=node,
             channel=self._channel,
             all_nodes=self._all,
             now=self._now,
             fails=self._fails,
+            lost=self._dropped.inc,
         )
         self._numbers = 0
         self._unconfirmed: dict[int, tuple[set[str], asyncio.Future[bool]]] = {}
@@ -106,13 +109,21 @@ class RedisBus:
 
     @property
     def shared(self) -> bool:
-        """Whether Redis answered last, and its channels are heard."""
+        """Whether Redis answered last, and its channels are heard, but for those in a part of it that does not answer."""
+        return self._works and all(
+            channel.heard or not self._servers.answers(channel.name) for channel in self._channels
+        )
+
+    @property
+    def _whole(self) -> bool:
         return self._works and all(channel.heard for channel in self._channels)
 
     @property
     def problem(self) -> str | None:
         """What does not work, for people."""
-        if self.shared:
+        if self._works and self._servers.partial:
+            return "part of Redis does not answer; devices that it knows of get other nodes' messages by the sweep"
+        if self._whole:
             return None
         if self._works:
             return "this node does not hear what others tell; its devices get messages of other nodes by the sweep"
@@ -121,6 +132,7 @@ class RedisBus:
     async def start(self, receiver: Receiver) -> None:
         """Listens, and waits until it hears itself, for at most a second or two."""
         self._receiver = receiver
+        self._servers.start()
         self._tasks = [asyncio.create_task(channel.run(), name=channel.name) for channel in self._channels]
         self._tasks += [
             asyncio.create_task(self._publisher.run(), name="bus publish"),
@@ -142,6 +154,7 @@ class RedisBus:
             await asyncio.sleep(ANSWER_SECONDS / _CLOSE_POLLS)
         await ended(self._tasks if self._again is None else [*self._tasks, self._again])
         self._registrations.close()
+        await self._servers.close()
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 await close(self._redis)
@@ -211,7 +224,7 @@ class RedisBus:
         self, others: Collection[str], conversations: list[str], users: list[str], seconds: float
     ) -> bool:
         """See ``Bus``."""
-        if not self.shared:
+        if not self._whole:
             return False
         self._numbers += 1
         number = self._numbers
@@ -257,6 +270,8 @@ class RedisBus:
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 found = await self._directory.find(list(users))
+        except PartAway:
+            return None
         except TROUBLE as error:
             self._fails(error)
             return None
@@ -340,6 +355,7 @@ class RedisBus:
                     self._came_back()
             # A node that starts waits until it hears itself.
             begun = all(channel.ready.is_set() for channel in self._channels) or not self._works
+            begun = begun or self._servers.partial
             await asyncio.sleep(_BEAT_SECONDS * random.uniform(0.8, 1.0) if begun else _FIRST_BEAT_SECONDS)
 
     def _came_back(self) -> None:
@@ -352,17 +368,22 @@ class RedisBus:
         # At most once a beat, however often it flaps; a beat that fails makes it true again.
         is_back, self._may_be_lost = self._may_be_lost, False
         asked = monotonic()
-        async with self._redis.pipeline(transaction=False) as pipe:
-            # The time of the server that carries this node's channel; TIME itself is no command of a cluster's pipeline.
-            pipe.eval("return redis.call('TIME')", 1, self._channel(self._node))
-            pipe.execute_command("SPUBLISH", self._channel(self._node), beat)
-            if self._channels[1].quiet_for(_BEAT_SECONDS):
-                pipe.execute_command("SPUBLISH", self._all, beat)
-            if is_back:
-                # Apart from others: an older node drops the whole parcel.
-                back = hints.encode(Parcel(self._node, 0, [hints.Back()]))
-                pipe.execute_command("SPUBLISH", self._all, back)
-            answers = await pipe.execute()
+        own = self._channel(self._node)
+        commands: list[Command] = [
+            # The time of the server that carries this node's channel; TIME itself has no key.
+            ("EVAL", "return redis.call('TIME')", 1, own),
+            ("SPUBLISH", own, beat),
+        ]
+        if self._channels[1].quiet_for(_BEAT_SECONDS):
+            commands.append(("SPUBLISH", self._all, beat))
+        if is_back:
+            # Apart from others: an older node drops the whole parcel.
+            commands.append(("SPUBLISH", self._all, hints.encode(Parcel(self._node, 0, [hints.Back()]))))
+        answers = await self._servers.ask(commands)
+        if is_back and isinstance(answers[-1], Exception):
+            self._may_be_lost = True
+        if isinstance(answers[0], Exception):
+            return
         seconds, microseconds = answers[0]
         took = monotonic() - asked
         self._ahead = int(seconds) + int(microseconds) / 1_000_000 - (asked + took / 2)

@@ -119,6 +119,11 @@ class Registrations:
         async with asyncio.timeout(self._seconds):
             outcomes = await self._directory.note(entries)
         for entry, (_, waiter), outcome in zip(entries, group, outcomes, strict=True):
+            if outcome is None:
+                self._keep(entry)
+                if waiter is not None and not waiter.done():
+                    waiter.set_exception(TimeoutError())
+                continue
             if entry.way in ("enter", "late"):
                 self._forget(self._unwritten, device_key(entry.user, entry.device), entry.serial)
             self._noted(entry, outcome)

@@ -22,6 +22,7 @@ from limits.aio.strategies import SlidingWindowCounterRateLimiter
 from redis.asyncio import RedisCluster
 
 from relay.redis_client import TROUBLE, AnyRedis, close, connect
+from relay.redis_servers import Servers
 from relay.wire.errors import RelayError
 from relay.wire.limits import Limit
 
@@ -73,7 +74,7 @@ class Rates:
     windows run by its clock, so that nodes' clocks need not agree.
 
     Redis gets 200 ms. When it is late or away this process counts by itself and asks it again about once a second (after
-    0.5 to 1.5 s).
+    0.5 to 1.5 s). Of a cluster that goes for each master and what it counts.
     Counts in this process are of at most 100,000 keys a rule: then those untouched for longest are forgotten, and only those
     of that rule. Else whoever may ask for much under one rule could have the counts of another forgotten.
     """
@@ -91,9 +92,11 @@ class Rates:
         return self._redis is not None and self._redis.working
 
     async def reaches_redis(self) -> bool:
-        """Whether Redis counts now, which is found out by counting; True when there is none. Takes 200 ms at most."""
+        """Whether Redis counts now, which is found out by counting; True when there is none, False when a master of
+        a cluster does not. Takes some 200 ms at most."""
         if self._redis is None:
             return True
+        await self._redis.look()
         await self._redis.take(_PROBE, "probe", "probe")
         return self._redis.working
 
@@ -174,37 +177,54 @@ def _wait(
 
 
 class _Redis:
-    """The same counters in Redis, by the library's scripts. ``working``: it answered last."""
+    """The same counters in Redis, by the library's scripts."""
 
     def __init__(self, url: str) -> None:
         self._redis = connect(url, connections=_REDIS_CONNECTIONS, seconds=_REDIS_SECONDS)
         self._storage = _storage(self._redis)
         self._limiter = SlidingWindowCounterRateLimiter(self._storage)
+        self._servers = Servers(self._redis, seconds=_REDIS_SECONDS)
         self._ask_at = 0.0
-        self.working = True
+        self._answers = True
+
+    @property
+    def working(self) -> bool:
+        """Whether it answered last, every master of a cluster."""
+        return self._answers and not self._servers.partial
+
+    async def look(self) -> None:
+        """Finds out which masters of a cluster answer."""
+        await self._servers.look()
 
     async def take(self, rule: RateLimitItem, name: str, digest: str, cost: int = 1) -> float | None:
         """As ``_Windows.take``; None when Redis cannot say."""
         now = monotonic()
-        if not self.working:
+        if not self._answers:
             if now < self._ask_at:
                 return None
             self._ask_at = _after_a_pause(now)
+        # Both windows of it have this name, in braces, in theirs: of a cluster one master has them.
+        slot = rule.key_for(name, digest)
+        if not self._servers.answers(slot):
+            return None
         try:
             async with asyncio.timeout(_REDIS_SECONDS):
                 wait = await self._take(rule, name, digest, cost)
         except TROUBLE as error:
+            if self._servers.doubt(slot):
+                return None
             self._ask_at = _after_a_pause(monotonic())
-            if self.working:
-                self.working = False
+            if self._answers:
+                self._answers = False
                 log.warning("Redis does not count; this node counts by itself", error=type(error).__name__)
             return None
-        if not self.working:
-            self.working = True
+        if not self._answers:
+            self._answers = True
             log.info("Redis counts again")
         return wait
 
     async def _take(self, rule: RateLimitItem, name: str, digest: str, cost: int) -> float:
+        await self._servers.ready()
         if await self._limiter.hit(rule, name, digest, cost=cost):
             return 0.0
         seconds = rule.get_expiry()
@@ -215,6 +235,7 @@ class _Redis:
         return _wait(rule, previous, previous_left, current, current_left - seconds, cost)
 
     async def close(self) -> None:
+        await self._servers.close()
         try:
             async with asyncio.timeout(_REDIS_SECONDS):
                 await close(self._redis)

@@ -1,7 +1,7 @@
 """Hot messages in Redis: what one node has committed to many devices, others need not read from MongoDB.
 
 A help and never the truth: MongoDB says what waits for whom. Redis gets 200 ms; when it is late or away nothing is asked of
-it for about a second (0.5 to 1.5 s), and what there was to keep is dropped.
+it for about a second (0.5 to 1.5 s), and what there was to keep is dropped. Of a cluster that goes for each master by itself.
 
 What else lies there is small and worth more: who is connected where, and the counts of rate limits. So each node has a budget
 of bytes for its copies, in which the oldest make room for new ones; and they live for a shorter time than a line of the
@@ -22,6 +22,7 @@ import msgspec
 import structlog
 
 from relay.redis_client import TROUBLE, close, connect
+from relay.redis_servers import Command, Servers
 from relay.tasks import ended
 from relay.wire.envelope import Envelope
 from relay.wire.framed import Framed
@@ -54,6 +55,7 @@ class HotRedis:
     def __init__(self, url: str, max_bytes: int) -> None:
         """Connects at the first use. Raises ValueError for what is no URL of Redis."""
         self._redis = connect(url, connections=_CONNECTIONS, seconds=_ANSWER_SECONDS)
+        self._servers = Servers(self._redis, seconds=_ANSWER_SECONDS)
         self._max_bytes = max_bytes
         self._waiting: dict[str, Envelope] = {}
         self._size = 0
@@ -74,6 +76,7 @@ class HotRedis:
         """Drops what is not written yet, and closes the connections."""
         if self._task is not None:
             await ended([self._task])
+        await self._servers.close()
         try:
             async with asyncio.timeout(_ANSWER_SECONDS):
                 await close(self._redis)
@@ -117,12 +120,9 @@ class HotRedis:
             return found
         try:
             async with asyncio.timeout(_ANSWER_SECONDS):
-                async with self._redis.pipeline(transaction=False) as pipe:
-                    for doc_id, _ in wanted:
-                        pipe.get(_key(doc_id))
-                    values = await pipe.execute()
+                values = await self._servers.ask([("GET", _key(doc_id)) for doc_id, _ in wanted])
             for (doc_id, seq), value in zip(wanted, values, strict=True):
-                kept = None if value is None else _decode(value)
+                kept = None if value is None or isinstance(value, Exception) else _decode(value)
                 if kept is not None and kept.seq == seq:
                     found[doc_id] = kept.envelope()
         except (*TROUBLE, msgspec.DecodeError) as error:
@@ -141,7 +141,12 @@ class HotRedis:
             while self._waiting or self._leaving:
                 pause = self._ask_at - monotonic()
                 if pause <= 0:
-                    await self._write_some(self._take_leaving(), self._take())
+                    leaving, values = self._take_leaving(), self._take()
+                    if leaving or values:
+                        await self._write_some(leaving, values)
+                    elif self._leaving and not self._waiting:
+                        # The master that has them does not answer.
+                        await self._wait_for_more()
                     continue
                 self._waiting.clear()
                 self._size = 0
@@ -151,11 +156,23 @@ class HotRedis:
     def _take_leaving(self) -> list[str]:
         """Some of what is to leave, and has not by itself. It stays noted until it has left."""
         now = monotonic()
-        some = list(islice(self._leaving.items(), _AT_ONCE))
+        there = ((doc_id, until) for doc_id, until in self._leaving.items() if self._can_leave(doc_id))
+        some = list(islice(there, _AT_ONCE))
         for doc_id, until in some:
             if until < now:
                 del self._leaving[doc_id]
         return [doc_id for doc_id, until in some if until >= now]
+
+    def _can_leave(self, doc_id: str) -> bool:
+        return self._servers.answers(_key(doc_id))
+
+    async def _wait_for_more(self) -> None:
+        try:
+            async with asyncio.timeout(_PAUSE):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+        self._wake.clear()
 
     def _take(self) -> dict[str, bytes]:
         """The copies to make next."""
@@ -183,16 +200,13 @@ class HotRedis:
             self._copied += cost
         try:
             async with asyncio.timeout(_ANSWER_SECONDS):
-                async with self._redis.pipeline(transaction=False) as pipe:
-                    for doc_id in gone:
-                        # A cluster's pipeline has an ``unlink`` of its own, which does nothing.
-                        pipe.execute_command("UNLINK", _key(doc_id))
-                    for doc_id, value in values.items():
-                        pipe.set(_key(doc_id), value, ex=_SECONDS)
-                    await pipe.execute()
-            for doc_id in gone:
-                self._uncount(doc_id)
-                self._leaving.pop(doc_id, None)
+                commands: list[Command] = [("UNLINK", _key(doc_id)) for doc_id in gone]
+                commands += [("SET", _key(doc_id), value, "EX", _SECONDS) for doc_id, value in values.items()]
+                answers = await self._servers.ask(commands)
+            for doc_id, answer in zip(gone, answers, strict=False):
+                if not isinstance(answer, Exception):
+                    self._uncount(doc_id)
+                    self._leaving.pop(doc_id, None)
         except TROUBLE as error:
             self._pause(error)
         except Exception as error:

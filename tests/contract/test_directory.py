@@ -46,6 +46,7 @@ def other(redis: Any) -> Directory:
 
 async def note(at: Directory, way: Way, serial: int, device: str = "phone", user: str = "bob") -> Outcome:
     (outcome,) = await at.note([Entry(way, user, device, serial)])
+    assert outcome is not None
     return outcome
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from relay.redis_client import AnyRedis, close, connect
+from relay.redis_servers import Servers
 from relay.routing import hints, publishing
 from relay.routing.directory import Directory, Entry
 from relay.routing.hints import Message
@@ -29,13 +30,14 @@ class Nodes:
         self.redis = redis
         self.failures: list[BaseException] = []
         self.publisher = Publisher(
-            redis,
+            Servers(redis, seconds=5),
             Directory(redis, prefix=PREFIX, node="own"),
             node="own",
             channel=channel,
             all_nodes=f"{PREFIX}:all",
             now=lambda: 5,
             fails=self.failures.append,
+            lost=_nothing,
         )
         self._pubsub = pubsub
 
@@ -60,6 +62,10 @@ class Nodes:
                 node = found["channel"].decode().rpartition(":")[2]
                 its = hints.decode(found["data"]).hints
                 heard += [(node, one.framed.envelope().seq) for one in its if isinstance(one, Message)]
+
+
+def _nothing(_: int) -> None:
+    return None
 
 
 def channel(node: str) -> str:

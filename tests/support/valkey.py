@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import signal
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -19,12 +19,20 @@ from tests.support.process import free_port
 class Valkey:
     """One server. Its port stays the same over restarts; it keeps nothing on disk."""
 
-    def __init__(self, directory: Path, *, password: str | None = None, clustered: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        password: str | None = None,
+        clustered: bool = False,
+        options: Sequence[str] = (),
+    ) -> None:
         self.port = free_port()
         self.socket = directory / "valkey.sock"
         self.cluster_port = free_port() if clustered else 0
         self._password = password
         self._clustered = clustered
+        self._options = options
         self._directory = directory
         self._process: asyncio.subprocess.Process | None = None
 
@@ -43,6 +51,7 @@ class Valkey:
             arguments += ["--cluster-enabled", "yes", "--cluster-port", str(self.cluster_port)]
         if self._password is not None:
             arguments += ["--requirepass", self._password]
+        arguments += self._options
         self._process = await asyncio.create_subprocess_exec(
             str(get_binary_path()), *arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from redis.asyncio import Redis
+from redis.crc import key_slot
 
 from tests.support.valkey import Valkey
 
@@ -16,14 +17,16 @@ _SLOTS = 16_384
 
 
 @asynccontextmanager
-async def valkey_cluster(directory: Path, masters: int = 3) -> AsyncIterator[list[Valkey]]:
-    """The started servers; together they serve every slot when this is entered."""
+async def valkey_cluster(
+    directory: Path, masters: int = 3, *, options: Sequence[str] = ()
+) -> AsyncIterator[list[Valkey]]:
+    """The started servers, with these options; together they serve every slot when this is entered."""
     servers = []
     try:
         for number in range(masters):
             own = directory / f"valkey-{number}"
             own.mkdir()
-            servers.append(Valkey(own, clustered=True))
+            servers.append(Valkey(own, clustered=True, options=options))
         await asyncio.gather(*(server.start() for server in servers))
         clients: list[Any] = [Redis(port=server.port) for server in servers]
         try:
@@ -45,6 +48,12 @@ async def valkey_cluster(directory: Path, masters: int = 3) -> AsyncIterator[lis
     finally:
         for server in servers:
             await server.kill()
+
+
+def master_of(key: str, masters: int = 3) -> int:
+    """Which of the servers has this key."""
+    slot = key_slot(key.encode())
+    return next(n for n in range(masters) if slot < _SLOTS * (n + 1) // masters)
 
 
 async def _serves_all(client: Any, masters: int) -> bool:
