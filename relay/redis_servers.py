@@ -25,6 +25,7 @@ from redis.exceptions import (
     ConnectionError,
     MaxConnectionsError,
     MovedError,
+    NoScriptError,
     RedisClusterException,
     ResponseError,
     TryAgainError,
@@ -41,10 +42,13 @@ _ROUND_SECONDS: Final = 2.0
 _NAMED_SECONDS: Final = 5.0
 _AWAY: Final = (ConnectionError, RedisTimeoutError, ClusterDownError, OSError, TimeoutError)
 
+_FINE: Final = (AskError, TryAgainError, NoScriptError)
+
 log = structlog.get_logger(__name__)
 
 Command = tuple[Any, ...]
-"""A command of one key: the name, the key, what follows; or ``EVAL``, the script, 1, the key, what follows."""
+"""A command for one slot: the name, the key, what follows; or ``EVAL`` or ``EVALSHA``, the script, how many keys, these, what
+follows."""
 
 
 class Servers:
@@ -79,19 +83,6 @@ class Servers:
     def answers(self, key: str) -> bool:
         """Whether the master of this key answers, as far as is known."""
         return not self._away or self._name(key) not in self._away
-
-    def doubt(self, key: str) -> bool:
-        """The master of this key did not answer somebody. False when it is not known which that is, as of a single server."""
-        name = self._name(key)
-        if name is None:
-            return False
-        self._note_away(name)
-        return True
-
-    async def ready(self) -> None:
-        """Makes the client of a cluster ready, whichever master does not answer. Raises what ``TROUBLE`` names."""
-        if self._cluster is not None:
-            await _get_ready(self._cluster)
 
     async def ask(self, commands: Sequence[Command]) -> list[Any]:
         """The answers, in one round trip to each server; of a cluster an answer is an exception where there is none. Raises what
@@ -166,7 +157,7 @@ class Servers:
         except TROUBLE as error:
             answers = [error] * len(commands)
         for answer in answers:
-            if isinstance(answer, Exception) and not isinstance(answer, (AskError, TryAgainError)):
+            if isinstance(answer, Exception) and not isinstance(answer, _FINE):
                 self._failed_at = monotonic()
                 if _is_away(answer):
                     self._note_away(node.name)
@@ -290,7 +281,7 @@ def _owner(cluster: RedisCluster, key: str) -> ClusterNode:
 
 
 def _key_of(command: Command) -> str:
-    return str(command[3] if command[0] == "EVAL" else command[1])
+    return str(command[3] if command[0] in ("EVAL", "EVALSHA") else command[1])
 
 
 def _is_away(answer: Any) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from itertools import islice
 from math import ceil
@@ -20,6 +20,7 @@ from limits import RateLimitItem, parse
 from limits.aio.storage import RedisClusterStorage, RedisStorage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
 from redis.asyncio import RedisCluster
+from redis.exceptions import NoScriptError
 
 from relay.redis_client import TROUBLE, AnyRedis, close, connect
 from relay.redis_servers import Servers
@@ -181,9 +182,9 @@ class _Redis:
 
     def __init__(self, url: str) -> None:
         self._redis = connect(url, connections=_REDIS_CONNECTIONS, seconds=_REDIS_SECONDS)
-        self._storage = _storage(self._redis)
-        self._limiter = SlidingWindowCounterRateLimiter(self._storage)
         self._servers = Servers(self._redis, seconds=_REDIS_SECONDS)
+        self._storage = _storage(self._redis, self._servers)
+        self._limiter = SlidingWindowCounterRateLimiter(self._storage)
         self._ask_at = 0.0
         self._answers = True
 
@@ -211,7 +212,7 @@ class _Redis:
             async with asyncio.timeout(_REDIS_SECONDS):
                 wait = await self._take(rule, name, digest, cost)
         except TROUBLE as error:
-            if self._servers.doubt(slot):
+            if not self._servers.answers(slot):
                 return None
             self._ask_at = _after_a_pause(monotonic())
             if self._answers:
@@ -224,7 +225,6 @@ class _Redis:
         return wait
 
     async def _take(self, rule: RateLimitItem, name: str, digest: str, cost: int) -> float:
-        await self._servers.ready()
         if await self._limiter.hit(rule, name, digest, cost=cost):
             return 0.0
         seconds = rule.get_expiry()
@@ -248,7 +248,25 @@ def _after_a_pause(now: float) -> float:
     return now + _REDIS_PAUSE * random.uniform(0.5, 1.5)
 
 
-def _storage(redis: AnyRedis) -> RedisStorage:
+class _Script:
+    """A script of the library's, run by the master of a cluster that has its keys: the driver loads it into all of them first, or
+    fails when one is dead."""
+
+    def __init__(self, servers: Servers, script: Any) -> None:
+        self._servers = servers
+        self._script = script
+
+    async def __call__(self, keys: Sequence[str], args: Sequence[Any]) -> Any:
+        rest = (len(keys), *keys, *args)
+        (answer,) = await self._servers.ask([("EVALSHA", self._script.sha, *rest)])
+        if isinstance(answer, NoScriptError):
+            (answer,) = await self._servers.ask([("EVAL", self._script.script, *rest)])
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def _storage(redis: AnyRedis, servers: Servers) -> RedisStorage:
     if isinstance(redis, RedisCluster):
         clustered = RedisClusterStorage(
             "async+redis+cluster://127.0.0.1:6379", implementation="redispy", key_prefix=_REDIS_PREFIX
@@ -257,6 +275,8 @@ def _storage(redis: AnyRedis) -> RedisStorage:
         bridge: Any = clustered.bridge
         bridge.storage = redis
         bridge.register_scripts()
+        for name in ("lua_sliding_window", "lua_acquire_sliding_window"):
+            setattr(bridge, name, _Script(servers, getattr(bridge, name)))
         return clustered
     return RedisStorage(
         "async+redis://",
