@@ -1,0 +1,105 @@
+"""How much of Redis a committed batch takes: look-ups in the directory, and publications to another node."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from relay.routing import hints
+from tests.support.node import Node, NodeFactory
+from tests.support.valkey import Valkey, open_valkey
+
+PAIRS = 10
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[Valkey]:
+    async with open_valkey(tmp_path) as running:
+        yield running
+
+
+class Asked:
+    """What was asked of Redis since the start, but for the beats of channels, and how many group commits there were."""
+
+    def __init__(self, redis: Any, node: Node) -> None:
+        self._redis = redis
+        self._registry = node.relay.context.metrics.registry
+        self._beats = 0
+
+    async def counts(self) -> tuple[int, int, int]:
+        """Group commits of messages, look-ups and publications."""
+        commits = self._registry.get_sample_value("relay_commit_batch_size_count", {"queue": "send"}) or 0
+        stats = await self._redis.info("commandstats")
+        looked, published = (
+            stats.get(f"cmdstat_{name}", {}).get("calls", 0) for name in ("mget", "spublish")
+        )
+        return int(commits), looked, published - self._beats
+
+    @asynccontextmanager
+    async def listening(self, channels: list[str]) -> AsyncIterator[None]:
+        """Counts beats."""
+        pubsub = self._redis.pubsub()
+        await pubsub.ssubscribe(*channels)
+
+        async def listen() -> None:
+            while True:
+                found = await pubsub.get_message(timeout=1)
+                if found is not None and found["type"] == "smessage":
+                    its = hints.decode(found["data"]).hints
+                    self._beats += all(isinstance(hint, hints.Beat) for hint in its)
+
+        task = asyncio.create_task(listen())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await pubsub.aclose()
+
+
+@pytest.mark.parametrize(
+    ("gap", "rounds", "lookups"),
+    # What was looked up within a second is not asked for ahead of the commit.
+    [(0.0, 40, 1), (0.05, 20, 1), (1.3, 3, 2)],
+    ids=["as fast as can be", "steadily", "with breaks"],
+)
+async def test_a_committed_batch_takes_two_look_ups_at_most_and_one_publication_for_another_node(
+    server: Valkey, nodes: NodeFactory, gap: float, rounds: int, lookups: int
+) -> None:
+    one, other = [await nodes.start(redis_url=server.url, sweep_seconds=3600) for _ in range(2)]
+    buses: list[Any] = [node.relay.context.bus for node in (one, other)]
+    redis: Any = Redis.from_url(server.url)
+    senders = [await one.connect(f"ann{n}") for n in range(PAIRS)]
+    readers = [await other.connect(f"bob{n}") for n in range(PAIRS)]
+    convs = [await one.direct(f"ann{n}", f"bob{n}") for n in range(PAIRS)]
+    asked = Asked(redis, one)
+
+    async def one_round() -> None:
+        """Each of the pairs, at once."""
+        sent = await asyncio.gather(*(ann.sent(conv) for ann, conv in zip(senders, convs, strict=True)))
+        for reader, its in zip(readers, sent, strict=True):
+            await reader.expect("msg", id=its["id"])
+
+    async with asked.listening([buses[0]._all, *(bus._channel(bus._node) for bus in buses)]):
+        await one_round()
+        await asyncio.sleep(0.3)
+        before, began = await asked.counts(), time.monotonic()
+        for _ in range(rounds):
+            await one_round()
+            await asyncio.sleep(gap)
+        await asyncio.sleep(0.3)
+        after, took = await asked.counts(), time.monotonic() - began
+    await redis.aclose()
+    commits, looked, published = (b - a for a, b in zip(before, after, strict=True))
+    assert commits >= rounds
+    # A beat may be counted there and not be here yet.
+    assert rounds / 2 <= published <= commits + 3
+    # On a machine that stalls, a second may pass between two rounds.
+    assert rounds / 2 <= looked <= lookups * commits + took + 3
