@@ -66,7 +66,7 @@ class Servers:
         self._away: set[str] = set()
         self._moved = False
         self._failed_at = -_NAMED_SECONDS
-        self._always = False
+        self._always = self._closed = False
         self._doubted = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
 
@@ -97,6 +97,7 @@ class Servers:
 
     async def close(self) -> None:
         """Ends."""
+        self._closed = True
         if self._watching is not None:
             await ended([self._watching])
 
@@ -192,7 +193,11 @@ class Servers:
 
     def _watch(self) -> None:
         self._doubted.set()
-        if self._cluster is not None and (self._watching is None or self._watching.done()):
+        if (
+            self._cluster is not None
+            and not self._closed
+            and (self._watching is None or self._watching.done())
+        ):
             self._watching = asyncio.create_task(self._look_after(), name="redis masters")
 
     async def _look_after(self) -> None:

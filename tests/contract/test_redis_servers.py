@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 from redis.crc import key_slot
+from redis.exceptions import RedisError
 
 from relay.redis_client import TROUBLE, close, connect
 from relay.redis_servers import Servers
@@ -152,6 +153,41 @@ async def test_a_slot_that_has_another_master_now_is_asked_there(cluster: Cluste
             await client.aclose()
     assert await cluster.servers.ask([("SET", key, "1"), ("SET", KEYS[1], "2")]) == [True, True]
     assert await cluster.gets() == [b"1", b"2", None]
+
+
+async def test_a_replica_that_is_promoted_takes_over(cluster: Cluster, tmp_path: Path) -> None:
+    assert all(await cluster.sets())
+    (tmp_path / "replica").mkdir()
+    options = ("--cluster-require-full-coverage", "no", "--cluster-node-timeout", "3000")
+    replica = Valkey(tmp_path / "replica", clustered=True, options=options)
+    await replica.start()
+    dying = cluster.masters[1]
+    clients: list[Any] = [Redis(port=dying.port), Redis(port=replica.port)]
+    try:
+        name = (await clients[0].execute_command("CLUSTER MYID")).decode()
+        await clients[1].execute_command("CLUSTER MEET", "127.0.0.1", dying.port, dying.cluster_port)
+
+        async def replicates() -> bool:
+            try:
+                await clients[1].execute_command("CLUSTER REPLICATE", name)
+            except RedisError:
+                return False
+            return True
+
+        await until(replicates, 20, "it knows its master")
+
+        async def has_all() -> bool:
+            info = await clients[1].info("replication")
+            return bool(info["master_link_status"] == "up")
+
+        await until(has_all, 20, "it has what its master has")
+        await dying.kill()
+        await until(cluster.all_answer, 40, "it answers for its master")
+        assert cluster.servers.answers(KEYS[1])
+    finally:
+        for client in clients:
+            await client.aclose()
+        await replica.kill()
 
 
 async def test_of_one_server_nothing_is_answered_or_all(tmp_path: Path) -> None:
