@@ -45,7 +45,7 @@ async def of_rates(url: str) -> float:
 async def of_rates_that_ask_once_more(url: str) -> float:
     limits = Rates({"search": "5/minute"}, redis_url=url)
     assert limits._redis is not None
-    limits._redis.working = False
+    limits._redis._answers = False
     for _ in range(2):
         await limits.check("search", "ann")
     await limits.close()
