@@ -15,8 +15,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from scripts.tools.scaling_inputs import FILE, InputError, Inputs, load
-from scripts.tools.scaling_model import Plan, plan, predicted
+from scripts.tools.scaling_inputs import FILE, InputError, Inputs, Lever, load
+from scripts.tools.scaling_model import UNDIVIDED, Plan, plan, predicted
 
 PAGE: Final = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"
 BEGIN: Final = "<!-- from scripts/scaling; do not edit -->"
@@ -37,21 +37,36 @@ class Sheet:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Everything that was worked out. ``pulled`` has the last stage with each lever."""
+    """Everything that was worked out. ``pulled`` has the last stage with each lever; ``sizes`` those between, as it stands and with
+    the lever that carries the last; ``without`` the last with that lever, but without a part of it, by the part's name."""
 
     inputs: Inputs
     plans: Sequence[Plan]
     pulled: Sequence[Plan]
+    sizes: Sequence[tuple[Plan, Plan]]
+    without: Sequence[tuple[str, Plan]]
 
 
 def work_out(inputs: Inputs) -> Result:
     """All stages, and all levers at the last one. Raises InputError."""
     last = inputs.stages[-1]
+    carrying = [lever for lever in inputs.levers if lever.carries]
+    carried = inputs.pulled(carrying[0]) if carrying else inputs
     return Result(
         inputs,
         [plan(inputs, stage) for stage in inputs.stages],
         [plan(inputs.pulled(lever), last) for lever in inputs.levers],
+        [(plan(inputs, stage), plan(carried, stage)) for stage in inputs.between],
+        [
+            (lever.name, plan(carried.changed({name: inputs[name] for name in lever.values}), last))
+            for lever in inputs.levers
+            if _is_part(lever, carrying)
+        ],
     )
+
+
+def _is_part(lever: Lever, carrying: Sequence[Lever]) -> bool:
+    return any(lever.values and lever.values.items() < whole.values.items() for whole in carrying)
 
 
 def rounded(value: float) -> str:
@@ -101,7 +116,20 @@ _ROWS: Final[Sequence[tuple[str, Callable[[Plan], str]]]] = (
         "publications: a message · a second",
         lambda one: f"{rounded(one.publications_each)} · {rounded(one.publications)}",
     ),
-    ("who came and went, told by Redis a second", lambda one: rounded(one.told_all)),
+    (
+        "channel `all`: published · handed out a second · cores of its one server",
+        lambda one: " · ".join(map(rounded, (one.told, one.told_all, one.channel_cores))),
+    ),
+    ("confirmations of changes a second", lambda one: rounded(one.confirmations)),
+    (
+        "recipients that are not known: share of questions · conversations in one",
+        lambda one: f"{one.miss_share:.0%} · {rounded(one.round_conversations)}",
+    ),
+    (
+        "control collections: calls a second · cores of the primary shard",
+        lambda one: f"{rounded(one.control_calls)} · {rounded(one.control_cores)}",
+    ),
+    ("cores of each shard for what all are asked", lambda one: rounded(one.each_shard_cores)),
     (
         "network: devices · Redis · MongoDB, a second",
         lambda one: " · ".join(map(sized, (one.device_network, one.redis_network, one.mongo_network))),
@@ -111,6 +139,7 @@ _ROWS: Final[Sequence[tuple[str, Callable[[Plan], str]]]] = (
     ("… fates", lambda one: sized(one.fates_disk)),
     ("… oplog of a day, uncompressed", lambda one: sized(one.oplog_disk)),
     ("… messages, if nobody fetched any for 30 days", lambda one: sized(one.kept_most_disk)),
+    ("**more machines suffice**", lambda one: "**yes**" if not one.broken else f"**no**: {_over(one)}"),
 )
 
 
@@ -119,7 +148,15 @@ def sheets(result: Result) -> list[Sheet]:
     plans = result.plans
     names = [one.stage.name for one in plans]
     stages = Sheet("What it takes", ["", *names], [[name, *map(show, plans)] for name, show in _ROWS])
-    return [stages, _breaks(plans), _levers(result), _fit(result.inputs), _figures(result.inputs)]
+    return [
+        stages,
+        _breaks(plans),
+        _sizes(result),
+        _levers(result),
+        _without(result),
+        _fit(result.inputs),
+        _figures(result.inputs),
+    ]
 
 
 def _breaks(plans: Sequence[Plan]) -> Sheet:
@@ -140,7 +177,35 @@ def _breaks(plans: Sequence[Plan]) -> Sheet:
     return Sheet(
         "What breaks first on the way",
         ["the next load, on what the stage before has", *columns],
-        [*rows, first],
+        [*rows, first, ["**no machines mend**", *(_over(after) or "nothing" for after in plans[1:])]],
+    )
+
+
+def _over(one: Plan) -> str:
+    return ", ".join(f"{name} {_times(one, name)} times" for name in one.broken)
+
+
+def _times(one: Plan, name: str) -> str:
+    needed, has = one.limits[name]
+    return rounded(needed / has)
+
+
+def _sizes(result: Result) -> Sheet:
+    """Of each limit that more machines do not move, how much of it is used."""
+    rows = []
+    for both in result.sizes:
+        rows.append(
+            [
+                both[0].stage.name,
+                " · ".join(f"{one.nodes:,}" for one in both),
+                " · ".join(f"{one.shards:,}" for one in both),
+                *(" · ".join(_times(one, name) for one in both) for name in UNDIVIDED),
+                "**yes**" if not both[0].broken else "**no**",
+            ]
+        )
+    columns = ["devices", "nodes", "shards", *UNDIVIDED, "carried as it stands"]
+    return Sheet(
+        "How far it goes: as it stands · with what carries it; limits are kept up to 1", columns, rows
     )
 
 
@@ -157,13 +222,29 @@ def _levers(result: Result) -> Sheet:
             rounded(one.relay_us),
             rounded(one.mongod_us),
             sized(one.kept_disk + one.fates_disk),
+            *(_times(one, name) for name in UNDIVIDED),
         ]
 
     rows = [row("as above", "", last)]
     for lever, one in zip(result.inputs.levers, result.pulled, strict=True):
         rows.append(row(lever.name, "yes" if lever.built else "no", one))
-    columns = ["", "there today", "nodes", "shards", "Redis", "relay µs", "mongod µs", "disk"]
+    columns = ["", "there today", "nodes", "shards", "Redis", "relay µs", "mongod µs", "disk", *UNDIVIDED]
     return Sheet(f"Levers, at {last.stage.name}", columns, rows)
+
+
+def _without(result: Result) -> Sheet:
+    rows = [
+        [
+            name,
+            f"{one.nodes:,}",
+            f"{one.shards:,}",
+            f"{one.redis:,}",
+            *(_times(one, limit) for limit in UNDIVIDED),
+        ]
+        for name, one in result.without
+    ]
+    columns = ["without", "nodes", "shards", "Redis", *UNDIVIDED]
+    return Sheet(f"What carries {result.plans[-1].stage.name}, but for one part", columns, rows)
 
 
 def _fit(inputs: Inputs) -> Sheet:
@@ -237,6 +318,7 @@ def as_data(result: Result) -> dict[str, Any]:
             for figure in result.inputs
         },
         "stages": [one(found) for found in result.plans],
+        "sizes": [{"stands": one(stands), "carried": one(carried)} for stands, carried in result.sizes],
         "levers": [
             {"lever": lever.name, "built": lever.built, **one(found)}
             for lever, found in zip(result.inputs.levers, result.pulled, strict=True)

@@ -47,6 +47,8 @@ class Lever:
     built: bool
     factors: Mapping[str, float]
     values: Mapping[str, float]
+    carries: bool = False
+    """Whether it is what the last stage takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ class Inputs:
     stages: tuple[Stage, ...]
     levers: tuple[Lever, ...]
     observed: tuple[Observed, ...]
+    sizes: tuple[int, ...] = ()
 
     def __getitem__(self, name: str) -> float:
         """A figure's value. Raises InputError."""
@@ -82,6 +85,14 @@ class Inputs:
     def __iter__(self) -> Iterator[Figure]:
         """Figures in the order of the file."""
         return iter(self.figures.values())
+
+    @property
+    def between(self) -> list[Stage]:
+        """The ``sizes``: a tenth of the devices connected, a message a second for each hundred."""
+        return [
+            Stage(f"{size / 1e6:g} M" if size >= 1e6 else f"{size / 1e3:g} k", size, size // 10, size / 100)
+            for size in self.sizes
+        ]
 
     def pulled(self, lever: Lever) -> Inputs:
         """With the figures of a lever. Raises InputError."""
@@ -110,15 +121,22 @@ def load(file: Path = FILE) -> Inputs:
             for row in found["stages"]
         )
         levers = tuple(
-            Lever(row["name"], bool(row["built"]), dict(row.get("factors", {})), dict(row.get("values", {})))
+            Lever(
+                row["name"],
+                bool(row["built"]),
+                dict(row.get("factors", {})),
+                dict(row.get("values", {})),
+                bool(row.get("carries")),
+            )
             for row in found["levers"]
         )
         observed = tuple(
             Observed(**{name: float(value) for name, value in row.items()}) for row in found["observed"]
         )
+        sizes = tuple(int(size) for size in found.get("sizes", {}).get("devices", ()))
     except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file.name} cannot be read: {type(error).__name__}: {error}") from None
-    inputs = Inputs(figures, stages, levers, observed)
+    inputs = Inputs(figures, stages, levers, observed, sizes)
     for figure in inputs:
         if figure.kind not in _KINDS or not figure.source.strip() or not figure.unit:
             raise InputError(

@@ -1,7 +1,8 @@
 """How many nodes, shards and Redis servers a load takes, and what each of them then does.
 
 Nodes and shards depend on each other: with more nodes and more shards each group commit is smaller, and a message costs more.
-So both are raised until they suffice.
+So both are raised until they suffice. What more of them do not divide (``scaling_shared``) is not planned for: it is a limit that
+holds, or breaks.
 """
 
 from __future__ import annotations
@@ -13,13 +14,20 @@ from typing import Final
 
 from scripts.tools.scaling_inputs import InputError, Inputs, Observed, Stage
 from scripts.tools.scaling_lots import DAY, Groups, Traffic, groups, traffic
+from scripts.tools.scaling_shared import Shared, shared
 
 MESSAGES: Final = 1500
 _ROUNDS: Final = 60
 _SETTLING: Final = 6
 _CLOSE: Final = 0.02
 _MOST_BUSY: Final = 0.9
+# Of a shard's CPU for what every shard is asked.
+_MOST_ASKED: Final = 0.75
 _US: Final = 1e-6
+
+
+UNDIVIDED: Final = ("Redis, busiest channel", "primary shard CPU", "what every shard is asked")
+"""Limits that more machines do not move."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +49,15 @@ class Plan:
     redis_memory: float
     publications: float
     publications_each: float
+    told: float
     told_all: float
+    channel_cores: float
+    control_calls: float
+    control_cores: float
+    each_shard_cores: float
+    miss_share: float
+    round_conversations: float
+    confirmations: float
     node_connections: float
     node_memory: float
     mongo_connections: int
@@ -57,6 +73,12 @@ class Plan:
     limits: Mapping[str, tuple[float, int]]
     """Of each resource how many processes, replica sets, servers or machines are needed, and how many the stage has."""
 
+    @property
+    def broken(self) -> list[str]:
+        """The limits that no number of machines keeps, the worst first."""
+        over = {name: self.limits[name][0] / self.limits[name][1] for name in UNDIVIDED}
+        return [name for name in sorted(over, key=lambda name: -over[name]) if over[name] > 1]
+
 
 @dataclass(frozen=True, slots=True)
 class _Load:
@@ -64,9 +86,9 @@ class _Load:
     mongod: float
     redis: float
     publications: float
-    told_all: float
     requests: float
     found: Groups
+    shared: Shared
 
 
 def plan(inputs: Inputs, stage: Stage) -> Plan:
@@ -92,9 +114,16 @@ def _nodes(inputs: Inputs, stage: Stage, load: _Load) -> int:
 
 
 def _shards(inputs: Inputs, stage: Stage, known: Traffic, load: _Load) -> int:
-    by_cpu = load.mongod / (inputs["shard_cores"] * inputs["mongod_busy"])
+    budget = _budget(inputs)
+    # What every shard is asked leaves the less of each.
+    left = max(budget - load.shared.each_shard, budget * (1 - _MOST_ASKED))
+    by_cpu = load.mongod / left
     by_disk = sum(_disk(inputs, stage, known)[:2]) / inputs["shard_disk"]
     return max(1, math.ceil(max(by_cpu, by_disk)))
+
+
+def _budget(inputs: Inputs) -> float:
+    return inputs["shard_cores"] * inputs["mongod_busy"]
 
 
 def _load(inputs: Inputs, stage: Stage, known: Traffic, nodes: int, shards: int) -> _Load:
@@ -112,14 +141,16 @@ def _loaded(inputs: Inputs, stage: Stage, known: Traffic, nodes: int, shards: in
     rate, connected = stage.messages, stage.connected
     lanes = max(1, round(shards * inputs["lane_share"]))
     found = groups(inputs, known, rate=rate / nodes, nodes=nodes, lanes=lanes, slow=slow, count=MESSAGES)
-    requests = found.send_commits + found.ack_commits * inputs["ack_requests"]
-    more = max(0.0, known.live - 1)
     arrivals = connected / inputs["session_seconds"]
     several = nodes > 1
-    # Every node tells all others who has come and gone, once for each group of that.
-    told = nodes * min(2 * arrivals / nodes, 1000 / inputs["redis_round_ms"]) if several else 0.0
-    told_all = told * inputs["presence_told"]
-    relay = _US * (
+    # Who comes back acknowledges what has waited, all of one shard's together.
+    drained = rate * (known.deliveries - known.live)
+    drains = arrivals * lanes * (1 - (1 - 1 / lanes) ** (drained / arrivals)) if arrivals else 0.0
+    acks = found.ack_commits + min(drains, drained) / rate
+    requests = found.send_commits + acks * inputs["ack_requests"]
+    more = max(0.0, known.deliveries - 1)
+    beside = shared(inputs, stage, known, nodes=nodes, shards=shards, slow=slow)
+    relay = beside.relay + _US * (
         rate
         * (
             inputs["relay_message"]
@@ -130,28 +161,24 @@ def _loaded(inputs: Inputs, stage: Stage, known: Traffic, nodes: int, shards: in
         )
         + arrivals * inputs["relay_arrival"]
         + connected * inputs["relay_idle"]
-        + nodes * (inputs["relay_rest"] + told_all * inputs["relay_told"])
+        + nodes * inputs["relay_rest"]
     )
     sharded = inputs["mongod_sharded"] if shards > 1 else 1.0
-    sweeps = connected / inputs["sweep_devices"] / inputs["sweep_seconds"]
-    mongod = _US * (
-        rate
-        * sharded
-        * (inputs["mongod_message"] + more * inputs["mongod_delivery"] + requests * inputs["mongod_request"])
-        + arrivals * (inputs["mongod_arrival"] + (shards - 1) * inputs["mongod_query"])
-        + sweeps * shards * inputs["sweep_devices"] * inputs["sweep_key"]
+    mongod = beside.primary + _US * rate * sharded * (
+        inputs["mongod_message"] + more * inputs["mongod_delivery"] + requests * inputs["mongod_request"]
     )
     redis = (
-        _US
+        beside.channel
+        + beside.redis
+        + _US
         * (
             rate * (found.publications * inputs["redis_publication"] + found.keys * inputs["redis_key"])
-            + told_all * nodes * inputs["redis_told"]
             + connected * inputs["redis_idle"]
         )
         if several
         else 0.0
     )
-    return _Load(relay, mongod, redis, rate * found.publications * several, told_all, requests, found)
+    return _Load(relay, mongod, redis, rate * found.publications * several, requests, found, beside)
 
 
 def _disk(inputs: Inputs, stage: Stage, known: Traffic) -> tuple[float, float, float, float, float]:
@@ -184,13 +211,19 @@ def _plan(inputs: Inputs, stage: Stage, known: Traffic, load: _Load, nodes: int,
     connections = nodes * int(inputs["mongo_pool"])
     redis_count = math.ceil(load.redis / inputs["redis_busy"]) if several else 0
     machines = math.ceil(nodes / inputs["machine_cores"])
+    beside, budget = load.shared, _budget(inputs)
+    control = min(inputs["control_shards"], shards)
+    mongod_cores = load.mongod + shards * beside.each_shard
     limits = {
         "relay CPU": (load.relay / inputs["relay_busy"], nodes),
         "connections of a node": (stage.connected / inputs["node_connections"], nodes),
-        "MongoDB CPU": (load.mongod / (inputs["shard_cores"] * inputs["mongod_busy"]), shards),
+        "MongoDB CPU": (mongod_cores / budget, shards),
+        "primary shard CPU": ((beside.primary / control + beside.each_shard) / budget, 1),
+        "what every shard is asked": (beside.each_shard / (budget * _MOST_ASKED), 1),
         "MongoDB disk": ((messages + fates) / inputs["shard_disk"], shards),
         "connections to MongoDB": (connections / inputs["mongo_connections_most"], 1),
         "Redis CPU": (load.redis / inputs["redis_busy"], max(1, redis_count)),
+        "Redis, busiest channel": (beside.channel / inputs["all_channels"] / inputs["redis_busy"], 1),
         "network of relays": ((device + redis + mongo) * 8 / (inputs["port_gbit"] * 1e9), machines),
     }
     return Plan(
@@ -203,13 +236,21 @@ def _plan(inputs: Inputs, stage: Stage, known: Traffic, load: _Load, nodes: int,
         requests=load.requests,
         relay_us=load.relay / rate / _US,
         relay_cores=load.relay,
-        mongod_us=load.mongod / rate / _US,
-        mongod_cores=load.mongod,
+        mongod_us=mongod_cores / rate / _US,
+        mongod_cores=mongod_cores,
         redis_cores=load.redis,
         redis_memory=several * stage.connected * inputs["directory_bytes"],
         publications=load.publications,
         publications_each=load.publications / rate,
-        told_all=load.told_all * nodes,
+        told=beside.told,
+        told_all=beside.told_all,
+        channel_cores=beside.channel,
+        control_calls=beside.calls,
+        control_cores=beside.primary,
+        each_shard_cores=beside.each_shard,
+        miss_share=beside.miss_share,
+        round_conversations=beside.conversations,
+        confirmations=beside.confirmations,
         node_connections=stage.connected / nodes,
         node_memory=memory,
         mongo_connections=connections,
@@ -227,7 +268,10 @@ def _plan(inputs: Inputs, stage: Stage, known: Traffic, load: _Load, nodes: int,
 
 def predicted(inputs: Inputs, observed: Observed) -> Observed:
     """What the model says of a load that was measured."""
-    here = inputs.changed({"group_messages": 0, "recipient_online": 1})
+    # The bench's hundred conversations are known but for twenty questions a second, which are in what was measured.
+    here = inputs.changed(
+        {"group_messages": 0, "recipient_online": 1, "conversation_seconds": 1e-6, "read_share": 0}
+    )
     stage, nodes = Stage("observed", 0, 0, observed.rate), int(observed.nodes)
     slow = observed.commit_ms / inputs["commit_ms"]
     load = _loaded(here, stage, traffic(here, MESSAGES), nodes, 1, slow)
@@ -237,5 +281,5 @@ def predicted(inputs: Inputs, observed: Observed) -> Observed:
         requests=load.requests,
         publications=load.publications / observed.rate,
         relay=relay / observed.rate / _US,
-        mongod=load.mongod / observed.rate / _US,
+        mongod=(load.mongod + load.shared.each_shard) / observed.rate / _US,
     )

@@ -13,10 +13,10 @@ from scripts.tools import scaling, scaling_inputs
 from scripts.tools.scaling import Result, as_data, markdown, page, rounded, sheets, sized, work_out
 from scripts.tools.scaling_inputs import InputError, Inputs, Stage, load
 from scripts.tools.scaling_lots import Groups, groups, traffic
-from scripts.tools.scaling_model import plan, predicted
+from scripts.tools.scaling_model import UNDIVIDED, plan, predicted
 
-# Working out all stages takes seconds, and on a machine that does other things many.
-pytestmark = pytest.mark.timeout(180)
+# Working out all stages takes half a minute, and on a machine that does other things many times as long.
+pytestmark = pytest.mark.timeout(900)
 
 DRAWN = 1000
 
@@ -101,7 +101,7 @@ def test_every_measured_figure_names_its_bench_and_day(inputs: Inputs) -> None:
             continue
         # "the same" goes on with the figure before it.
         source = source if figure.source.startswith("the same") else figure.source
-        assert source.startswith("scripts/bench "), figure.name
+        assert source.startswith(("scripts/bench ", "docs/performance.md, ")), figure.name
         assert ", 2026-11-2" in source, figure.name
 
 
@@ -190,7 +190,10 @@ def test_a_plan_suffices_and_less_would_not(inputs: Inputs, result: Result) -> N
     for one in result.plans:
         assert one.nodes >= 1
         assert one.shards >= 1
-        for name in ("relay CPU", "connections of a node", "MongoDB CPU", "MongoDB disk"):
+        names = ["relay CPU", "connections of a node", "MongoDB disk"]
+        if not one.broken:
+            names += ["MongoDB CPU", *UNDIVIDED]
+        for name in names:
             needed, has = one.limits[name]
             assert needed <= has, (one.stage.name, name)
     small = plan(inputs, Stage("small", 10, 1, 1))
