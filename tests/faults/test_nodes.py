@@ -97,26 +97,3 @@ async def test_the_devices_of_a_killed_node_connect_to_another_and_drain(
                 await device.expect("msg", 20, id=sent["id"])
             await device.ack(conv, *(sent["id"] for sent in ids))
         assert await one.db.messages.count_documents({}) == 0
-
-
-@pytest.mark.faults
-@pytest.mark.timeout(180)
-async def test_a_rolling_restart_loses_nothing_and_moves_each_device_once_for_each_node(
-    mongods: Mongods, processes: Processes, tmp_path: Path
-) -> None:
-    async with open_valkey(tmp_path) as valkey:
-        nodes = await start_two(mongods, processes, valkey)
-        load = Load(nodes[0], pairs=20, rate=20, nodes=nodes, groups=(5, 5))
-        await load.start()
-        await goes_on(load)
-        before = load.welcomes.copy()
-        for node in nodes:
-            node.signal(signal.SIGTERM)
-            assert await node.wait(20) == 0
-            await node.start()
-            await goes_on(load)
-        moved = {key: count - before[key] for key, count in load.welcomes.items()}
-        assert max(moved.values()) <= len(nodes)
-        assert min(moved.values()) >= 1, "each of them was on one node or the other"
-        await load.settle(40)
-        print(await load.verify())

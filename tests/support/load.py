@@ -12,7 +12,6 @@ import contextlib
 import json
 import random
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -78,8 +77,9 @@ class Load:
         self._senders: list[asyncio.Task[None]] = []
         self._stopping = asyncio.Event()
         self._recipients: dict[str, list[str]] = {}
-        self.welcomes: Counter[str] = Counter()
-        """How often each device was welcomed by a relay."""
+        self.homes: dict[str, list[Node]] = {}
+        """By which node each device was welcomed, one after the other."""
+        self._at: dict[str, Node] = {}
         self.messages: dict[str, Message] = {}
         self.received: dict[str, dict[str, list[int]]] = {}
         self.bodies_differ: list[str] = []
@@ -121,6 +121,11 @@ class Load:
     def stored(self) -> list[Message]:
         """The messages that were answered with ``stored``."""
         return [message for message in self.messages.values() if message.answers]
+
+    @property
+    def deliveries(self) -> int:
+        """How many deliveries those are: a message for three devices is three."""
+        return sum(len(self._recipients[message.conv]) for message in self.stored)
 
     def p99(self) -> float:
         """Seconds from making a message to its ``stored``, at 99 %."""
@@ -229,10 +234,10 @@ class Load:
     async def _socket(self, key: str) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
         user, _, device = key.partition("/")
         headers = self._node.headers(user, device)
+        node = random.choice(self._nodes)
         async with asyncio.timeout(10):
-            socket = await self._node.http.ws_connect(
-                random.choice(self._nodes).url + "/v1/ws", headers=headers, max_msg_size=0
-            )
+            socket = await self._node.http.ws_connect(node.url + "/v1/ws", headers=headers, max_msg_size=0)
+        self._at[key] = node
         try:
             yield socket
         finally:
@@ -273,7 +278,7 @@ class Load:
             await _put(socket, [message.operation(again=True) for message in again])
             for frame in await _frames(socket, max(0.01, min(0.1, due - now))):
                 if frame["t"] == "welcome":
-                    self.welcomes[f"{sender}/phone"] += 1
+                    self._welcomed(f"{sender}/phone")
                 elif frame["t"] == "msg":
                     # A group tells its maker, too, that it was made.
                     await _put(socket, [{"t": "ack", "conv": frame["conv"], "ids": [frame["id"]]}])
@@ -304,7 +309,7 @@ class Load:
                         for frame in await _frames(socket, 1):
                             if frame["t"] == "welcome":
                                 connected.set()
-                                self.welcomes[key] += 1
+                                self._welcomed(key)
                             elif frame["t"] == "msg":
                                 if frame["kind"] != "system":
                                     self._keep(key, frame)
@@ -314,6 +319,9 @@ class Load:
                         )
             except (Gone, *LOST):
                 await asyncio.sleep(random.uniform(0.05, 0.2))
+
+    def _welcomed(self, key: str) -> None:
+        self.homes.setdefault(key, []).append(self._at[key])
 
     def _keep(self, key: str, frame: dict[str, Any]) -> None:
         self.received[key].setdefault(frame["id"], []).append(frame["seq"])
