@@ -31,7 +31,11 @@ MAJORITY: Final = {"w": "majority", "wtimeout": 60_000}
 TTL_SECONDS: Final = 30 * 86_400
 FATE_SECONDS: Final = 72 * 3600
 # Chunks move when a test says so. What a moved chunk leaves behind goes at once: nobody reads from secondaries here.
-PARAMETERS: Final = {"orphanCleanupDelaySecs": "0"}
+PARAMETERS: Final = {
+    "orphanCleanupDelaySecs": "0",
+    # A chunk that comes back waits for that; a busy machine takes its time.
+    "receiveChunkWaitForRangeDeleterTimeoutMS": "60000",
+}
 MAX_SHARDS: Final = 9
 
 _HEX_PLACES: Final = 16**4
