@@ -8,13 +8,16 @@ import re
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
+from pymongo import AsyncMongoClient
 
 from relay.security.tokens import mint
+from tests.faults.test_workers import ports_in_a_row
 from tests.support.device import WireDevice
-from tests.support.process import ROOT, free_port, running
+from tests.support.process import ROOT, running
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(150)]
@@ -30,7 +33,6 @@ async def connect(http: aiohttp.ClientSession, url: str, secret: str, user: str)
 async def test_one_command_starts_two_nodes_that_talk_and_restarts_what_dies(tmp_path: Path) -> None:
     data = tmp_path / "data"
     environment = {**os.environ, "RELAY_DATA_DIR": str(data), "PYTHONUNBUFFERED": "1"}
-    ports = free_port()
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *(
@@ -38,7 +40,7 @@ async def test_one_command_starts_two_nodes_that_talk_and_restarts_what_dies(tmp
             "scripts.tools.cluster",
             "up",
             "--port",
-            str(min(ports, 64_000)),
+            str(ports_in_a_row(2)),
             "--directory",
             str(tmp_path / "c"),
         ),
@@ -57,8 +59,13 @@ async def test_one_command_starts_two_nodes_that_talk_and_restarts_what_dies(tmp
     urls = re.findall(r"# relay\d  (\S+)", said)
     assert len(pids) == 5
     assert len(urls) == 2
+    (uri,) = re.findall(r"^export RELAY_MONGO_URI='(\S+)'$", said, re.MULTILINE)
     secret = (data / "jwt-secret").read_text().strip()
     try:
+        async with AsyncMongoClient[dict[str, Any]](uri, serverSelectionTimeoutMS=10_000) as client:
+            assert (await client.admin.command("ping"))["ok"] == 1
+            assert client.topology_description.topology_type_name == "Sharded"
+            assert "users" in await client.relay.list_collection_names(), "the database of its nodes"
         async with aiohttp.ClientSession() as http:
             ann, bob = [
                 await connect(http, url, secret, user) for url, user in zip(urls, ("ann", "bob"), strict=True)
