@@ -29,8 +29,8 @@ RATE = 8.0
 CALM_SECONDS = 8.0
 PAUSE_SECONDS = 30.0
 CUT_SECONDS = 15.0
-# Of what it was before and is afterwards: what went through a sweep, or waited for Redis, would be far beyond.
-SLOWER = 10.0
+# Than before and afterwards: what went through a sweep, or waited for Redis, would be far beyond.
+SLOWER = 8.0
 
 
 @dataclass(slots=True)
@@ -178,10 +178,8 @@ class Window:
     def check(self, talks: Talks) -> str:
         """Asserts what a fault may change and what not. Returns the figures."""
         before, rate = talks.stored(self.calm, self.begun), talks.stored(self.begun, self.over)
-        usual = max(
-            median(times(talks.near, self.calm, self.begun)),
-            median(times(talks.near, self.resumed, self.end)),
-        )
+        calm = times(talks.near, self.calm, self.begun) + times(talks.near, self.resumed, self.end)
+        usual = median(calm)
         near = median(times(talks.near, self.begun, self.over))
         far = max(times(talks.far, self.begun, self.over))
         again, ever = (
@@ -221,7 +219,7 @@ async def watched(
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 async def test_while_redis_is_away_all_but_delivery_between_nodes_is_as_ever_and_that_takes_a_sweep(
     mongods: Mongods, processes: Processes, tmp_path: Path
 ) -> None:
