@@ -33,7 +33,8 @@ class SenderField(TypedDict):
 class MessageFields(TypedDict, total=False):
     """A stored message, or one of its parts. ``awaiting`` only ever shrinks. ``trimmed`` counts the full mailboxes that it was
     left out of; ``silent`` are people whose mailbox for what they have blocked was one of them: to the sender they look as if
-    it waited.
+    it waited. ``resent``: its sender did not know whether it was taken before; until that is known it may be a second copy of
+    one that is gone.
 
     A message to many devices is stored in ``parts`` documents under one ``writing``: its head, and parts with a ``part``
     number. Before its parts are written the head is a *claim*: it holds the id and nothing to deliver, ``claimedAt`` is there,
@@ -51,6 +52,7 @@ class MessageFields(TypedDict, total=False):
     body: str | None
     structured: bool
     replyTo: str
+    resent: bool
     media: list[str]
     sealed: list[dict[str, str]]
     awaiting: list[str]

@@ -156,10 +156,10 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
         await shards.load()
     except MongoUnavailable as error:
         raise StartError(str(error)) from None
-    messages = Messages(
-        mongo, shards, metrics, ttl_seconds=ttl_seconds, timeout=timeout, hot=_hot(settings, stack)
-    )
     fates = Fates(mongo, shards, timeout=timeout)
+    messages = Messages(
+        mongo, shards, fates, metrics, ttl_seconds=ttl_seconds, timeout=timeout, hot=_hot(settings, stack)
+    )
     accounts = Accounts(inactive=timedelta(days=settings.device_inactive_days), pseudonyms=pseudonyms)
     conversations = Conversations()
     rosters = Rosters(inactive=timedelta(days=settings.device_inactive_days), timeout=timeout)

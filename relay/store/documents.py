@@ -63,6 +63,8 @@ def encode(envelope: Envelope) -> RawBSONDocument:
             document["part"] = envelope.number
     if envelope.structured:
         document["structured"] = True
+    if envelope.resent:
+        document["resent"] = True
     if envelope.reply_to is not None:
         document["replyTo"] = envelope.reply_to
     if envelope.media:
@@ -112,6 +114,7 @@ def decode(document: Mapping[str, Any]) -> Envelope:
         raise TypeError("body")
     if document.get("deliveredTo") or document.get("trimmed"):
         envelope.shared = True
+    envelope.resent = document.get("resent") is True
     writing = document.get("writing")
     if writing is not None:
         envelope.shared = True

@@ -16,6 +16,7 @@ from models.messages import FateEntry
 from relay.store.ledger import Fate
 from relay.store.mongo import Mongo, PyMongoError, time_limit
 from relay.store.shards import Shards
+from relay.wire.envelope import Envelope
 from relay.wire.ids import any_device_key, conversation_of
 
 _ENTRY_BYTES: Final = 700
@@ -124,6 +125,16 @@ class Fates:
         if failed is not None and len(groups) == 1:
             raise failed
         return found, untold
+
+    async def ended(self, envelopes: Iterable[Envelope]) -> set[str]:
+        """The stored ids of those of these messages, just read, that were sent again and have ended already, or of which that cannot
+        be told now. A resend is stored before it is certain that its first copy was not delivered and deleted meanwhile; then it
+        is deleted itself, and nobody must get it before. Raises PyMongoError."""
+        resent = [envelope.doc_id for envelope in envelopes if envelope.resent]
+        if not resent:
+            return set()
+        found, untold = await self.find_some(resent)
+        return untold.union(found)
 
     def _by_lanes(self, doc_ids: Sequence[str]) -> dict[tuple[str, ...] | None, list[str]]:
         by_lanes: dict[tuple[str, ...] | None, list[str]] = {}

@@ -14,6 +14,7 @@ from models.messages import WAITING_INDEX
 from relay.metrics import Metrics
 from relay.store.documents import decode
 from relay.store.ending_plan import Strayed
+from relay.store.fates import Fates
 from relay.store.heads import Heads
 from relay.store.hot import HotMessages
 from relay.store.mongo import Mongo, time_limit
@@ -82,6 +83,7 @@ class Messages:
         self,
         mongo: Mongo,
         shards: Shards,
+        fates: Fates,
         metrics: Metrics,
         *,
         ttl_seconds: int,
@@ -91,6 +93,7 @@ class Messages:
         # Not by its truth: one that holds nothing yet is false.
         self.hot = HotMessages(0) if hot is None else hot
         self._shards = shards
+        self._fates = fates
         self._collection = mongo.messages
         self._committed = mongo.committed_messages
         self._metrics = metrics
@@ -130,7 +133,7 @@ class Messages:
             query["seq"] = {"$gte": after[0]}
             conditions.append({"$or": [{"seq": {"$gt": after[0]}}, {"_id": {"$gt": after[1]}}]})
         self._metrics.drains.inc()
-        headless: set[str] = set()
+        no_messages: set[str] = set()
         async with self._readers:
             # What is true now, not when it came: a shard may have died while it waited for its turn.
             where, complete = self._reach(conversation)
@@ -140,12 +143,12 @@ class Messages:
                 query["$and"] = conditions
             while True:
                 known = len(self._unreadable)
-                left_out = [*exclude, *self._unreadable, *headless]
+                left_out = [*exclude, *self._unreadable, *no_messages]
                 if left_out:
                     query["_id"] = {"$nin": left_out}
                 page = await self._page(query, limit, max_bytes, None if complete else WAITING_INDEX)
-                found = await self.heads.missing(page.envelopes)
-                headless |= found
+                found = await self.heads.missing(page.envelopes) | await self._fates.ended(page.envelopes)
+                no_messages |= found
                 if len(self._unreadable) == known and not found:
                     return page if complete else replace(page, complete=False)
 
@@ -165,7 +168,7 @@ class Messages:
                     envelope = self._read(document)
                     if envelope is None:
                         continue
-                    self.hot.put(envelope)
+                    self._keep(envelope)
                 if found and size + envelope.size > max_bytes:
                     await cursor.close()
                     self.hot.asked(hits, total)
@@ -219,9 +222,14 @@ class Messages:
         async for document in self._collection.find(query):
             envelope = self._read(document)
             if envelope is not None:
-                self.hot.put(envelope)
+                self._keep(envelope)
                 found[document["_id"]] = envelope
         return found
+
+    def _keep(self, envelope: Envelope) -> None:
+        # Whether it is one at all has to be asked each time.
+        if not envelope.resent:
+            self.hot.put(envelope)
 
     def _hot_or_none(self, document: Mapping[str, Any]) -> Envelope | None:
         stored_id, seq = document["_id"], document.get("seq")

@@ -105,6 +105,7 @@ class Submission:
         envelope = self.envelope
         if not self.large or self.inline is None:
             self.writing = ""
+            envelope.resent = self.again
             self.pieces = [envelope]
             self.raws: list[RawBSONDocument] = [encode(envelope)]
             self.size = envelope.size

@@ -19,7 +19,7 @@ class Envelope:
     ``at`` is the wall clock in milliseconds, ``expires`` likewise or None for the full time to live. ``body`` is text;
     with ``structured`` it is the JSON text of an object. ``sealed`` maps device keys to ciphertexts. ``size`` is the bytes it takes in the store, set when it is encoded for it or
     read from it; windows and queues count it. ``shared``: somebody else awaits it too, or
-    has it already. ``trimmed`` are mailboxes that it is left out of, because they are full. Never changed once
+    has it already. ``resent``: its sender did not know whether it was taken before. ``trimmed`` are mailboxes that it is left out of, because they are full. Never changed once
     submitted, except that ``awaiting`` and ``trimmed`` may be replaced before it is committed.
 
     ``doc_id`` names the message. ``stored_id`` is the ``_id`` of the document in which these recipients await it: another one
@@ -42,6 +42,7 @@ class Envelope:
         "number",
         "parts",
         "reply_to",
+        "resent",
         "sealed",
         "seq",
         "shared",
@@ -91,6 +92,7 @@ class Envelope:
         self.sealed = sealed
         self.expires = expires
         self.size = 0
+        self.resent = False
         self.trimmed = trimmed or _NOBODY
         # What was left out of a mailbox ends by what its document says, not by what a connection knows.
         self.shared = len(awaiting) > 1 or bool(trimmed)

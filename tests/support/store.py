@@ -51,15 +51,16 @@ class Store:
         self.ledger = Ledger()
         self.clock = Clock(lambda: wall_ms() - behind_ms)
         self.shards = Shards(self.mongo, fate_seconds=72 * 3600)
+        self.fates = Fates(self.mongo, self.shards, timeout=2)
         self.messages = Messages(
             self.mongo,
             self.shards,
+            self.fates,
             self.metrics,
             ttl_seconds=TTL_SECONDS,
             timeout=2,
             hot=HotMessages(1 << 20),
         )
-        self.fates = Fates(self.mongo, self.shards, timeout=2)
         self.accounts = Accounts(
             inactive=timedelta(days=30), pseudonyms=Pseudonyms(b"a key for tests only, of 32 bytes.")
         )
