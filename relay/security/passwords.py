@@ -37,14 +37,14 @@ _RETRY_MS: Final = 2000
 _REST: Final = 3.0
 _MOST_REST: Final = 0.5
 # Who would wait for longer (s) is told to come back: a client that has given up is not worth a hash.
-_PATIENCE: Final = 10.0
+_PATIENCE: Final = 20.0
 
 Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
 
 
 class Passwords:
-    """Hashes and checks passwords: ``processes`` at once, at most ``queue`` waiting, and no more than some 10 s. The processes
+    """Hashes and checks passwords: ``processes`` at once, at most ``queue`` waiting, and no more than some 20 s. The processes
     start with the first password and come back when one is killed. While others are ``busy`` with messages, they rest in between."""
 
     def __init__(self, *, processes: int, queue: int, busy: Callable[[], bool] = lambda: False) -> None:

@@ -38,11 +38,13 @@ def node(inputs: Inputs, *, rate: float = 500, nodes: int = 10, lanes: int = 1, 
 # The page
 
 
+@pytest.mark.faults
 def test_the_page_has_exactly_the_tables_that_the_script_makes(result: Result) -> None:
     text = scaling.PAGE.read_text(encoding="utf-8")
     assert page(text, markdown(sheets(result))) == text, "run scripts/scaling --write"
 
 
+@pytest.mark.faults
 def test_the_same_figures_make_the_same_tables(inputs: Inputs, result: Result) -> None:
     last = inputs.stages[-1]
     assert plan(inputs, last) == result.plans[-1]
@@ -53,6 +55,7 @@ def test_a_page_without_the_marks_is_refused() -> None:
         page("no marks", "tables")
 
 
+@pytest.mark.faults
 def test_an_outdated_page_is_found_and_written_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, result: Result
 ) -> None:
@@ -73,6 +76,7 @@ def test_an_outdated_page_is_found_and_written_again(
     assert "outdated" not in text
 
 
+@pytest.mark.faults
 def test_what_is_written_for_machines_holds_every_stage_lever_and_figure(
     monkeypatch: pytest.MonkeyPatch, inputs: Inputs, result: Result
 ) -> None:
@@ -186,6 +190,7 @@ def test_who_is_always_connected_leaves_nothing_behind(inputs: Inputs) -> None:
     assert traffic(inputs.changed({"recipient_online": 1}), DRAWN).kept_seconds == 0
 
 
+@pytest.mark.faults
 def test_a_plan_suffices_and_less_would_not(inputs: Inputs, result: Result) -> None:
     for one in result.plans:
         assert one.nodes >= 1

@@ -193,7 +193,7 @@ async def test_who_would_wait_for_too_long_is_told_to_come_back_while_there_is_r
     await passwords.hash(GOOD)
     (pid,) = children(passwords)
     freeze(pid)
-    passwords._lately = 4.0
+    passwords._lately = 8.0
     waiting = [asyncio.create_task(passwords.verify(None, GOOD)) for _ in range(3)]
     await asyncio.sleep(0)
     with pytest.raises(RelayError) as caught:
