@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
 from relay.store import backlogs as module
 from relay.store.backlogs import Backlogs
-from relay.store.embedded import EmbeddedMongo
 from relay.store.shards import Shards
-from tests.support.store import Store, open_store
-
-
-@pytest.fixture(scope="module")
-async def opened(mongod: EmbeddedMongo) -> AsyncIterator[Store]:
-    async with open_store(mongod.uri) as store:
-        yield store
-
-
-@pytest.fixture
-async def store(opened: Store) -> Store:
-    await opened.clear()
-    return opened
+from tests.support.store import Store
 
 
 async def waits(store: Store, number: int, awaiting: Any) -> None:

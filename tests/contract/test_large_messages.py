@@ -13,29 +13,16 @@ from pymongo.hello import Hello
 
 from relay.store.audience import Audience, Roster
 from relay.store.commits import Commits
-from relay.store.embedded import EmbeddedMongo
 from relay.store.mongo import PyMongoError
 from relay.store.submissions import Stored, Submission
 from relay.wire.envelope import Envelope
 from relay.wire.errors import RelayError
 from relay.wire.ids import PARTS_KEY, is_part, new_id
-from tests.support.store import Store, open_another, open_store
+from tests.support.store import Store, open_another
 
 INLINE = 3
 PEOPLE = [f"p{number}" for number in range(10)]
 KEYS = [f"{user}/phone" for user in PEOPLE]
-
-
-@pytest.fixture(scope="module")
-async def opened(mongod: EmbeddedMongo) -> AsyncIterator[Store]:
-    async with open_store(mongod.uri) as store:
-        yield store
-
-
-@pytest.fixture
-async def store(opened: Store) -> Store:
-    await opened.clear()
-    return opened
 
 
 @pytest.fixture

@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from time import monotonic
 from typing import Any
 
 import pytest
 
-from relay.store.embedded import EmbeddedMongo
 from relay.store.heads import Heads
 from relay.store.mongo import PyMongoError
 from relay.store.submissions import Stored, Submission
 from relay.wire.envelope import Envelope
 from relay.wire.ids import PARTS_KEY, new_id
 from tests.support.stand_in import StandIn
-from tests.support.store import Store, open_store
+from tests.support.store import Store
 
 INLINE = 3
 KEYS = [f"p{number}/phone" for number in range(10)]
-
-
-@pytest.fixture(scope="module")
-async def opened(mongod: EmbeddedMongo) -> AsyncIterator[Store]:
-    async with open_store(mongod.uri) as store:
-        yield store
-
-
-@pytest.fixture
-async def store(opened: Store) -> Store:
-    await opened.clear()
-    return opened
 
 
 class Crash(PyMongoError):

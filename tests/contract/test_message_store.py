@@ -13,7 +13,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from relay.store.documents import decode, encode
-from relay.store.embedded import EmbeddedMongo
 from relay.store.endings import Ack, Ending, Removal, Sole
 from relay.store.ledger import Fate
 from relay.store.mongo import PyMongoError
@@ -23,21 +22,9 @@ from relay.wire.errors import RelayError
 from relay.wire.ids import device_key
 from tests.support.backlog import LocalConnection
 from tests.support.stand_in import StandIn
-from tests.support.store import TTL_SECONDS, Store, open_store
+from tests.support.store import TTL_SECONDS, Store
 
 BYTES = 1 << 20
-
-
-@pytest.fixture(scope="module")
-async def opened(mongod: EmbeddedMongo) -> AsyncIterator[Store]:
-    async with open_store(mongod.uri) as store:
-        yield store
-
-
-@pytest.fixture
-async def store(opened: Store) -> Store:
-    await opened.clear()
-    return opened
 
 
 @asynccontextmanager

@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 from time import monotonic
 
 import pytest
 
 from relay.store.audience import LEASE_SECONDS, Audience, Roster
-from relay.store.embedded import EmbeddedMongo
 from relay.store.mongo import PyMongoError
 from relay.store.submissions import Stored, Submission
 from relay.wire.errors import RelayError
 from tests.support.stand_in import StandIn
-from tests.support.store import Store, open_store
-
-
-@pytest.fixture(scope="module")
-async def opened(mongod: EmbeddedMongo) -> AsyncIterator[Store]:
-    async with open_store(mongod.uri) as store:
-        yield store
-
-
-@pytest.fixture
-async def store(opened: Store) -> Store:
-    await opened.clear()
-    return opened
+from tests.support.store import Store
 
 
 class Recipients:

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from copy import copy
 
 import pytest
 
-from relay.store.embedded import EmbeddedMongo
 from relay.store.submissions import Stored
 from relay.wire.envelope import Envelope
 from tests.support.stand_in import StandIn
-from tests.support.store import Store, open_store
-
-
-@pytest.fixture(scope="module")
-async def opened(mongod: EmbeddedMongo) -> AsyncIterator[Store]:
-    async with open_store(mongod.uri) as store:
-        yield store
-
-
-@pytest.fixture
-async def store(opened: Store) -> Store:
-    await opened.clear()
-    return opened
+from tests.support.store import Store
 
 
 async def waits(store: Store, key: str = "bob/phone") -> list[int]:

@@ -3,38 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from time import monotonic
 from typing import Any
 
 import pytest
 
 from relay.store.audience import Audience, Roster
-from relay.store.embedded import EmbeddedMongo
 from relay.store.mongo import PyMongoError
 from relay.store.submissions import Stored, Submission
 from relay.wire.envelope import Envelope
 from relay.wire.errors import RelayError
 from relay.wire.ids import PARTS_KEY
-from tests.support.store import Store, open_store
+from tests.support.store import Store
 
 INLINE = 3
 PEOPLE = [f"p{number}" for number in range(7)]
 KEYS = [f"{user}/phone" for user in PEOPLE]
 FULL = ["full/phone", "full/tablet"]
 MEMBERS = {user: [f"{user}/phone"] for user in ["ann", *PEOPLE]} | {"full": FULL}
-
-
-@pytest.fixture(scope="module")
-async def opened(mongod: EmbeddedMongo) -> AsyncIterator[Store]:
-    async with open_store(mongod.uri) as store:
-        yield store
-
-
-@pytest.fixture
-async def store(opened: Store) -> Store:
-    await opened.clear()
-    return opened
 
 
 def large(
