@@ -2,12 +2,17 @@
 
 A change made on this node drops the cached entry at once and marks it stale, so that what was resolved with it and is not
 yet handed to MongoDB is resolved again. What another node changes is seen when the lease runs out.
+
+Where messages flow a lease is renewed before it runs out, so that none of them waits for that, each at a moment of its own:
+conversations that began to talk together would wait together, again and again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
+import random
 import re
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -20,6 +25,9 @@ from relay.wire.errors import Code, RelayError
 from relay.wire.limits import Limit
 
 LEASE_SECONDS: Final = 5.0
+# Of the lease; what is left of it covers the gathering, and the query.
+_RENEWED: Final = (0.7, 0.9)
+_GATHER_SECONDS: Final = 0.25
 FULL_RETRY_MS: Final = 30_000
 _MAX_CACHED: Final = 50_000
 # Recipients in the lists that one audience keeps, over all senders.
@@ -81,6 +89,7 @@ class Audience:
         "keys",
         "members",
         "refusals",
+        "renewal",
         "resolved",
         "stale",
     )
@@ -91,7 +100,7 @@ class Audience:
         self.conversation = conversation
         self.members = frozenset(members)
         self.refusals = roster.refusals
-        self.full = list(roster.full)
+        self.full = sorted(roster.full)
         self._blocks = roster.blocks
         self._relinked = roster.relinked
         self.keys: tuple[str, ...] = tuple(
@@ -99,11 +108,27 @@ class Audience:
             for user, keys in sorted(members.items())
             for key in (sorted(keys) or [ids.any_device_key(user)])
         )
-        self.resolved = lease_time() if asked is None else asked
         self.stale = False
+        self.lease(lease_time() if asked is None else asked)
         self._awaiting: dict[str, list[str]] = {}
         self._trimmed: dict[str, list[str]] = {}
         self._rev: str | None = None
+
+    def lease(self, asked: float) -> None:
+        """The store, which was asked then (``lease_time``), says that it is so."""
+        self.resolved = asked
+        self.renewal = asked + LEASE_SECONDS * random.uniform(*_RENEWED)
+
+    def agrees(self, other: Audience) -> bool:
+        """Whether the store said the same both times."""
+        return (
+            self.keys == other.keys
+            and self.members == other.members
+            and self.refusals == other.refusals
+            and self.full == other.full
+            and self._blocks == other._blocks
+            and self._relinked == other._relinked
+        )
 
     @property
     def fresh(self) -> bool:
@@ -182,13 +207,19 @@ class Audiences:
         self._of_user: dict[str, set[str]] = {}
         self._wanted: dict[str, list[asyncio.Future[Audience]]] = {}
         self._loading: asyncio.Task[None] | None = None
+        self._renewals: set[str] = set()
+        self._gathering: asyncio.TimerHandle | None = None
         self._asked: set[str] = set()
         self._outrun: set[str] = set()
 
     def get(self, conversation: str) -> Audience | None:
         """The audience when it is known and fresh, without waiting."""
         found = self._cached.get(conversation)
-        return found if found is not None and found.fresh else None
+        if found is None or not found.fresh:
+            return None
+        if lease_time() >= found.renewal:
+            self._renew(found)
+        return found
 
     async def resolve(self, conversation: str) -> Audience:
         """The audience, from the cache or the store. Everybody who asks during one query shares the next."""
@@ -197,8 +228,7 @@ class Audiences:
             return found
         waiter: asyncio.Future[Audience] = asyncio.get_running_loop().create_future()
         self._wanted.setdefault(conversation, []).append(waiter)
-        if self._loading is None:
-            self._loading = asyncio.create_task(self._load_wanted(), name="audiences")
+        self._start()
         return await waiter
 
     async def resolve_all(self, conversations: Iterable[str]) -> dict[str, Audience]:
@@ -224,10 +254,30 @@ class Audiences:
         for name in list(self._cached):
             self._drop(name)
 
+    def _renew(self, audience: Audience) -> None:
+        """Once a lease: should it fail, who asks when the lease has run out is told."""
+        audience.renewal = math.inf
+        self._renewals.add(audience.conversation)
+        if self._gathering is None:
+            loop = asyncio.get_running_loop()
+            self._gathering = loop.call_later(_GATHER_SECONDS, self._renew_gathered)
+
+    def _renew_gathered(self) -> None:
+        self._gathering = None
+        if self._renewals:
+            self._start()
+
+    def _start(self) -> None:
+        if self._loading is None:
+            self._loading = asyncio.create_task(self._load_wanted(), name="audiences")
+
     async def _load_wanted(self) -> None:
         try:
-            while self._wanted:
+            while self._wanted or (self._renewals and self._gathering is None):
                 wanted, self._wanted = self._wanted, {}
+                for name in self._renewals:
+                    wanted.setdefault(name, [])
+                self._renewals.clear()
                 self._asked, self._outrun = set(wanted), set()
                 asked = lease_time()
                 try:
@@ -240,7 +290,6 @@ class Audiences:
                     continue
                 for name, waiters in wanted.items():
                     audience = self._remember(Audience(name, loaded.get(name, EMPTY), asked))
-                    audience.stale = name in self._outrun
                     for waiter in waiters:
                         if not waiter.done():
                             waiter.set_result(audience)
@@ -249,8 +298,16 @@ class Audiences:
             self._asked = set()
 
     def _remember(self, audience: Audience) -> Audience:
-        self._drop(audience.conversation)
-        self._cached[audience.conversation] = audience
+        """The one that is cached, with a new lease, when nothing has changed: what was resolved with it need not be resolved again."""
+        name = audience.conversation
+        known = self._cached.get(name)
+        audience.stale = name in self._outrun
+        if known is not None and not audience.stale and known.agrees(audience):
+            known.lease(audience.resolved)
+            self._cached.move_to_end(name)
+            return known
+        self._drop(name)
+        self._cached[name] = audience
         for user in audience.members:
             self._of_user.setdefault(user, set()).add(audience.conversation)
         if len(self._cached) > _MAX_CACHED:

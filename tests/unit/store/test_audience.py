@@ -43,6 +43,12 @@ class Directory:
         return found
 
 
+class Clock:
+    """What time it is."""
+
+    now = 1000.0
+
+
 @pytest.fixture
 def directory() -> Directory:
     return Directory(
@@ -152,6 +158,131 @@ async def test_the_lease_runs_out(directory: Directory, monkeypatch: pytest.Monk
     second = await audiences.resolve("talk")
     assert "dan" in second.members
     assert first.stale, "what leaves the cache hears of no further change"
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The time of leases, which are renewed as soon as three quarters of them are over, and at once."""
+    found = Clock()
+    monkeypatch.setattr(module, "lease_time", lambda: found.now)
+    monkeypatch.setattr(module, "_RENEWED", (0.75, 0.75))
+    monkeypatch.setattr(module, "_GATHER_SECONDS", 0.0)
+    return found
+
+
+async def test_where_messages_flow_a_lease_is_renewed_before_it_runs_out(
+    directory: Directory, clock: Clock
+) -> None:
+    audiences = Audiences(directory.load)
+    first = await audiences.resolve("talk")
+    names = first.awaiting("ann/phone")
+    clock.now += LEASE_SECONDS * 0.7
+    assert audiences.get("talk") is first
+    await turns()
+    assert len(directory.asked) == 1
+    clock.now -= LEASE_SECONDS * 0.7
+    for lease in range(2, 5):
+        clock.now += LEASE_SECONDS * 0.8
+        assert audiences.get("talk") is first
+        assert audiences.get("talk") is first
+        await turns()
+        assert directory.asked == [["talk"]] * lease
+    assert not first.stale
+    assert first.awaiting("ann/phone") is names
+    clock.now += LEASE_SECONDS
+    assert audiences.get("talk") is None, "nobody has used it since"
+
+
+async def test_what_has_changed_by_the_time_of_a_renewal_makes_what_was_resolved_stale(
+    directory: Directory, clock: Clock
+) -> None:
+    audiences = Audiences(directory.load)
+    before = await audiences.resolve_all(["talk", "pair"])
+    directory.conversations["talk"]["dan"] = ["dan/phone"]
+    clock.now += LEASE_SECONDS * 0.8
+    assert audiences.get("talk") is before["talk"]
+    assert audiences.get("pair") is before["pair"]
+    await turns()
+    after = audiences.get("talk")
+    assert after is not None
+    assert "dan" in after.members
+    assert [one.stale for one in before.values()] == [True, False]
+    assert len(directory.asked) == 2, "renewals that are due together share a query"
+    audiences.changed(user="dan")
+    assert after.stale
+
+
+@pytest.mark.parametrize("what", ["conversation", "user", "everything"])
+async def test_a_change_during_a_renewal_is_not_missed(directory: Directory, clock: Clock, what: str) -> None:
+    audiences = Audiences(directory.load)
+    first = await audiences.resolve("pair")
+    directory.gate.clear()
+    clock.now += LEASE_SECONDS * 0.8
+    assert audiences.get("pair") is first
+    await turns()
+    assert len(directory.asked) == 2
+    if what == "user":
+        audiences.changed(user="bob")
+    elif what == "conversation":
+        audiences.changed(conversation="pair")
+    else:
+        audiences.forget()
+    assert first.stale
+    directory.gate.set()
+    await turns()
+    assert audiences.get("pair") is None, "what was read before the change is not believed after it"
+
+
+async def test_the_lease_of_a_renewal_counts_from_its_question(directory: Directory, clock: Clock) -> None:
+    audiences = Audiences(directory.load)
+    first = await audiences.resolve("pair")
+    directory.gate.clear()
+    clock.now += LEASE_SECONDS * 0.8
+    audiences.get("pair")
+    await turns()
+    clock.now += LEASE_SECONDS * 0.1
+    directory.gate.set()
+    await turns()
+    clock.now += LEASE_SECONDS * 0.89
+    assert audiences.get("pair") is first
+    clock.now += LEASE_SECONDS * 0.02
+    assert audiences.get("pair") is None
+
+
+async def test_a_renewal_that_fails_changes_nothing(directory: Directory, clock: Clock) -> None:
+    audiences = Audiences(directory.load)
+    first = await audiences.resolve("pair")
+    directory.fault = ConnectionError("away")
+    clock.now += LEASE_SECONDS * 0.8
+    for _ in range(3):
+        assert audiences.get("pair") is first
+        await turns()
+    assert len(directory.asked) == 2, "it is tried once"
+    clock.now += LEASE_SECONDS * 0.2
+    with pytest.raises(ConnectionError, match="away"):
+        await audiences.resolve("pair")
+    directory.fault = None
+    assert await audiences.resolve("pair") is first
+
+
+async def test_conversations_that_began_together_are_not_renewed_together(
+    directory: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"c{number}" for number in range(200)]
+    directory.conversations.update({name: {"ann": ["ann/phone"]} for name in names})
+    now = 1000.0
+    monkeypatch.setattr(module, "lease_time", lambda: now)
+    monkeypatch.setattr(module, "_GATHER_SECONDS", 0.0)
+    audiences = Audiences(directory.load)
+    await audiences.resolve_all(names)
+    directory.asked.clear()
+    while now < 1000 + LEASE_SECONDS - 0.3:
+        now += 0.1
+        assert all(audiences.get(name) for name in names)
+        await turns()
+    sizes = [len(wanted) for wanted in directory.asked]
+    assert sum(sizes) == len(names)
+    assert max(sizes) < len(names) / 3
 
 
 async def test_all_who_ask_while_a_query_runs_share_the_next_one(directory: Directory) -> None:
