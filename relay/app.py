@@ -292,7 +292,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack) -> Relay:
         admission,
         GatewaySettings(settings.max_connections, settings.auth_seconds, settings.outbox_bytes),
         addresses,
-        Backlogs(mongo, shards, timeout=timeout).empty,
+        Backlogs(mongo, shards, messages, timeout=timeout).pages,
         router.busy,
     )
     app = application(

@@ -1,8 +1,8 @@
 """First drains: what waits for devices that have just connected.
 
-After a restart thousands ask at once, and for most of them nothing waits. A few are asked for by themselves at a time, in the
-order in which they came; while they are, the others gather, and one query tells for a whole group who has nothing to
-wait for. The live devices, and what falls behind among them, do not stand in that queue.
+After a restart thousands ask at once. Those that ask at the same moment are answered with one query; who comes alone, and those for
+whom much waits, ask for themselves, a few at a time, in the order in which they came. The live devices, and what falls behind among
+them, do not stand in that queue.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import structlog
 
 from relay.metrics import Metrics
 from relay.routing.delivery import Backlog
+from relay.store.backlogs import Asked
 from relay.store.gatherer import Gatherer, GathererClosed, GathererFull
 from relay.store.messages import Page
 from relay.store.mongo import PyMongoError, brief
@@ -29,20 +30,20 @@ _BESIDE: Final = 2
 # A shard that is down fails the question for a group, and each device's own query knows what to do about it.
 _REST_SECONDS: Final = 10.0
 
-Empty = Callable[[Collection[str]], Awaitable[set[str]]]
+Pages = Callable[[Sequence[Asked]], Awaitable[Sequence[Page | None]]]
 log = structlog.get_logger(__name__)
 
 
 class FirstDrains:
-    """A backlog (relay.routing.delivery) for connections that have not drained yet. ``empty`` tells in which of many mailboxes
-    nothing waits."""
+    """A backlog (relay.routing.delivery) for connections that have not drained yet. ``pages`` answers many at once, and None for who
+    should ask for themselves (relay.store.backlogs)."""
 
-    def __init__(self, backlog: Backlog, empty: Empty, metrics: Metrics) -> None:
+    def __init__(self, backlog: Backlog, pages: Pages, metrics: Metrics) -> None:
         self._backlog = backlog
-        self._empty = empty
+        self._pages = pages
         self._turns = asyncio.Semaphore(_TURNS)
         self._rests_until = 0.0
-        self._gatherer: Gatherer[tuple[str, ...], bool] = Gatherer(
+        self._gatherer: Gatherer[Asked, Page | None] = Gatherer(
             "first drains",
             self._ask,
             metrics=metrics,
@@ -56,9 +57,10 @@ class FirstDrains:
         self, keys: Sequence[str], now: int, *, limit: int, max_bytes: int, exclude: Collection[str]
     ) -> Page:
         """See ``Backlog``."""
-        crowded = self._turns.locked() or not self._gatherer.idle
-        if crowded and not exclude and await self._has_nothing(keys):
-            return Page([], exhausted=True)
+        if not exclude and not self._rests:
+            page = await self._grouped(Asked(keys, now, limit, max_bytes))
+            if page is not None:
+                return page
         async with self._turns:
             return await self._backlog.waiting(keys, now, limit=limit, max_bytes=max_bytes, exclude=exclude)
 
@@ -68,28 +70,28 @@ class FirstDrains:
             return await self._backlog.last_waiting(keys)
 
     async def close(self) -> None:
-        """Tells nobody any more that nothing waits."""
+        """Answers no group any more."""
         await self._gatherer.close()
 
-    async def _has_nothing(self, keys: Sequence[str]) -> bool:
-        if monotonic() < self._rests_until:
-            return False
-        try:
-            return await self._gatherer.answer(tuple(keys))
-        except (GathererFull, GathererClosed):
-            return False
+    @property
+    def _rests(self) -> bool:
+        return monotonic() < self._rests_until
 
-    async def _ask(self, group: list[tuple[str, ...]]) -> list[bool]:
-        """For each whether nothing waits in any of its mailboxes."""
-        if monotonic() < self._rests_until:
-            return [False] * len(group)
+    async def _grouped(self, asked: Asked) -> Page | None:
         try:
-            empty = await self._empty([key for keys in group for key in keys])
+            return await self._gatherer.answer(asked)
+        except (GathererFull, GathererClosed):
+            return None
+
+    async def _ask(self, group: list[Asked]) -> Sequence[Page | None]:
+        nobody: list[Page | None] = [None] * len(group)
+        if len(group) == 1 or self._rests:
+            return nobody
+        try:
+            return await self._pages(group)
         except PyMongoError as error:
             self._rests_until = monotonic() + _REST_SECONDS
             log.warning("what waits is asked for each device by itself", error=brief(error))
-            return [False] * len(group)
         except Exception:
             log.exception("what waits is asked for each device by itself")
-            return [False] * len(group)
-        return [empty.issuperset(keys) for keys in group]
+        return nobody

@@ -12,7 +12,7 @@ import structlog
 from aiohttp import WSMsgType, web
 
 from handlers.context import Context
-from relay.routing.first_drains import Empty, FirstDrains
+from relay.routing.first_drains import FirstDrains, Pages
 from relay.security.tokens import Identity
 from relay.session.addresses import Addresses, agent_of
 from relay.session.admission import Admission, bearer
@@ -44,8 +44,8 @@ class GatewaySettings:
 
 
 class Gateway:
-    """Turns upgrade requests into connections. ``entering`` counts those that are not authenticated yet, too. ``empty`` tells
-    in which of many mailboxes nothing waits, ``others`` whether anybody's messages are under way, which go first."""
+    """Turns upgrade requests into connections. ``entering`` counts those that are not authenticated yet, too. ``pages`` tells
+    many devices at once what waits for them, ``others`` whether anybody's messages are under way, which go first."""
 
     def __init__(
         self,
@@ -53,14 +53,14 @@ class Gateway:
         admission: Admission,
         settings: GatewaySettings,
         addresses: Addresses,
-        empty: Empty,
+        pages: Pages,
         others: Callable[[], bool],
     ) -> None:
         self._ctx = ctx
         self._admission = admission
         self._settings = settings
         self._addresses = addresses
-        self._first = FirstDrains(ctx.messages, empty, ctx.metrics)
+        self._first = FirstDrains(ctx.messages, pages, ctx.metrics)
         self._arrived = Turns(others=others)
         self._entering = 0
         self._tasks: set[asyncio.Task[None]] = set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
@@ -59,6 +59,11 @@ def _is_id(value: object) -> bool:
     return isinstance(value, str) and " " in value
 
 
+def is_place(document: Mapping[str, Any]) -> bool:
+    """Whether this document's ``_id`` and ``seq`` are those of a message."""
+    return _is_id(document["_id"]) and isinstance(document.get("seq"), int)
+
+
 @dataclass(frozen=True, slots=True)
 class Page:
     """Messages in ``(seq, _id)`` order. ``exhausted``: nothing more waited when the query ran; unless ``complete``, on the shards
@@ -110,6 +115,19 @@ class Messages:
         them before MongoDB's own time to live deletes them."""
         return now - self.ttl_ms + min(_LEAD_MS, self.ttl_ms // 1000)
 
+    def awaited_by(self, keys: Iterable[str], now: int) -> dict[str, Any]:
+        """What is in these mailboxes and has time left at ``now`` (ms)."""
+        return {
+            "awaiting": {"$in": list(keys)},
+            "createdAt": {"$gt": DatetimeMS(self._cutoff(now))},
+            "$or": [{"expiresAt": None}, {"expiresAt": {"$gt": DatetimeMS(now)}}],
+        }
+
+    async def ended(self, envelopes: Iterable[Envelope]) -> set[str]:
+        """The stored ids of those of these, just read, that are no messages, or not yet, or no more. Raises PyMongoError."""
+        found = list(envelopes)
+        return await self.heads.missing(found) | await self._fates.ended(found)
+
     async def waiting(
         self,
         keys: Sequence[str],
@@ -123,11 +141,7 @@ class Messages:
     ) -> Page:
         """What waits for these device keys, first ``seq`` first; at most ``limit`` messages of ``max_bytes`` together
         (but at least one), without the ids in ``exclude``, after the place ``(seq, _id)`` when given."""
-        query: dict[str, Any] = {
-            "awaiting": {"$in": list(keys)},
-            "createdAt": {"$gt": DatetimeMS(self._cutoff(now))},
-            "$or": [{"expiresAt": None}, {"expiresAt": {"$gt": DatetimeMS(now)}}],
-        }
+        query = self.awaited_by(keys, now)
         conditions: list[Mapping[str, Any]] = []
         if after is not None:
             query["seq"] = {"$gte": after[0]}
@@ -147,7 +161,7 @@ class Messages:
                 if left_out:
                     query["_id"] = {"$nin": left_out}
                 page = await self._page(query, limit, max_bytes, None if complete else WAITING_INDEX)
-                found = await self.heads.missing(page.envelopes) | await self._fates.ended(page.envelopes)
+                found = await self.ended(page.envelopes)
                 no_messages |= found
                 if len(self._unreadable) == known and not found:
                     return page if complete else replace(page, complete=False)
@@ -187,22 +201,12 @@ class Messages:
         with time_limit(self._timeout):
             cursor = self._collection.find(query, {"seq": 1}, sort=_ORDER, batch_size=limit, hint=hint)
             places = await cursor.limit(limit).to_list(limit)
-            read: dict[str, Envelope] = {}
             for start in range(0, len(places), _CHUNK):
                 chunk = places[start : start + _CHUNK]
-                known = {row["_id"]: self._hot_or_none(row) for row in chunk}
-                missing = [stored_id for stored_id, envelope in known.items() if envelope is None]
-                if missing:
-                    await self.hot.fetch(
-                        (row["_id"], row["seq"]) for row in chunk if known[row["_id"]] is None
-                    )
-                    known = {row["_id"]: self._hot_or_none(row) for row in chunk}
-                    missing = [stored_id for stored_id, envelope in known.items() if envelope is None]
-                hits += len(chunk) - len(missing)
-                read = await self._read_missing(missing) if missing else {}
+                known, hot = await self.contents(chunk)
+                hits += hot
                 for row in chunk:
-                    # None: ended meanwhile, or no message.
-                    envelope = known[row["_id"]] or read.get(row["_id"])
+                    envelope = known.get(row["_id"])
                     if envelope is None:
                         continue
                     if found and size + envelope.size > max_bytes:
@@ -212,6 +216,25 @@ class Messages:
                     size += envelope.size
         self.hot.asked(hits, len(places))
         return Page(found, exhausted=len(places) < limit)
+
+    async def contents(self, rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Envelope], int]:
+        """The messages of these documents, given with ``_id`` and ``seq``, by stored id, and how many of them were hot. What has ended
+        meanwhile and what is no message is missing."""
+        places = [row for row in rows if is_place(row) or self._read(row) is not None]
+        known = self._hot_among(places)
+        missing = [row for row in places if row["_id"] not in known]
+        if missing:
+            await self.hot.fetch((row["_id"], row["seq"]) for row in missing)
+            known.update(self._hot_among(missing))
+        hot = len(known)
+        missing = [row for row in missing if row["_id"] not in known and row["_id"] not in self._unreadable]
+        if missing:
+            known.update(await self._read_missing([row["_id"] for row in missing]))
+        return known, hot
+
+    def _hot_among(self, rows: Iterable[Mapping[str, Any]]) -> dict[str, Envelope]:
+        found = {row["_id"]: self.hot.find(row["_id"], row["seq"]) for row in rows}
+        return {stored_id: envelope for stored_id, envelope in found.items() if envelope is not None}
 
     async def _read_missing(self, stored_ids: Sequence[str]) -> dict[str, Envelope]:
         query = {
@@ -232,10 +255,7 @@ class Messages:
             self.hot.put(envelope)
 
     def _hot_or_none(self, document: Mapping[str, Any]) -> Envelope | None:
-        stored_id, seq = document["_id"], document.get("seq")
-        if not isinstance(seq, int) or not _is_id(stored_id):
-            return None
-        return self.hot.find(stored_id, seq)
+        return self.hot.find(document["_id"], document["seq"]) if is_place(document) else None
 
     async def last_waiting(self, keys: Sequence[str]) -> int | None:
         """The highest ``seq`` that waits for these device keys."""
