@@ -70,30 +70,3 @@ async def test_nothing_is_lost_whatever_happens_to_nodes_and_redis_under_load(
         await goes_on(load)
         await load.settle(40)
         print(await load.verify())
-
-
-@pytest.mark.faults
-@pytest.mark.timeout(180)
-async def test_the_devices_of_a_killed_node_connect_to_another_and_drain(
-    mongods: Mongods, processes: Processes, tmp_path: Path
-) -> None:
-    async with open_valkey(tmp_path) as valkey:
-        one, two = await start_two(mongods, processes, valkey)
-        users = [f"u{n}" for n in range(500)]
-        conv = await one.direct("ann", "u0")
-        devices = await asyncio.gather(*(two.connect(user) for user in users))
-        ann = await one.connect("ann")
-        convs = [await one.direct("ann", user) for user in users]
-        assert convs[0] == conv
-        first = [await ann.sent(conv, "before") for conv in convs]
-        for device, sent in zip(devices, first, strict=True):
-            await device.expect("msg", 10, id=sent["id"])
-        two.signal(signal.SIGKILL)
-        await two.wait(5)
-        second = [await ann.sent(conv, "while they are away") for conv in convs]
-        again = await asyncio.gather(*(one.connect(user) for user in users))
-        for device, conv, *ids in zip(again, convs, first, second, strict=True):
-            for sent in ids:
-                await device.expect("msg", 20, id=sent["id"])
-            await device.ack(conv, *(sent["id"] for sent in ids))
-        assert await one.db.messages.count_documents({}) == 0
