@@ -27,6 +27,8 @@ from relay.wire.limits import Limit
 LEASE_SECONDS: Final = 5.0
 # Of the lease; what is left of it covers the gathering, and the query.
 _RENEWED: Final = (0.7, 0.9)
+# Used so often in one lease; for who writes less often it would mostly be read in vain.
+_FLOWS: Final = 4
 _GATHER_SECONDS: Final = 0.25
 FULL_RETRY_MS: Final = 30_000
 _MAX_CACHED: Final = 50_000
@@ -92,6 +94,7 @@ class Audience:
         "renewal",
         "resolved",
         "stale",
+        "uses",
     )
 
     def __init__(self, conversation: str, roster: Roster, asked: float | None = None) -> None:
@@ -117,6 +120,7 @@ class Audience:
     def lease(self, asked: float) -> None:
         """The store, which was asked then (``lease_time``), says that it is so."""
         self.resolved = asked
+        self.uses = 0
         self.renewal = asked + LEASE_SECONDS * random.uniform(*_RENEWED)
 
     def agrees(self, other: Audience) -> bool:
@@ -217,7 +221,8 @@ class Audiences:
         found = self._cached.get(conversation)
         if found is None or not found.fresh:
             return None
-        if lease_time() >= found.renewal:
+        found.uses += 1
+        if found.uses >= _FLOWS and lease_time() >= found.renewal:
             self._renew(found)
         return found
 

@@ -162,8 +162,9 @@ async def test_the_lease_runs_out(directory: Directory, monkeypatch: pytest.Monk
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The time of leases, which are renewed as soon as three quarters of them are over, and at once."""
+    """The time of leases, which are renewed as soon as three quarters of them are over, at once, and however seldom they are used."""
     found = Clock()
+    monkeypatch.setattr(module, "_FLOWS", 1)
     monkeypatch.setattr(module, "lease_time", lambda: found.now)
     monkeypatch.setattr(module, "_RENEWED", (0.75, 0.75))
     monkeypatch.setattr(module, "_GATHER_SECONDS", 0.0)
@@ -191,6 +192,27 @@ async def test_where_messages_flow_a_lease_is_renewed_before_it_runs_out(
     assert first.awaiting("ann/phone") is names
     clock.now += LEASE_SECONDS
     assert audiences.get("talk") is None, "nobody has used it since"
+
+
+async def test_where_few_messages_come_nothing_is_read_in_vain(
+    directory: Directory, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_FLOWS", 4)
+    audiences = Audiences(directory.load)
+    await audiences.resolve("talk")
+    clock.now += LEASE_SECONDS * 0.8
+    for times in range(1, 5):
+        assert audiences.get("talk") is not None
+        await turns()
+        assert len(directory.asked) == (1 if times < 4 else 2)
+    for _ in range(3):
+        assert audiences.get("talk") is not None
+    clock.now += LEASE_SECONDS * 0.9
+    await turns()
+    assert len(directory.asked) == 2
+    assert audiences.get("talk") is not None, "the fourth since it was renewed"
+    await turns()
+    assert len(directory.asked) == 3
 
 
 async def test_what_has_changed_by_the_time_of_a_renewal_makes_what_was_resolved_stale(
