@@ -87,6 +87,7 @@ async def test_a_node_that_is_back_has_others_look_for_what_it_could_not_tell_th
     await bob.expect("msg", 10, id=again["id"])
 
 
+@pytest.mark.faults
 async def test_a_node_cut_off_one_way_and_then_the_other_has_its_messages_delivered_each_time(
     house: House,
 ) -> None:

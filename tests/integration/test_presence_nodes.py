@@ -43,7 +43,7 @@ async def watched(one: Node, *users: str) -> WireDevice:
     return ann
 
 
-@pytest.mark.parametrize("way", ["killed", "standing still"])
+@pytest.mark.parametrize("way", ["killed", pytest.param("standing still", marks=pytest.mark.faults)])
 async def test_who_comes_and_goes_at_another_node_while_redis_is_away_is_told_when_it_is_back(
     two: tuple[Node, Node], server: Valkey, way: str
 ) -> None:
