@@ -35,7 +35,15 @@ class Asked:
 
     async def counts(self) -> tuple[int, int, int]:
         """Group commits of messages, look-ups and publications."""
-        commits = self._registry.get_sample_value("relay_commit_batch_size_count", {"queue": "send"}) or 0
+        # A shard has a queue of its own.
+        commits = sum(
+            sample.value
+            for family in self._registry.collect()
+            for sample in family.samples
+            if sample.name == "relay_commit_batch_size_count"
+            and sample.labels["queue"].startswith("send")
+            and not sample.labels["queue"].startswith("send-large")
+        )
         stats = await self._redis.info("commandstats")
         looked, published = (
             stats.get(f"cmdstat_{name}", {}).get("calls", 0) for name in ("mget", "spublish")

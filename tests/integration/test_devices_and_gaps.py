@@ -91,13 +91,21 @@ async def test_a_gap_outlives_an_arrival_that_failed_half_way(node: Node) -> Non
 
 async def test_a_message_queued_with_recipients_of_an_ended_lease_reaches_a_new_device(node: Node) -> None:
     conv = await node.direct("ann", "bob")
+    await leave(node, "bob")
     audiences = node.relay.context.audiences
     old = await audiences.resolve(conv)
     old.resolved -= 10
-    await audiences.resolve(conv)
-    assert old.stale, (
-        "a change is noted on what is cached, so what is not cached any more must be resolved again"
-    )
+    assert await audiences.resolve(conv) is old, "nothing has changed"
+    assert old.fresh
+    # Another node's, which this one has not heard of.
+    phone = await node.db.devices.find_one({"_id": "bob/phone"})
+    await node.db.devices.insert_one({**phone, "_id": "bob/tablet"})
+    old.resolved -= 10
+    new = await audiences.resolve(conv)
+    assert "bob/tablet" in new.keys
+    assert old.stale, "so what was queued with it is resolved again"
+    await leave(node, "bob", "watch")
+    assert new.stale, "a change is noted on what is cached"
 
 
 async def test_a_device_counts_as_inactive_after_the_configured_time(nodes: NodeFactory) -> None:
