@@ -23,7 +23,8 @@ from relay.store.mongo import PyMongoError, brief
 
 # A quarter of those that read pages (relay.store.messages): the live ones read, too.
 _TURNS: Final = 4
-_MOST: Final = 250
+# Of larger groups more would wait than is looked at for one (relay.store.backlogs).
+_MOST: Final = 50
 _QUEUE: Final = 50_000
 _PATIENCE: Final = 0.1
 _BESIDE: Final = 2
@@ -85,7 +86,7 @@ class FirstDrains:
 
     async def _ask(self, group: list[Asked]) -> Sequence[Page | None]:
         nobody: list[Page | None] = [None] * len(group)
-        if len(group) == 1 or self._rests:
+        if self._rests or (len(group) == 1 and not self._turns.locked()):
             return nobody
         try:
             return await self._pages(group)

@@ -112,15 +112,18 @@ class Audience:
             for key in (sorted(keys) or [ids.any_device_key(user)])
         )
         self.stale = False
-        self.lease(lease_time() if asked is None else asked)
         self._awaiting: dict[str, list[str]] = {}
         self._trimmed: dict[str, list[str]] = {}
         self._rev: str | None = None
+        self.lease(lease_time() if asked is None else asked)
 
     def lease(self, asked: float) -> None:
         """The store, which was asked then (``lease_time``), says that it is so."""
         self.resolved = asked
         self.uses = 0
+        # Or they would be kept for everybody who has ever written here.
+        self._awaiting.clear()
+        self._trimmed.clear()
         self.renewal = asked + LEASE_SECONDS * random.uniform(*_RENEWED)
 
     def agrees(self, other: Audience) -> bool:
@@ -215,6 +218,7 @@ class Audiences:
         self._gathering: asyncio.TimerHandle | None = None
         self._asked: set[str] = set()
         self._outrun: set[str] = set()
+        self._outrun_users: set[str] = set()
 
     def get(self, conversation: str) -> Audience | None:
         """The audience when it is known and fresh, without waiting."""
@@ -249,7 +253,8 @@ class Audiences:
             self._outrun.update(self._asked & {conversation})
             self._drop(conversation)
         if user is not None:
-            self._outrun.update(self._asked)
+            if self._asked:
+                self._outrun_users.add(user)
             for name in list(self._of_user.get(user, ())):
                 self._drop(name)
 
@@ -283,7 +288,7 @@ class Audiences:
                 for name in self._renewals:
                     wanted.setdefault(name, [])
                 self._renewals.clear()
-                self._asked, self._outrun = set(wanted), set()
+                self._asked, self._outrun, self._outrun_users = set(wanted), set(), set()
                 asked = lease_time()
                 try:
                     loaded = await self._load(list(wanted))
@@ -305,12 +310,18 @@ class Audiences:
     def _remember(self, audience: Audience) -> Audience:
         """The one that is cached, with a new lease, when nothing has changed: what was resolved with it need not be resolved again."""
         name = audience.conversation
+        audience.stale = name in self._outrun or not audience.members.isdisjoint(self._outrun_users)
         known = self._cached.get(name)
-        audience.stale = name in self._outrun
-        if known is not None and not audience.stale and known.agrees(audience):
-            known.lease(audience.resolved)
-            self._cached.move_to_end(name)
-            return known
+        # One whose lease has run out is never believed again: who was resolved with it may be getting another just now.
+        if known is not None and known.fresh:
+            if audience.stale:
+                # A change that concerns what is known would have dropped it.
+                known.renewal = lease_time()
+                return audience
+            if known.agrees(audience):
+                known.lease(audience.resolved)
+                self._cached.move_to_end(name)
+                return known
         self._drop(name)
         self._cached[name] = audience
         for user in audience.members:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
+from models.messages import WAITING_INDEX
 from relay.store.messages import Messages, Page, is_place
 from relay.store.mongo import Mongo, time_limit
 from relay.store.shards import Shards
@@ -60,7 +61,9 @@ class Backlogs:
     async def _rows(self, keys: set[str], now: int) -> list[Mapping[str, Any]]:
         fields = {"awaiting": 1, "seq": 1}
         with time_limit(self._timeout):
-            cursor = self._collection.find(self._messages.awaited_by(keys, now), fields, batch_size=_MOST)
+            # Not by the index of the time to live, however few mailboxes are asked for.
+            query = self._messages.awaited_by(keys, now)
+            cursor = self._collection.find(query, fields, batch_size=_MOST, hint=WAITING_INDEX)
             return list(await cursor.limit(_MOST).to_list(_MOST))
 
     async def _contents(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Envelope | None]:

@@ -220,11 +220,11 @@ class Messages:
     async def contents(self, rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Envelope], int]:
         """The messages of these documents, given with ``_id`` and ``seq``, by stored id, and how many of them were hot. What has ended
         meanwhile and what is no message is missing."""
-        places = [row for row in rows if is_place(row) or self._read(row) is not None]
-        known = self._hot_among(places)
-        missing = [row for row in places if row["_id"] not in known]
+        named = [row for row in rows if _is_id(row["_id"]) or self._read(row) is not None]
+        known = self._hot_among(named)
+        missing = [row for row in named if row["_id"] not in known]
         if missing:
-            await self.hot.fetch((row["_id"], row["seq"]) for row in missing)
+            await self.hot.fetch((row["_id"], row["seq"]) for row in missing if is_place(row))
             known.update(self._hot_among(missing))
         hot = len(known)
         missing = [row for row in missing if row["_id"] not in known and row["_id"] not in self._unreadable]
@@ -233,7 +233,7 @@ class Messages:
         return known, hot
 
     def _hot_among(self, rows: Iterable[Mapping[str, Any]]) -> dict[str, Envelope]:
-        found = {row["_id"]: self.hot.find(row["_id"], row["seq"]) for row in rows}
+        found = {row["_id"]: self.hot.find(row["_id"], row["seq"]) for row in rows if is_place(row)}
         return {stored_id: envelope for stored_id, envelope in found.items() if envelope is not None}
 
     async def _read_missing(self, stored_ids: Sequence[str]) -> dict[str, Envelope]:

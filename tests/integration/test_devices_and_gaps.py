@@ -94,9 +94,6 @@ async def test_a_message_queued_with_recipients_of_an_ended_lease_reaches_a_new_
     await leave(node, "bob")
     audiences = node.relay.context.audiences
     old = await audiences.resolve(conv)
-    old.resolved -= 10
-    assert await audiences.resolve(conv) is old, "nothing has changed"
-    assert old.fresh
     # Another node's, which this one has not heard of.
     phone = await node.db.devices.find_one({"_id": "bob/phone"})
     await node.db.devices.insert_one({**phone, "_id": "bob/tablet"})

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Collection, Sequence
 import pytest
 
 from relay.metrics import Metrics
-from relay.routing.first_drains import _TURNS, FirstDrains
+from relay.routing.first_drains import _MOST, _TURNS, FirstDrains
 from relay.store.backlogs import Asked
 from relay.store.messages import Page
 from relay.store.mongo import PyMongoError
@@ -70,7 +70,7 @@ async def test_one_alone_asks_once_and_for_itself(house: House) -> None:
     assert (house.backlog.queries, house.groups) == (1, [])
 
 
-async def test_those_that_ask_at_the_same_moment_are_answered_with_one_query(house: House) -> None:
+async def test_those_that_ask_at_the_same_moment_are_answered_together(house: House) -> None:
     house.backlog.add(message(1, "u50/phone"))
     house.backlog.add(message(2, "u60/*", "u50/phone"))
     pages = await asyncio.gather(*(house.drain(f"u{number}") for number in range(100)))
@@ -79,7 +79,7 @@ async def test_those_that_ask_at_the_same_moment_are_answered_with_one_query(hou
         60: 1,
     }
     assert all(page.exhausted for page in pages)
-    assert (house.backlog.queries, house.groups) == (0, [100])
+    assert (house.backlog.queries, house.groups) == (0, [_MOST, _MOST])
 
 
 async def test_while_a_group_is_asked_the_next_gathers(house: House) -> None:
@@ -105,6 +105,17 @@ async def test_of_whom_nothing_is_said_a_few_ask_at_once(house: House) -> None:
     pages = await asyncio.gather(*tasks)
     assert [len(page.envelopes) for page in pages] == [1] * 30
     assert house.groups == [30]
+
+
+async def test_who_comes_alone_does_not_wait_behind_those_that_ask_for_themselves(house: House) -> None:
+    house.backlog.gate.clear()
+    tasks = house.ask_for_themselves(30)
+    await turns(60)
+    async with asyncio.timeout(5):
+        assert (await house.drain("zoe")).exhausted
+    assert house.groups == [30, 1]
+    house.backlog.gate.set()
+    await asyncio.gather(*tasks)
 
 
 async def test_who_has_something_in_flight_is_never_answered_for_a_group(house: House) -> None:

@@ -176,7 +176,7 @@ async def test_where_messages_flow_a_lease_is_renewed_before_it_runs_out(
 ) -> None:
     audiences = Audiences(directory.load)
     first = await audiences.resolve("talk")
-    names = first.awaiting("ann/phone")
+    assert first.awaiting("ann/phone") == ["ann/tablet", "bob/phone", "cleo/*"]
     clock.now += LEASE_SECONDS * 0.7
     assert audiences.get("talk") is first
     await turns()
@@ -189,7 +189,7 @@ async def test_where_messages_flow_a_lease_is_renewed_before_it_runs_out(
         await turns()
         assert directory.asked == [["talk"]] * lease
     assert not first.stale
-    assert first.awaiting("ann/phone") is names
+    assert first.awaiting("ann/phone") == ["ann/tablet", "bob/phone", "cleo/*"]
     clock.now += LEASE_SECONDS
     assert audiences.get("talk") is None, "nobody has used it since"
 
@@ -253,6 +253,63 @@ async def test_a_change_during_a_renewal_is_not_missed(directory: Directory, clo
     directory.gate.set()
     await turns()
     assert audiences.get("pair") is None, "what was read before the change is not believed after it"
+    assert (await audiences.resolve("pair")).fresh
+    assert audiences.get("pair") is not None
+
+
+async def test_a_renewal_is_not_lost_by_a_change_that_does_not_concern_it(
+    directory: Directory, clock: Clock
+) -> None:
+    audiences = Audiences(directory.load)
+    first = await audiences.resolve("pair")
+    directory.gate.clear()
+    clock.now += LEASE_SECONDS * 0.8
+    audiences.get("pair")
+    await turns()
+    for user in ("cleo", "stranger"):
+        audiences.changed(user=user)
+    audiences.changed(conversation="talk")
+    directory.gate.set()
+    await turns()
+    clock.now += LEASE_SECONDS * 0.7
+    assert audiences.get("pair") is first
+
+
+async def test_what_was_read_before_a_change_of_who_is_new_there_harms_no_lease_that_holds(
+    directory: Directory, clock: Clock
+) -> None:
+    audiences = Audiences(directory.load)
+    first = await audiences.resolve("pair")
+    directory.gate.clear()
+    directory.conversations["pair"]["dan"] = ["dan/phone"]
+    clock.now += LEASE_SECONDS * 0.8
+    audiences.get("pair")
+    await turns()
+    audiences.changed(user="dan")
+    directory.gate.set()
+    await turns()
+    assert audiences.get("pair") is first, "its lease is as good as without a renewal, which is tried again"
+    await turns()
+    assert first.stale
+    found = audiences.get("pair")
+    assert found is not None
+    assert "dan" in found.members
+
+
+async def test_a_lease_that_has_run_out_is_never_taken_up_again(directory: Directory, clock: Clock) -> None:
+    audiences = Audiences(directory.load)
+    first = await audiences.resolve("pair")
+    directory.gate.clear()
+    clock.now += LEASE_SECONDS * 0.8
+    audiences.get("pair")
+    await turns()
+    clock.now += LEASE_SECONDS * 0.3
+    directory.gate.set()
+    await turns()
+    # What was resolved with it counts as concerned by every change until it has been resolved again.
+    assert not first.fresh
+    assert first.stale
+    assert audiences.get("pair") is not None
 
 
 async def test_the_lease_of_a_renewal_counts_from_its_question(directory: Directory, clock: Clock) -> None:
@@ -284,7 +341,7 @@ async def test_a_renewal_that_fails_changes_nothing(directory: Directory, clock:
     with pytest.raises(ConnectionError, match="away"):
         await audiences.resolve("pair")
     directory.fault = None
-    assert await audiences.resolve("pair") is first
+    assert (await audiences.resolve("pair")).fresh
 
 
 async def test_conversations_that_began_together_are_not_renewed_together(
