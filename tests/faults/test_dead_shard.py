@@ -227,8 +227,9 @@ async def with_a_quota(nodes: NodeFactory) -> Node:
 
 
 async def is_full(node: Node, full: bool) -> bool:
+    """It is on record, and the node goes by it."""
     found = await node.db.devices.find_one({"_id": "bob/phone"})
-    return ("fullSince" in found) is full
+    return ("fullSince" in found) is full and node.relay.context.quotas.is_full("bob/phone") is full
 
 
 async def bob_is_away(node: Node) -> None:
