@@ -233,7 +233,7 @@ class Messages:
         return known, hot
 
     def _hot_among(self, rows: Iterable[Mapping[str, Any]]) -> dict[str, Envelope]:
-        found = {row["_id"]: self.hot.find(row["_id"], row["seq"]) for row in rows if is_place(row)}
+        found = {row["_id"]: self._hot_or_none(row) for row in rows}
         return {stored_id: envelope for stored_id, envelope in found.items() if envelope is not None}
 
     async def _read_missing(self, stored_ids: Sequence[str]) -> dict[str, Envelope]:

@@ -5,31 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import tracemalloc
-from collections.abc import AsyncIterator
 from time import monotonic
 
 import pytest
 
-from relay.store.embedded import EmbeddedMongo
 from relay.store.hot import HotMessages
 from relay.wire.envelope import Envelope
 from tests.support.backlog import message
-from tests.support.store import Store, open_store
+from tests.support.store import Store
 
 KEYS = [f"p{number}/phone" for number in range(8)]
 
 
-@pytest.fixture(scope="module")
-async def opened(mongod: EmbeddedMongo) -> AsyncIterator[Store]:
-    async with open_store(mongod.uri) as store:
-        yield store
-
-
 @pytest.fixture
-async def store(opened: Store) -> Store:
-    await opened.clear()
-    opened.messages.hot = HotMessages(1 << 20)
-    return opened
+async def store(store: Store) -> Store:
+    store.messages.hot = HotMessages(1 << 20)
+    return store
 
 
 async def page(store: Store, key: str, *, limit: int = 100, max_bytes: int = 1 << 20) -> list[Envelope]:

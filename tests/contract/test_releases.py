@@ -20,24 +20,17 @@ from relay.store.embedded import EmbeddedMongo
 from relay.store.messages import Awaited
 from relay.store.releases import Planned, Releases
 from relay.wire.ids import RELAY_USER
-from tests.support.store import Store, open_store
+from tests.support.store import Store
 from tests.support.waiting import until
 
 SETTLE = 20.0
 
 
-@pytest.fixture(scope="module")
-async def opened(mongod: EmbeddedMongo) -> AsyncIterator[Store]:
-    async with open_store(mongod.uri) as store:
-        yield store
-
-
 @pytest.fixture
-async def store(opened: Store) -> Store:
-    await opened.clear()
+async def store(store: Store) -> Store:
     for document in (Device, Membership, Release):
         await document.get_motor_collection().delete_many({})
-    return opened
+    return store
 
 
 @pytest.fixture

@@ -237,12 +237,7 @@ async def test_what_has_changed_by_the_time_of_a_renewal_makes_what_was_resolved
 @pytest.mark.parametrize("what", ["conversation", "user", "everything"])
 async def test_a_change_during_a_renewal_is_not_missed(directory: Directory, clock: Clock, what: str) -> None:
     audiences = Audiences(directory.load)
-    first = await audiences.resolve("pair")
-    directory.gate.clear()
-    clock.now += LEASE_SECONDS * 0.8
-    assert audiences.get("pair") is first
-    await turns()
-    assert len(directory.asked) == 2
+    first = await asked_again(audiences, directory, clock)
     if what == "user":
         audiences.changed(user="bob")
     elif what == "conversation":
@@ -257,15 +252,22 @@ async def test_a_change_during_a_renewal_is_not_missed(directory: Directory, clo
     assert audiences.get("pair") is not None
 
 
+async def asked_again(audiences: Audiences, directory: Directory, clock: Clock) -> Audience:
+    """What is known of "pair" while its renewal has been asked for and is not answered: the gate is closed."""
+    known = await audiences.resolve("pair")
+    directory.gate.clear()
+    clock.now += LEASE_SECONDS * 0.8
+    assert audiences.get("pair") is known
+    await turns()
+    assert directory.asked == [["pair"]] * 2
+    return known
+
+
 async def test_a_renewal_is_not_lost_by_a_change_that_does_not_concern_it(
     directory: Directory, clock: Clock
 ) -> None:
     audiences = Audiences(directory.load)
-    first = await audiences.resolve("pair")
-    directory.gate.clear()
-    clock.now += LEASE_SECONDS * 0.8
-    audiences.get("pair")
-    await turns()
+    first = await asked_again(audiences, directory, clock)
     for user in ("cleo", "stranger"):
         audiences.changed(user=user)
     audiences.changed(conversation="talk")
@@ -279,12 +281,9 @@ async def test_what_was_read_before_a_change_of_who_is_new_there_harms_no_lease_
     directory: Directory, clock: Clock
 ) -> None:
     audiences = Audiences(directory.load)
-    first = await audiences.resolve("pair")
-    directory.gate.clear()
+    await audiences.resolve("pair")
     directory.conversations["pair"]["dan"] = ["dan/phone"]
-    clock.now += LEASE_SECONDS * 0.8
-    audiences.get("pair")
-    await turns()
+    first = await asked_again(audiences, directory, clock)
     audiences.changed(user="dan")
     directory.gate.set()
     await turns()
@@ -298,11 +297,7 @@ async def test_what_was_read_before_a_change_of_who_is_new_there_harms_no_lease_
 
 async def test_a_lease_that_has_run_out_is_never_taken_up_again(directory: Directory, clock: Clock) -> None:
     audiences = Audiences(directory.load)
-    first = await audiences.resolve("pair")
-    directory.gate.clear()
-    clock.now += LEASE_SECONDS * 0.8
-    audiences.get("pair")
-    await turns()
+    first = await asked_again(audiences, directory, clock)
     clock.now += LEASE_SECONDS * 0.3
     directory.gate.set()
     await turns()
@@ -314,11 +309,7 @@ async def test_a_lease_that_has_run_out_is_never_taken_up_again(directory: Direc
 
 async def test_the_lease_of_a_renewal_counts_from_its_question(directory: Directory, clock: Clock) -> None:
     audiences = Audiences(directory.load)
-    first = await audiences.resolve("pair")
-    directory.gate.clear()
-    clock.now += LEASE_SECONDS * 0.8
-    audiences.get("pair")
-    await turns()
+    first = await asked_again(audiences, directory, clock)
     clock.now += LEASE_SECONDS * 0.1
     directory.gate.set()
     await turns()
