@@ -301,6 +301,8 @@ async def test_a_person_without_a_device_has_the_same_quota_and_their_next_devic
     left_out = await ann.sent(group)
     assert await awaited(node, left_out) == ["cleo/*"]
     assert trimmed(node) == 1
+    # Noted after bob's arrival it would be told once more.
+    await count(node)
     bob = await node.connect("bob")
     assert bob.welcome["gap"]["why"] == "full"
     assert bob.welcome["gap"]["since"] <= left_out["at"]
