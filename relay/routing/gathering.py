@@ -52,11 +52,13 @@ class Gathered:
         return list(found)
 
     def split(self, known: Container[str]) -> tuple[Gathered, Gathered]:
-        """What can be told now, as all users that it is for are ``known``, or as it is for nodes; and what must be looked up."""
+        """What can be told now, and what must be looked up. A message is told now only when all are that came with it: those of
+        one commit are one text for each node."""
         early, rest = Gathered(), Gathered()
-        for message in self.messages:
-            some = early if all(user_of(key) in known for key in message[1]) else rest
-            some.messages.append(message)
+        if all(user_of(key) in known for _, keys in self.messages for key in keys):
+            early.messages = self.messages
+        else:
+            rest.messages = self.messages
         early.for_node, early.for_all, early.seen = self.for_node, self.for_all, self.seen
         rest.released, rest.told = self.released, self.told
         return early, rest

@@ -1,9 +1,12 @@
 """What this node tells others, on its way: looked up, and published.
 
-Whatever is to be told gathers while the last group is on its way; each turn is one round trip. It publishes what is known to
-concern which node, and looks up the rest, which the next turn publishes. A message that is being committed is looked up
-meanwhile, so that it goes out in the turn after its commit; that turn looks up its devices once more, and who has come in between
-is told in the next one. So whoever was entered before that second question gets it, and all others drain it.
+Whatever is to be told gathers while the last group is on its way; each turn is one round trip. A group is published at once when it
+is remembered where all its people are, and looked up for the next turn to publish when it is not. Either way the directory is
+asked once about it, after its messages are committed: who had come by then gets them, and everybody else drains them. What was
+published from memory is asked about a moment later, together with what came after it.
+
+Messages that are being committed for people who are not remembered ride on such a question, and so go out in the turn after their
+commit. They are never a reason to ask by themselves.
 """
 
 from __future__ import annotations
@@ -23,8 +26,9 @@ from relay.wire.ids import user_of
 
 _SECONDS: Final = 2.0
 _PARCELS: Final = 500
-_FRESH_SECONDS: Final = 1.0
-_KEPT_SECONDS: Final = 5.0
+# So long may it take until one who has just come is told what was published a moment before.
+_LATER_SECONDS: Final = 0.02
+_KEPT_SECONDS: Final = 30.0
 _MOST_KEPT: Final = 20_000
 
 log = structlog.get_logger(__name__)
@@ -60,12 +64,15 @@ class Publisher:
         self._wake = asyncio.Event()
         # Those of the last turn, whose devices were looked up by it.
         self._ready: list[_Payload] = []
+        # Published from memory, with what that was.
+        self._told: list[tuple[Gathered, Lines]] = []
+        self._reminder: asyncio.TimerHandle | None = None
         self._whereabouts = Whereabouts()
 
     @property
     def idle(self) -> bool:
         """Whether all has been told."""
-        return not (self.gathered.items or self._ready)
+        return not (self.gathered.items or self._ready or self._told)
 
     def wake(self) -> None:
         """Something has gathered."""
@@ -73,13 +80,15 @@ class Publisher:
 
     def expect(self, users: Iterable[str]) -> None:
         """Messages for these may have to be told in a moment."""
-        if self._whereabouts.want(users):
+        self._whereabouts.want(users)
+        if self._due():
             self._wake.set()
 
     def forget(self) -> int:
         """Drops whatever is to be told. Returns how much that is, what is on its way not counted."""
         dropped = self.gathered.items
         self.gathered, self._ready, self._whereabouts = Gathered(), [], Whereabouts()
+        self._take_told()
         return dropped
 
     async def run(self) -> None:
@@ -87,13 +96,17 @@ class Publisher:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while not self.idle or self._whereabouts.wanted:
+            while self.gathered.items or self._ready or self._due():
                 try:
                     await self._turn()
                 except TROUBLE as error:
                     self._fails(error)
                 except Exception:
                     log.exception("what was to be told to other nodes is lost")
+
+    def _due(self) -> bool:
+        """Whether what was published from memory is to be asked about now."""
+        return bool(self._told) and (self._reminder is None or bool(self._whereabouts.wanted))
 
     async def _turn(self) -> None:
         began = self._now()
@@ -103,13 +116,44 @@ class Publisher:
         known = whereabouts.known(user_of(key) for _, keys in group.messages for key in keys)
         early, rest = group.split(known)
         out += self._packed(early, known, began)
-        asked = list(dict.fromkeys([*group.users(), *whereabouts.take_wanted()]))
+        if early.messages:
+            self._ask_later(early.only_messages(), known)
+        told, asked = self._questions(rest)
         lines, unknown = await self._exchange(out, asked)
         whereabouts.note([user for user in asked if user not in unknown], lines)
         if missed := rest.count(unknown):
             self._lost(missed)
         self._ready += self._packed(rest, lines, began)
-        self._ready += self._packed(early.only_messages(), _came(known, lines), began)
+        for messages, before in told:
+            self._ready += self._packed(messages, _came(before, lines), began)
+
+    def _ask_later(self, messages: Gathered, known: Lines) -> None:
+        if not self._told:
+            self._reminder = asyncio.get_running_loop().call_later(_LATER_SECONDS, self._remind)
+        self._told.append((messages, known))
+
+    def _remind(self) -> None:
+        self._reminder = None
+        self._wake.set()
+
+    def _take_told(self) -> list[tuple[Gathered, Lines]]:
+        told, self._told = self._told, []
+        if self._reminder is not None:
+            self._reminder.cancel()
+            self._reminder = None
+        return told
+
+    def _questions(self, rest: Gathered) -> tuple[list[tuple[Gathered, Lines]], list[str]]:
+        """What was told that is asked about now, and all users who are asked for in this turn."""
+        users = rest.users()
+        if not (users or self._due()):
+            return [], []
+        told = self._take_told()
+        asked = dict.fromkeys(users)
+        for messages, _ in told:
+            asked.update(dict.fromkeys(messages.users()))
+        asked.update(self._whereabouts.take_wanted())
+        return told, list(asked)
 
     def _packed(self, group: Gathered, lines: Lines, at: int) -> list[_Payload]:
         parcels, for_all = group.sort(lines, self._node)
@@ -121,7 +165,9 @@ class Publisher:
         return out + [(self._all, payload) for payload in packed(self._node, at, for_all)]
 
     async def _exchange(self, out: Sequence[_Payload], users: Sequence[str]) -> Found:
-        """Publishes, and looks up where the devices of these users are."""
+        """Publishes, and looks up where the devices of these users are, if there is anything to do."""
+        if not (out or users):
+            return Found({}, frozenset())
         for start in range(0, len(out) - _PARCELS, _PARCELS):
             await self._send(out[start : start + _PARCELS], ())
         rest = len(out) % _PARCELS or _PARCELS
@@ -144,14 +190,13 @@ class Whereabouts:
         # With the time of the answer; the oldest comes first.
         self._found: dict[str, tuple[Sequence[Line], float]] = {}
 
-    def want(self, users: Iterable[str]) -> bool:
-        """Asks for those that are not known afresh, as long as there is room. True when somebody is to be asked for."""
-        freshest = monotonic() - _FRESH_SECONDS
+    def want(self, users: Iterable[str]) -> None:
+        """These are to be asked for unless they are known, as long as there is room."""
+        oldest = monotonic() - _KEPT_SECONDS
         for user in users:
             found = self._found.get(user)
-            if (found is None or found[1] < freshest) and len(self.wanted) < _MOST_KEPT:
+            if (found is None or found[1] < oldest) and len(self.wanted) < _MOST_KEPT:
                 self.wanted[user] = None
-        return bool(self.wanted)
 
     def take_wanted(self) -> dict[str, None]:
         """Who is to be asked for, in the turn that begins."""

@@ -39,6 +39,7 @@ class Nodes:
             fails=self.failures.append,
             lost=_nothing,
         )
+        self.parcels = 0
         self._pubsub = pubsub
 
     async def enter(self, node: str, user: str) -> None:
@@ -50,6 +51,11 @@ class Nodes:
         assert self.publisher.gathered.takes(1, 1)
         self.publisher.gathered.messages.append((envelope, list(envelope.awaiting)))
 
+    async def lookups(self) -> int:
+        """How often the directory was asked."""
+        stats = await self.redis.info("commandstats")
+        return int(stats.get("cmdstat_mget", {}).get("calls", 0))
+
     async def turn(self) -> list[tuple[str, int]]:
         """One turn. Returns which nodes have heard which messages (``seq``) since."""
         await self.publisher._turn()
@@ -59,6 +65,7 @@ class Nodes:
             if found is None:
                 return heard
             if found["type"] == "smessage":
+                self.parcels += 1
                 node = found["channel"].decode().rpartition(":")[2]
                 its = hints.decode(found["data"]).hints
                 heard += [(node, one.framed.envelope().seq) for one in its if isinstance(one, Message)]
@@ -83,46 +90,77 @@ async def nodes(tmp_path: Path) -> AsyncIterator[Nodes]:
         await close(redis)
 
 
-async def test_a_message_that_was_expected_goes_out_in_the_first_turn(nodes: Nodes) -> None:
+async def test_the_first_for_somebody_goes_out_in_the_second_turn_and_the_next_in_its_own(
+    nodes: Nodes,
+) -> None:
     await nodes.enter("there", "bob")
-    nodes.publisher.expect(["bob"])
-    assert await nodes.turn() == []
     nodes.commit(message(1, "bob/phone"))
-    assert await nodes.turn() == [("there", 1)]
     assert await nodes.turn() == []
+    assert await nodes.turn() == [("there", 1)]
+    nodes.commit(message(2, "bob/phone"))
+    assert await nodes.turn() == [("there", 2)]
+    assert await nodes.turn() == []
+    assert nodes.publisher.idle
+    assert await nodes.lookups() == 2
+
+
+async def test_a_device_that_has_moved_since_it_was_looked_up_is_told_where_it_is(nodes: Nodes) -> None:
+    await nodes.enter("there", "bob")
+    nodes.commit(message(1, "bob/phone", "cleo/phone"))
+    await nodes.turn()
+    assert await nodes.turn() == [("there", 1)]
+    nodes.commit(message(2, "bob/phone"))
+    nodes.commit(message(3, "cleo/phone"))
+    # Together with what was published from memory, whose question comes a moment later.
+    assert await nodes.turn() == [("there", 2)]
+    await nodes.enter("far", "bob")
+    await nodes.enter("far", "cleo")
+    assert await nodes.turn() == []
+    assert sorted(await nodes.turn()) == [("far", 2), ("far", 3)]
     assert nodes.publisher.idle
 
 
-async def test_a_message_that_nobody_expected_goes_out_in_the_second(nodes: Nodes) -> None:
+async def test_whom_a_message_is_being_committed_for_is_asked_for_along_with_others(nodes: Nodes) -> None:
     await nodes.enter("there", "bob")
-    nodes.commit(message(1, "bob/phone"))
-    assert await nodes.turn() == []
-    assert not nodes.publisher.idle
-    assert await nodes.turn() == [("there", 1)]
-
-
-async def test_a_device_that_has_moved_since_it_was_expected_is_told_where_it_is(nodes: Nodes) -> None:
-    await nodes.enter("there", "bob")
-    nodes.publisher.expect(["bob", "cleo"])
-    await nodes.turn()
-    # While the message was being committed.
-    await nodes.enter("far", "bob")
     await nodes.enter("far", "cleo")
     nodes.commit(message(1, "bob/phone"))
+    nodes.publisher.expect(["cleo"])
+    await nodes.turn()
+    assert await nodes.turn() == [("there", 1)]
     nodes.commit(message(2, "cleo/phone"))
-    assert await nodes.turn() == [("there", 1)]
-    assert sorted(await nodes.turn()) == [("far", 1), ("far", 2)]
+    assert await nodes.turn() == [("far", 2)]
+    # What was published from memory needs not wait for its moment when somebody else is expected.
+    nodes.publisher.expect(["dora"])
+    assert nodes.publisher._due()
+    await nodes.turn()
+    assert not nodes.publisher._whereabouts.wanted
+    assert set(nodes.publisher._whereabouts.known(["bob", "cleo", "dora"])) == {"bob", "cleo", "dora"}
+
+
+async def test_nobody_is_asked_for_only_because_a_message_is_being_committed(nodes: Nodes) -> None:
+    await nodes.enter("there", "bob")
+    nodes.publisher.expect(["bob"])
+    assert not nodes.publisher._due()
     assert await nodes.turn() == []
+    assert await nodes.lookups() == 0
+    nodes.commit(message(1, "bob/phone"))
+    assert await nodes.turn() == []
+    assert await nodes.turn() == [("there", 1)]
+    assert nodes.publisher.idle
+    assert await nodes.lookups() == 1
 
 
-async def test_one_that_is_only_partly_known_is_told_once_to_each_node(nodes: Nodes) -> None:
+async def test_a_group_of_which_not_all_are_known_is_told_once_to_each_node(nodes: Nodes) -> None:
     await nodes.enter("there", "bob")
     await nodes.enter("far", "cleo")
-    nodes.publisher.expect(["bob"])
+    nodes.commit(message(1, "bob/phone"))
     await nodes.turn()
-    nodes.commit(message(1, "bob/phone", "cleo/phone"))
+    assert await nodes.turn() == [("there", 1)]
+    nodes.commit(message(2, "bob/phone"))
+    nodes.commit(message(3, "bob/phone", "cleo/phone"))
     assert await nodes.turn() == []
-    assert sorted(await nodes.turn()) == [("far", 1), ("there", 1)]
+    assert sorted(await nodes.turn()) == [("far", 3), ("there", 2), ("there", 3)]
+    assert nodes.parcels == 3
 
 
 async def test_what_is_dropped_is_not_told_later(nodes: Nodes) -> None:
@@ -143,7 +181,6 @@ async def test_it_works_by_itself_and_survives_a_redis_that_goes_away(tmp_path: 
         nodes = Nodes(redis, pubsub)
         await nodes.enter("there", "bob")
         task = asyncio.create_task(nodes.publisher.run())
-        nodes.publisher.expect(["bob"])
         nodes.commit(message(1, "bob/phone"))
         nodes.publisher.wake()
         async with asyncio.timeout(10):
@@ -165,18 +202,27 @@ def test_no_more_is_remembered_than_there_is_room_for(monkeypatch: pytest.Monkey
     now = 100.0
     monkeypatch.setattr(publishing, "monotonic", lambda: now)
     some = Whereabouts()
-    assert some.want(f"user {number}" for number in range(30_000))
+    some.want(f"user {number}" for number in range(30_000))
     users = list(some.take_wanted())
     assert len(users) == 20_000
     some.note(users, {})
     some.note(["ann"], {})
     assert set(some.known(["ann", "user 0", "user 1"])) == {"ann", "user 1"}
-    # Known afresh: nobody need be asked.
-    assert not some.want(["ann", "user 1"])
-    now += 1.5
-    assert some.known(["ann"])
-    assert some.want(["ann"])
-    now += 5
-    assert not some.known(["ann"])
+
+
+def test_what_is_remembered_for_long_is_known_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(publishing, "monotonic", lambda: now)
+    some = Whereabouts()
+    some.note(["ann", "bob"], {})
+    some.want(["ann", "cleo"])
+    assert list(some.take_wanted()) == ["cleo"]
+    now += 29
     some.note(["bob"], {})
-    assert not some.known(["user 1"]) and list(some.known(["bob"])) == ["bob"]
+    assert set(some.known(["ann", "bob"])) == {"ann", "bob"}
+    now += 2
+    assert set(some.known(["ann", "bob"])) == {"bob"}
+    some.want(["ann", "bob"])
+    assert list(some.take_wanted()) == ["ann"]
+    some.note(["cleo"], {})
+    assert set(some._found) == {"bob", "cleo"}
