@@ -42,6 +42,7 @@ async def join(
         own=own,
         confirmed=bus.confirmed,
         ended=cut_offs.take,
+        missed=bus.missed,
         back=resumed,
     )
     await bus.start(elsewhere)

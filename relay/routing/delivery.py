@@ -205,6 +205,11 @@ class Delivery:
         """Whether more waits, and only what is in flight keeps it back."""
         return self.behind and self._credit is not None and bool(self.in_flight) and not self._outbox.full
 
+    @property
+    def under_way(self) -> bool:
+        """Whether anything is in flight, or waits to be read from the store."""
+        return self.behind or bool(self.in_flight)
+
     def holds(self, stored_ids: AbstractSet[str]) -> bool:
         """Whether all of these documents are in flight."""
         return all(head_id(stored_id) in self.in_flight for stored_id in stored_ids)

@@ -17,6 +17,7 @@ from relay.routing.hints import (
     Ended,
     Hint,
     Message,
+    Missed,
     Quiet,
     Recheck,
     Released,
@@ -35,7 +36,8 @@ log = structlog.get_logger(__name__)
 
 class Elsewhere:
     """Hands hints to those whom they concern. ``own`` is this node's id; ``confirmed`` is told who confirms which numbers,
-    ``ended`` the keys of devices whose tokens are not good any more; ``back`` is called when what another had to tell may be lost,
+    ``ended`` the keys of devices whose tokens are not good any more; ``missed`` tells a node that its device with this key should
+    look for what came meanwhile; ``back`` is called when what another had to tell may be lost,
     and comes again."""
 
     def __init__(
@@ -49,6 +51,7 @@ class Elsewhere:
         own: str,
         confirmed: Callable[[str, Iterable[int]], None],
         ended: Callable[[str], None],
+        missed: Callable[[str, str], None] = lambda node, key: None,
         back: Callable[[], None] = lambda: None,
     ) -> None:
         self._hub = hub
@@ -58,6 +61,7 @@ class Elsewhere:
         self._own = own
         self._confirmed = confirmed
         self._ended = ended
+        self._missed = missed
         self._back = back
         events: tuple[Event, ...] = ("receipt", "read", "typing", "presence", "keys")
         self._announcers = {event: Announcer(hub, metrics, event) for event in events}
@@ -82,7 +86,11 @@ class Elsewhere:
             case Replaced():
                 # A dead socket is seconds in closing, and nothing must be pushed into it that the other could have.
                 if (connection := self._hub.replace(hint.key, hint.serial)) is not None:
+                    if connection.delivery.under_way:
+                        self._missed(node, hint.key)
                     connection.shut(errors.REPLACED)
+            case Missed():
+                self._router.found([hint.key])
             case Confirmed():
                 self._confirmed(hint.node, hint.numbers)
             case Changed() if node != self._own:

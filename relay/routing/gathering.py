@@ -71,12 +71,6 @@ class Gathered:
         count += sum(user_of(key) in users for _, key in self.released)
         return count + sum(user in users for one in self.told for user in one.users)
 
-    def only_messages(self) -> Gathered:
-        """The messages of this group."""
-        found = Gathered()
-        found.messages = self.messages
-        return found
-
     def sort(self, lines: Lines, own: str) -> tuple[dict[str, list[Hint]], list[Hint]]:
         """The hints for each node but this one (``own``), and those for all. ``lines`` by user."""
         parcels: dict[str, list[Hint]] = {}

@@ -72,6 +72,12 @@ class Replaced(msgspec.Struct, array_like=True, tag="x"):
     serial: int
 
 
+class Missed(msgspec.Struct, array_like=True, tag="d"):
+    """Messages for the device with this key may have gone into the connection that it had before, while it came to this node."""
+
+    key: str
+
+
 class Changed(msgspec.Struct, array_like=True, tag="i"):
     """Members of these conversations, or devices, blocks or preferences of these users have changed; to be confirmed to
     ``node``."""
@@ -124,7 +130,19 @@ class Back(msgspec.Struct, array_like=True, tag="w"):
 
 
 Hint = (
-    Message | Released | Told | Replaced | Changed | Confirmed | Seen | Recheck | Quiet | Ended | Beat | Back
+    Message
+    | Released
+    | Told
+    | Replaced
+    | Missed
+    | Changed
+    | Confirmed
+    | Seen
+    | Recheck
+    | Quiet
+    | Ended
+    | Beat
+    | Back
 )
 
 

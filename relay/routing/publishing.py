@@ -22,6 +22,8 @@ from relay.redis_client import TROUBLE
 from relay.redis_servers import Command, Servers
 from relay.routing.directory import Directory, Found, Line
 from relay.routing.gathering import Gathered, Lines, packed
+from relay.routing.hints import Hint
+from relay.wire.envelope import Envelope
 from relay.wire.ids import user_of
 
 _SECONDS: Final = 2.0
@@ -30,6 +32,8 @@ _PARCELS: Final = 500
 _LATER_SECONDS: Final = 0.02
 _KEPT_SECONDS: Final = 30.0
 _MOST_KEPT: Final = 20_000
+# Nobody who is asked for with a question of others' may make it a long one.
+_MOST_WANTED: Final = 1000
 
 log = structlog.get_logger(__name__)
 _Payload = tuple[str, bytes]
@@ -64,15 +68,17 @@ class Publisher:
         self._wake = asyncio.Event()
         # Those of the last turn, whose devices were looked up by it.
         self._ready: list[_Payload] = []
-        # Published from memory, with what that was.
-        self._told: list[tuple[Gathered, Lines]] = []
+        # Published from memory, and what that was.
+        self._told = Gathered()
+        self._told_to: dict[str, Sequence[Line]] = {}
         self._reminder: asyncio.TimerHandle | None = None
+        self._under_way = False
         self._whereabouts = Whereabouts()
 
     @property
     def idle(self) -> bool:
         """Whether all has been told."""
-        return not (self.gathered.items or self._ready or self._told)
+        return not (self.gathered.items or self._ready or self._told.messages or self._under_way)
 
     def wake(self) -> None:
         """Something has gathered."""
@@ -97,16 +103,19 @@ class Publisher:
             await self._wake.wait()
             self._wake.clear()
             while self.gathered.items or self._ready or self._due():
+                self._under_way = True
                 try:
                     await self._turn()
                 except TROUBLE as error:
                     self._fails(error)
                 except Exception:
                     log.exception("what was to be told to other nodes is lost")
+                finally:
+                    self._under_way = False
 
     def _due(self) -> bool:
         """Whether what was published from memory is to be asked about now."""
-        return bool(self._told) and (self._reminder is None or bool(self._whereabouts.wanted))
+        return bool(self._told.messages) and (self._reminder is None or bool(self._whereabouts.wanted))
 
     async def _turn(self) -> None:
         began = self._now()
@@ -115,48 +124,53 @@ class Publisher:
         out, self._ready = self._ready, []
         known = whereabouts.known(user_of(key) for _, keys in group.messages for key in keys)
         early, rest = group.split(known)
-        out += self._packed(early, known, began)
+        out += self._packed([(early, known)], began)
         if early.messages:
-            self._ask_later(early.only_messages(), known)
-        told, asked = self._questions(rest)
+            self._ask_later(early.messages, known)
+        told, told_to, asked = self._questions(rest)
         lines, unknown = await self._exchange(out, asked)
         whereabouts.note([user for user in asked if user not in unknown], lines)
-        if missed := rest.count(unknown):
+        if missed := rest.count(unknown) + told.count(unknown):
             self._lost(missed)
-        self._ready += self._packed(rest, lines, began)
-        for messages, before in told:
-            self._ready += self._packed(messages, _came(before, lines), began)
+        # In the order of their commits, for who has moved.
+        self._ready += self._packed([(told, _came(told_to, lines)), (rest, lines)], began)
 
-    def _ask_later(self, messages: Gathered, known: Lines) -> None:
-        if not self._told:
+    def _ask_later(self, messages: Iterable[tuple[Envelope, list[str]]], known: Lines) -> None:
+        if not self._told.messages:
             self._reminder = asyncio.get_running_loop().call_later(_LATER_SECONDS, self._remind)
-        self._told.append((messages, known))
+        self._told.messages += messages
+        # Nothing was learned since the first of them: that of one user is the same for all.
+        self._told_to.update(known)
 
     def _remind(self) -> None:
         self._reminder = None
         self._wake.set()
 
-    def _take_told(self) -> list[tuple[Gathered, Lines]]:
-        told, self._told = self._told, []
+    def _take_told(self) -> tuple[Gathered, Lines]:
+        told, self._told = self._told, Gathered()
+        told_to, self._told_to = self._told_to, {}
         if self._reminder is not None:
             self._reminder.cancel()
             self._reminder = None
-        return told
+        return told, told_to
 
-    def _questions(self, rest: Gathered) -> tuple[list[tuple[Gathered, Lines]], list[str]]:
-        """What was told that is asked about now, and all users who are asked for in this turn."""
+    def _questions(self, rest: Gathered) -> tuple[Gathered, Lines, list[str]]:
+        """What was told that is asked about now, to where, and all users who are asked for in this turn."""
         users = rest.users()
         if not (users or self._due()):
-            return [], []
-        told = self._take_told()
-        asked = dict.fromkeys(users)
-        for messages, _ in told:
-            asked.update(dict.fromkeys(messages.users()))
-        asked.update(self._whereabouts.take_wanted())
-        return told, list(asked)
+            return Gathered(), {}, []
+        told, told_to = self._take_told()
+        asked = dict.fromkeys([*users, *told.users(), *self._whereabouts.take_wanted()])
+        return told, told_to, list(asked)
 
-    def _packed(self, group: Gathered, lines: Lines, at: int) -> list[_Payload]:
-        parcels, for_all = group.sort(lines, self._node)
+    def _packed(self, groups: Iterable[tuple[Gathered, Lines]], at: int) -> list[_Payload]:
+        parcels: dict[str, list[Hint]] = {}
+        for_all: list[Hint] = []
+        for group, lines in groups:
+            by_node, everywhere = group.sort(lines, self._node)
+            for node, its in by_node.items():
+                parcels.setdefault(node, []).extend(its)
+            for_all += everywhere
         out = [
             (self._channel(node), payload)
             for node, its in parcels.items()
@@ -195,7 +209,7 @@ class Whereabouts:
         oldest = monotonic() - _KEPT_SECONDS
         for user in users:
             found = self._found.get(user)
-            if (found is None or found[1] < oldest) and len(self.wanted) < _MOST_KEPT:
+            if (found is None or found[1] < oldest) and len(self.wanted) < _MOST_WANTED:
                 self.wanted[user] = None
 
     def take_wanted(self) -> dict[str, None]:
@@ -219,6 +233,7 @@ class Whereabouts:
         for user in users:
             self._found.pop(user, None)
             self._found[user] = (lines.get(user, ()), now)
+            self.wanted.pop(user, None)
         while len(self._found) > _MOST_KEPT or (self._found and self._oldest() < now - _KEPT_SECONDS):
             del self._found[next(iter(self._found))]
 

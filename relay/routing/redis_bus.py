@@ -211,6 +211,11 @@ class RedisBus:
         if self._takes(1):
             self._publisher.gathered.for_node.append((node, hints.Confirmed(self._node, numbers)))
 
+    def missed(self, node: str, key: str) -> None:
+        """The device with this key is at that node, and messages may have gone into the connection that it had here."""
+        if self._takes(1):
+            self._publisher.gathered.for_node.append((node, hints.Missed(key)))
+
     def confirmed(self, node: str, numbers: Iterable[int]) -> None:
         """Another node has confirmed."""
         for number in numbers:

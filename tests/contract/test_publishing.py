@@ -120,7 +120,10 @@ async def test_a_device_that_has_moved_since_it_was_looked_up_is_told_where_it_i
     assert nodes.publisher.idle
 
 
-async def test_whom_a_message_is_being_committed_for_is_asked_for_along_with_others(nodes: Nodes) -> None:
+async def test_whom_a_message_is_being_committed_for_is_asked_for_along_with_others(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publishing, "_LATER_SECONDS", 60)
     await nodes.enter("there", "bob")
     await nodes.enter("far", "cleo")
     nodes.commit(message(1, "bob/phone"))
@@ -130,11 +133,33 @@ async def test_whom_a_message_is_being_committed_for_is_asked_for_along_with_oth
     nodes.commit(message(2, "cleo/phone"))
     assert await nodes.turn() == [("far", 2)]
     # What was published from memory needs not wait for its moment when somebody else is expected.
+    assert not nodes.publisher._due()
     nodes.publisher.expect(["dora"])
     assert nodes.publisher._due()
     await nodes.turn()
     assert not nodes.publisher._whereabouts.wanted
     assert set(nodes.publisher._whereabouts.known(["bob", "cleo", "dora"])) == {"bob", "cleo", "dora"}
+
+
+async def test_a_device_that_has_moved_is_told_in_the_order_of_commits_and_once_for_all(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publishing, "_LATER_SECONDS", 60)
+    await nodes.enter("there", "bob")
+    nodes.commit(message(1, "bob/phone"))
+    await nodes.turn()
+    await nodes.turn()
+    for seq in (2, 3):
+        nodes.commit(message(seq, "bob/phone"))
+        assert await nodes.turn() == [("there", seq)]
+    await nodes.enter("far", "bob")
+    nodes.commit(message(4, "bob/phone", "cleo/phone"))
+    assert await nodes.turn() == []
+    before = nodes.parcels
+    assert await nodes.turn() == [("far", 2), ("far", 3), ("far", 4)]
+    assert nodes.parcels == before + 1
+    assert await nodes.lookups() == 2
+    assert nodes.publisher.idle
 
 
 async def test_nobody_is_asked_for_only_because_a_message_is_being_committed(nodes: Nodes) -> None:
@@ -203,9 +228,9 @@ def test_no_more_is_remembered_than_there_is_room_for(monkeypatch: pytest.Monkey
     monkeypatch.setattr(publishing, "monotonic", lambda: now)
     some = Whereabouts()
     some.want(f"user {number}" for number in range(30_000))
-    users = list(some.take_wanted())
-    assert len(users) == 20_000
-    some.note(users, {})
+    assert len(some.wanted) == 1000
+    some.note([f"user {number}" for number in range(20_000)], {})
+    assert not some.wanted
     some.note(["ann"], {})
     assert set(some.known(["ann", "user 0", "user 1"])) == {"ann", "user 1"}
 

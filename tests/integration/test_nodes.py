@@ -122,6 +122,31 @@ async def test_the_second_connection_of_a_device_replaces_the_first_on_the_other
     await third.expect("msg", id=again["id"])
 
 
+async def test_what_goes_into_the_connection_that_a_device_had_before_reaches_it_where_it_is(
+    two: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = two
+    conv = await here.direct("ann", "bob")
+    ann, old = await here.connect("ann"), await here.connect("bob")
+    publisher: Any = there.relay.context.bus._publisher
+    turn, held = publisher._turn, asyncio.Event()
+
+    async def late() -> None:
+        await held.wait()
+        await turn()
+
+    monkeypatch.setattr(publisher, "_turn", late)
+    new = await there.connect("bob")
+    await new.expect("drained")
+    # `here` does not know yet that bob's phone is elsewhere.
+    stored = await ann.sent(conv)
+    assert (await old.expect("msg"))["id"] == stored["id"]
+    held.set()
+    async with asyncio.timeout(3):
+        assert (await new.expect("msg"))["id"] == stored["id"]
+    assert await old.closed() == 4409
+
+
 async def test_of_ten_connections_of_a_device_at_once_one_stays_and_gets_messages(
     two: tuple[Node, Node],
 ) -> None:
