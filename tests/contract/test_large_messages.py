@@ -100,14 +100,14 @@ async def crashed(
 ) -> Envelope:
     """A message whose writer, a node of its own, died at this step."""
     with monkeypatch.context() as patch:
-        if step == SOME_PARTS:
+        if step in PARTS_MADE:
             # A large group's parts go in several batches anyway: by number of documents, or by bytes.
             patch.setattr(Hello, "max_write_batch_size", 1)
         async with open_another(store) as writer:
             one, _ = large(writer, keys)
-            if step == SOME_PARTS:
-                # The claim comes through, and the first of the parts.
-                async with failing_inserts(store, skip=2):
+            if step in PARTS_MADE:
+                # The claim comes through, and so many of the parts.
+                async with failing_inserts(store, skip=1 + PARTS_MADE[step]):
                     with pytest.raises(PyMongoError):
                         await writer.large._attempt([one], 0)
             else:
@@ -117,9 +117,15 @@ async def crashed(
     return one.envelope
 
 
-SOME_PARTS = "after some parts"
-STEPS = ["before claim", "before parts", SOME_PARTS, "before heads"]
-LEFT = {"before claim": 0, "before parts": 1, SOME_PARTS: 2, "before heads": 4}
+PARTS_MADE = {"after the first part": 1, "after the second part": 2}
+STEPS = ["before claim", "before parts", *PARTS_MADE, "before heads"]
+LEFT = {
+    "before claim": 0,
+    "before parts": 1,
+    "after the first part": 2,
+    "after the second part": 3,
+    "before heads": 4,
+}
 """How many documents a writer of a message in a head and three parts leaves that died there."""
 
 
@@ -203,7 +209,7 @@ async def test_what_a_crash_leaves_before_the_head_is_nobodys_message(
 async def test_a_resend_after_a_crash_reaches_everybody_who_is_there_then_with_one_seq(
     store: Store, other: Store, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    first = await crashed(store, monkeypatch, step, KEYS[:8])
+    first = await crashed(store, monkeypatch, step, KEYS[:10])
     for key in KEYS:
         # A node that met the parts before their head was there must find them after.
         assert await drained(store, key) == []

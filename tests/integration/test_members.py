@@ -537,6 +537,33 @@ async def test_nothing_is_told_of_what_changes_nothing(node: Node) -> None:
 # Bounds and bad input
 
 
+async def test_conversations_are_made_and_people_are_added_only_so_often(nodes: NodeFactory) -> None:
+    node = await nodes.start(rate_conversation="3/hour")
+    for user in ("bob", "cleo"):
+        assert (await ask(node, user, "GET", "/v1/me"))[0] == 200
+    group = {"type": "group", "name": "us", "members": ["bob"]}
+    status, made = await ask(node, "ann", "POST", "/v1/conversations", group)
+    assert status == 201
+    assert (await ask(node, "ann", "POST", "/v1/conversations", {"type": "direct", "members": ["bob"]}))[
+        0
+    ] == 201
+    more = at(made["id"], "/members"), {"users": ["cleo"]}
+    assert (await ask(node, "ann", "POST", *more))[0] == 200
+    there = await node.db.conversations.count_documents({})
+    for path, body in (("/v1/conversations", group), more):
+        async with node.http.post(
+            node.url + path, json=body, headers=node.headers("ann", "phone")
+        ) as response:
+            found = await response.json()
+            assert (response.status, found["error"]["code"]) == (429, "rate_limited")
+            assert 0 < int(response.headers["Retry-After"]) <= 3600
+    assert await node.db.conversations.count_documents({}) == there
+    # Another person has a count of their own.
+    assert (await ask(node, "bob", "POST", "/v1/conversations", {"type": "direct", "members": ["cleo"]}))[
+        0
+    ] == 201
+
+
 async def test_changes_that_are_told_to_everybody_are_limited_for_each_person(nodes: NodeFactory) -> None:
     node = await nodes.start(rate_conversation_change="4/hour")
     conv = await node.group("ann", ["bob", "cleo", "dan"])

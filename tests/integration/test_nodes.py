@@ -128,7 +128,8 @@ async def test_what_goes_into_the_connection_that_a_device_had_before_reaches_it
     here, there = two
     conv = await here.direct("ann", "bob")
     ann, old = await here.connect("ann"), await here.connect("bob")
-    publisher: Any = there.relay.context.bus._publisher
+    bus: Any = there.relay.context.bus
+    publisher = bus._publisher
     turn, held = publisher._turn, asyncio.Event()
 
     async def late() -> None:
@@ -226,6 +227,43 @@ async def test_a_removal_is_confirmed_by_the_other_node_in_milliseconds(two: tup
     after = await bob.sent(conv, "without her")
     document = await one.db.messages.find_one({"id": after["id"]})
     assert document is not None and sorted(document["awaiting"]) == ["ann/phone"]
+
+
+async def test_a_block_is_confirmed_by_the_other_node_in_milliseconds(two: tuple[Node, Node]) -> None:
+    one, other = two
+    bob = await other.connect("bob")
+    conv = await one.direct("ann", "bob")
+    ann = await one.connect("ann")
+    await ann.expect("msg", id=(await bob.sent(conv, "the other node knows that it is welcome"))["id"])
+    assert (await one.request("POST", "/v1/contacts", "ann", "phone", {"user": "bob"}))[0] == 201
+    for blocked, awaiting in ((True, ["ann/!"]), (False, ["ann/phone"])):
+        began = time.monotonic()
+        changed = await one.request("PATCH", "/v1/contacts/bob", "ann", "phone", {"blocked": blocked})
+        assert changed[0] == 200
+        took = time.monotonic() - began
+        assert took < one.relay.context.invalidation.lease, "nobody waited for the lease"
+        after = await bob.sent(conv, f"blocked: {blocked}")
+        document = await one.db.messages.find_one({"id": after["id"]})
+        assert document is not None and document["awaiting"] == awaiting
+    assert (await ann.expect("msg"))["id"] == after["id"]
+
+
+async def test_the_other_node_addresses_nothing_to_a_device_that_was_revoked(two: tuple[Node, Node]) -> None:
+    one, other = two
+    bob = await other.connect("bob")
+    conv = await one.direct("ann", "bob")
+    for device in ("phone", "tablet"):
+        await one.connect("ann", device)
+    warm = await bob.sent(conv, "the other node knows both")
+    found = await one.db.messages.find_one({"id": warm["id"]})
+    assert sorted(found["awaiting"]) == ["ann/phone", "ann/tablet"]
+    began = time.monotonic()
+    assert (await one.request("DELETE", "/v1/auth/devices/tablet", "ann", "phone"))[0] in (200, 204)
+    took = time.monotonic() - began
+    assert took < one.relay.context.invalidation.lease, "nobody waited for the lease"
+    after = await bob.sent(conv, "for the phone alone")
+    document = await one.db.messages.find_one({"id": after["id"]})
+    assert document is not None and document["awaiting"] == ["ann/phone"]
 
 
 async def test_a_conversation_has_one_order_though_the_clocks_of_its_nodes_are_an_hour_apart(

@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.device import WireDevice, new_id
 from tests.support.node import Node
+from tests.support.waiting import until
 
 WEEK_MS = 7 * 24 * 3600 * 1000
 
@@ -124,6 +125,38 @@ async def test_optional_fields_travel_and_absent_ones_do_not_appear(node: Node) 
     assert set(one) == {"t", "id", "conv", "seq", "at", "from", "kind", "body", "media"}
     assert (two["id"], two["replyTo"], two["kind"]) == (reply["id"], first["id"], "x.unknown-kind1")
     assert set(two) == {"t", "id", "conv", "seq", "at", "from", "kind", "body", "replyTo"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("text", "a reply"),
+        ("edit", {"text": "hello, corrected"}),
+        ("reaction", {"emoji": "\U0001f44d"}),
+        ("delete", {"for": "me"}),
+    ],
+)
+async def test_replies_edits_reactions_and_deletions_are_bodies_about_a_message(
+    node: Node, kind: str, body: Any
+) -> None:
+    conv, ann, bob = await pair(node)
+    first = await ann.sent(conv, "hello")
+    tablet = await node.connect("ann", "tablet")
+    about = await ann.sent(conv, body, kind=kind, replyTo=first["id"])
+    original, arrived = await bob.expect("msg"), await bob.expect("msg")
+    assert (original["id"], original["kind"], original["body"]) == (first["id"], "text", "hello")
+    assert (arrived["kind"], arrived["replyTo"], arrived["body"]) == (kind, first["id"], body)
+    assert arrived["seq"] > original["seq"]
+    assert (await tablet.expect("msg", id=about["id"]))["body"] == body
+    # Nothing happens to what it is about.
+    assert await node.db.messages.find_one({"id": first["id"]}) is not None
+    await bob.ack(conv, first["id"], about["id"])
+    await tablet.ack(conv, about["id"])
+    await until(lambda: _gone(node), 5, "all is acknowledged")
+
+
+async def _gone(node: Node) -> bool:
+    return await node.db.messages.find_one({}) is None
 
 
 async def test_messages_of_one_connection_rise_in_seq_and_arrive_in_that_order(node: Node) -> None:

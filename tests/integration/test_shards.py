@@ -131,7 +131,7 @@ async def test_a_node_takes_another_time_to_live_to_every_shard(cluster: Cluster
         assert indexes["createdAt_ttl"]["expireAfterSeconds"] == 86_400
 
 
-async def test_chunks_that_move_under_load_lose_and_double_nothing(cluster: Cluster, node: Node) -> None:
+async def test_chunks_that_move_under_load_lose_nothing_and_count_nothing_twice(cluster: Cluster, node: Node) -> None:
     talks = [await talk(node, SHARDS[number % 2]) for number in range(8)]
     ann, bob = await devices(node)
     sent: list[str] = []
@@ -154,6 +154,8 @@ async def test_chunks_that_move_under_load_lose_and_double_nothing(cluster: Clus
         for low, high, to in (("0", "8", 1), ("8", None, 0), ("0", "8", 0), ("8", None, 1)):
             await cluster.move(low, high, to, database=node.db.name)
     assert sorted(set(got)) == sorted(sent)
+    # What was in doubt while a chunk was locked may come again, and is acknowledged again.
+    assert len(got) - len(sent) <= 30
 
     async def none() -> bool:
         return await node.db.messages.find_one({}) is None

@@ -139,8 +139,9 @@ async def test_stopping_leaves_no_task_of_the_relay_behind(nodes: NodeFactory) -
     await node.relay.stop()
     await asyncio.gather(*hearing)
     await asyncio.sleep(0.05)
-    left = {task.get_name() for task in asyncio.all_tasks() - before if not task.done()}
-    assert left == set()
+    left = {repr(task) for task in asyncio.all_tasks() - before if not task.done()}
+    # The tests' own client of a cluster watches its servers; the relay's driver does so in threads.
+    assert {task for task in left if "/pymongo/" not in task} == set()
 
 
 async def test_a_node_with_stubborn_clients_stops_within_its_time(nodes: NodeFactory) -> None:
