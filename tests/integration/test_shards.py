@@ -131,7 +131,9 @@ async def test_a_node_takes_another_time_to_live_to_every_shard(cluster: Cluster
         assert indexes["createdAt_ttl"]["expireAfterSeconds"] == 86_400
 
 
-async def test_chunks_that_move_under_load_lose_nothing_and_count_nothing_twice(cluster: Cluster, node: Node) -> None:
+async def test_chunks_that_move_under_load_lose_nothing_and_count_nothing_twice(
+    cluster: Cluster, node: Node
+) -> None:
     talks = [await talk(node, SHARDS[number % 2]) for number in range(8)]
     ann, bob = await devices(node)
     sent: list[str] = []
