@@ -14,7 +14,7 @@ from typing import TypeVar
 import pytest
 
 from tests.faults.conftest import Processes
-from tests.faults.test_all_together import goes_on, house
+from tests.faults.test_all_together import balanced, goes_on, house
 from tests.support.device import Closed, WireDevice
 from tests.support.load import Load
 from tests.support.node import Node
@@ -63,6 +63,7 @@ async def test_the_devices_of_a_killed_node_connect_to_another_and_drain_while_o
             await load.close()
         print(await load.verify())
         assert await one.db.messages.count_documents({}) == 0
+        await balanced([one])
 
 
 async def in_turns(work: Callable[[str], Awaitable[Found]], users: Sequence[str]) -> list[Found]:
@@ -158,3 +159,4 @@ async def test_a_rolling_restart_loses_nothing_and_moves_the_devices_of_the_node
             assert {key: times for key, times in moved.items() if times} == dict.fromkeys(here, 1)
         await load.settle(PATIENCE)
         print(await load.verify())
+        await balanced(found.nodes)
