@@ -130,7 +130,7 @@ class Publisher:
         told, told_to, asked = self._questions(rest)
         lines, unknown = await self._exchange(out, asked)
         whereabouts.note([user for user in asked if user not in unknown], lines)
-        if missed := rest.count(unknown) + told.count(unknown):
+        if missed := rest.count(unknown):
             self._lost(missed)
         # In the order of their commits, for who has moved.
         self._ready += self._packed([(told, _came(told_to, lines)), (rest, lines)], began)

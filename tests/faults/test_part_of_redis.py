@@ -130,7 +130,7 @@ async def test_with_one_master_dead_users_of_the_others_get_messages_of_another_
     async def forgotten() -> bool:
         return not whereabouts.known([dan.user])
 
-    await until(forgotten, 15, "it is not remembered any more")
+    await until(forgotten, 40, "it is not remembered any more")
     await dan.expect("msg", id=first["id"])
     late: list[str] = []
     async with watched(pair):
