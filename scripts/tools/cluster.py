@@ -97,9 +97,12 @@ async def _run(directory: Path, shards: int, routers: int, nodes: int, port: int
             cluster = await stack.enter_async_context(
                 Cluster(directory, shards, routers=routers, progress=say)
             )
-            relays = await _start_nodes(stack, cluster, directory, nodes, port, say)
+            valkey = await _start_valkey(stack, directory, say) if nodes else None
+            relays = (
+                [] if valkey is None else await _start_nodes(stack, cluster, valkey, directory, nodes, port)
+            )
             say(f"ready after {monotonic() - began:.1f} s; its files are in {directory}")
-            print(_instructions(cluster, relays), flush=True)
+            print(_instructions(cluster, valkey, relays), flush=True)
             async with asyncio.TaskGroup() as watchers:
                 for server in (cluster.config, *cluster.shards, *cluster.routers):
                     watchers.create_task(_keep(server, say), name=f"watch-{server.name}")
@@ -111,25 +114,22 @@ async def _run(directory: Path, shards: int, routers: int, nodes: int, port: int
         raise failed.exceptions[0] from None
 
 
-async def _start_nodes(
-    stack: AsyncExitStack,
-    cluster: Cluster,
-    directory: Path,
-    count: int,
-    port: int,
-    say: Callable[[str], None],
-) -> list[RelayNode]:
-    if not count:
-        return []
-    say(f"starting Valkey and {count} relay nodes")
+async def _start_valkey(stack: AsyncExitStack, directory: Path, say: Callable[[str], None]) -> EmbeddedValkey:
+    say("starting Valkey and relay nodes")
     valkey = EmbeddedValkey(directory / "valkey")
-    redis = await valkey.start()
+    await valkey.start()
     stack.push_async_callback(valkey.stop)
+    return valkey
+
+
+async def _start_nodes(
+    stack: AsyncExitStack, cluster: Cluster, valkey: EmbeddedValkey, directory: Path, count: int, port: int
+) -> list[RelayNode]:
     relays: list[RelayNode] = []
     for number in range(count):
         forwarder = cluster.forwarders[number % len(cluster.forwarders)]
         uri = forwarder.uri if cluster.routers else cluster.uri
-        relay = RelayNode(f"relay{number + 1}", port + number, directory, mongo=uri, redis=redis)
+        relay = RelayNode(f"relay{number + 1}", port + number, directory, mongo=uri, redis=valkey.url)
         stack.push_async_callback(relay.close)
         # One after the other: the first one makes secrets and indexes.
         await relay.start()
@@ -147,7 +147,7 @@ async def _keep(server: MongoServer, say: Callable[[str], None]) -> None:
         say(f"{server.name} runs again, pid {server.pid}")
 
 
-def _instructions(cluster: Cluster, relays: Sequence[RelayNode]) -> str:
+def _instructions(cluster: Cluster, valkey: EmbeddedValkey | None, relays: Sequence[RelayNode]) -> str:
     lines = [f"# {relay.name}  {relay.url}  pid {relay.pid}  log {relay.log}" for relay in relays]
     if relays:
         lines.append("# Two people at two nodes, each in a terminal of its own:")
@@ -158,6 +158,9 @@ def _instructions(cluster: Cluster, relays: Sequence[RelayNode]) -> str:
     lines.append(f"export RELAY_MONGO_URI='{cluster.uri}'")
     lines.append("# The shards themselves, past the routers:")
     lines += [f"#   {one.name}  {one.uri}  pid {one.pid}" for one in (*cluster.shards, cluster.config)]
+    if valkey is not None:
+        lines.append("# What the nodes tell each other over:")
+        lines.append(f"#   valkey  {valkey.url}  pid {valkey.pid}")
     lines.append("# kill -9 or kill -STOP any of them to see what that does; what died starts again.")
     lines.append("# Ctrl-C ends all of it.")
     return "\n".join(lines)

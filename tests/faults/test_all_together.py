@@ -7,7 +7,7 @@ import asyncio
 import re
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import pytest
 from tests.cluster import Cluster
 from tests.faults.conftest import Processes
 from tests.support.load import Load
-from tests.support.node import SECRET
+from tests.support.node import SECRET, Node
 from tests.support.partition import Partition, partition
 from tests.support.process import RelayProcess, ledger_of
 from tests.support.valkey import Valkey, open_valkey
@@ -124,7 +124,7 @@ def mistakes(nodes: list[RelayProcess]) -> tuple[int, int]:
     return wrong, sum(len(UNSURE.findall(one)) for one in said)
 
 
-async def balanced(nodes: list[RelayProcess]) -> None:
+async def balanced(nodes: Sequence[Node]) -> None:
     """Returns when the books of all nodes together say that nothing waits, nobody else has any, and no recount is due."""
     db = nodes[0].db
 
