@@ -954,20 +954,41 @@ def test_every_promise_is_kept_by_those_who_are_harmed_and_to_those_beside_them(
         lambda lives: lives.block(one=1, other=0, blocks=False, node=0, conv=1),
         lambda lives: lives.send(phone=7, conv=0, node=1, after=False, ttl=0, twice=True),
     ]
+    lives = lived(world, [1, 1, 1, 1], steps)
+    trimmed = sum(life.node.relay.context.ledger.count("trimmed") for life in lives.lives)
+    assert trimmed and lives.phones[6].gaps == 0
+    lives.teardown()
+    assert lives.phones[6].gaps
+
+
+@pytest.mark.timeout(60)
+def test_who_is_full_was_there_though_the_node_died_that_should_have_said_so(world: World) -> None:
+    world.crashes = 1
+    lives = lived(
+        world,
+        [0, 0, 0, 0],
+        [
+            lambda lives: lives.crash_while_sending(phone=4, conv=0, node=0, at=0, after=False, reader=0),
+            lambda lives: lives.poison_store(phone=0, conv=0, kind=0),
+            lambda lives: lives.overfill(phone=0, conv=0, node=0, more=1),
+        ],
+    )
+    lives.teardown()
+
+
+def lived(world: World, connected: list[int], steps: Sequence[Callable[[Promises], None]]) -> Promises:
+    """A life of these steps, all promises kept after each; to be torn down."""
     lives = Promises(world)
     try:
-        lives.start(connected=[1, 1, 1, 1])
+        lives.start(connected=connected)
         lives.keeps()
         for step in steps:
             step(lives)
             lives.keeps()
-        trimmed = sum(life.node.relay.context.ledger.count("trimmed") for life in lives.lives)
-        assert trimmed and lives.phones[6].gaps == 0
     except BaseException:
         lives.run(lives._clear())
         raise
-    lives.teardown()
-    assert lives.phones[6].gaps
+    return lives
 
 
 # Under a minute; when it fails, up to five more for the shortest way there.

@@ -203,7 +203,8 @@ class Model:
         keys: set[str] = set()
         anyone: set[str] = set()
         for user in people:
-            known = [phone.key for phone in self.of(user) if phone.known]
+            # Whose mailbox is full is there, though the node died that should have told it so.
+            known = [phone.key for phone in self.of(user) if phone.known or phone.key in self.full]
             keys.update(key for key in known if key != message.phone.key)
             if not known and user != message.phone.user and f"{user}/*" not in self.full:
                 anyone.add(user)
