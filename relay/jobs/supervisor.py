@@ -12,6 +12,7 @@ from typing import Final
 import structlog
 
 from relay.store.mongo import brief
+from relay.tasks import ended
 
 # Of the interval: a job that takes all of its time leaves so much to others.
 _LEAST_PAUSE: Final = 0.25
@@ -44,9 +45,7 @@ class Supervisor:
 
     async def stop(self) -> None:
         """Ends every job."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await ended(self._tasks)
         self._tasks = []
 
 

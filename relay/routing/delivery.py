@@ -20,6 +20,7 @@ from relay.routing.outbox import Outbox
 from relay.store.endings import Sole
 from relay.store.messages import Page
 from relay.store.mongo import PyMongoError, brief
+from relay.tasks import ended
 from relay.wire import replies
 from relay.wire.envelope import Envelope
 from relay.wire.ids import any_device_key, head_id
@@ -225,8 +226,7 @@ class Delivery:
         self._closed = True
         task, self._task = self._task, None
         if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await ended([task])
         if self.behind:
             self.behind = False
             self._count_behind(-1)

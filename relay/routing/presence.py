@@ -20,6 +20,7 @@ from relay.routing.hub import Connected
 from relay.store.audience import LEASE_SECONDS
 from relay.store.mongo import PyMongoError, brief
 from relay.store.sights import Pair, Sight
+from relay.tasks import ended
 from relay.wire import replies
 from relay.wire.errors import RelayError
 
@@ -256,8 +257,7 @@ class Presence:
             self._timer = None
         task, self._task = self._task, None
         if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await ended([task])
 
     def _is_fresh(self, connection: Connected) -> bool:
         return asyncio.get_running_loop().time() - connection.heard < self._fresh

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from itertools import pairwise
 
 import pytest
@@ -33,6 +34,24 @@ async def test_a_job_runs_again_and_again_until_it_is_stopped() -> None:
     count = len(runs)
     await asyncio.sleep(0.05)
     assert len(runs) == count
+
+
+async def test_a_job_that_does_not_hear_that_it_ends_is_told_again() -> None:
+    begun = asyncio.Event()
+
+    async def work() -> None:
+        if begun.is_set():
+            await asyncio.sleep(60)
+        # As asyncio.wait_for of Python 3.11 does when what it waits for is done at that moment.
+        with contextlib.suppress(asyncio.CancelledError):
+            begun.set()
+            await asyncio.sleep(60)
+
+    supervisor = Supervisor([Job("work", work, 0.01)])
+    supervisor.start()
+    await begun.wait()
+    async with asyncio.timeout(3):
+        await supervisor.stop()
 
 
 async def test_a_job_that_fails_is_logged_and_runs_again_and_disturbs_no_other() -> None:
