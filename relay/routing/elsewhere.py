@@ -37,8 +37,7 @@ log = structlog.get_logger(__name__)
 class Elsewhere:
     """Hands hints to those whom they concern. ``own`` is this node's id; ``confirmed`` is told who confirms which numbers,
     ``ended`` the keys of devices whose tokens are not good any more; ``missed`` tells a node that its device with this key should
-    look for what came meanwhile; ``back`` is called when what another had to tell may be lost,
-    and comes again."""
+    look for what came meanwhile; ``back`` is called when what another had to tell may be lost, and comes again."""
 
     def __init__(
         self,

@@ -120,7 +120,6 @@ async def test_what_is_done_is_recorded_as_the_table_says(node: Node) -> None:
         assert [row["act"] for row in rows] == acts, line
         if found.get("device", {}).get("id") == "phone":
             token, names["refresh"] = found["accessToken"], found["refreshToken"]
-            names["me"] = found["user"]["id"]
         if path == "/v1/conversations":
             names["id"] = found["id"]
     assert (await node.relay.context.audit.verify()).holds
