@@ -7,6 +7,7 @@ import asyncio
 import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
+from multiprocessing.connection import wait
 from pathlib import Path
 from secrets import token_hex
 from typing import NoReturn
@@ -33,7 +34,9 @@ class Admin:
         out, err = (self._directory / token_hex(8) for _ in range(2))
         process = _FORKS.Process(target=_run, args=(arguments, known, out, err, self._patience))
         process.start()
-        await asyncio.to_thread(process.join)
+        # Its exit code can be read once, and the start of any other reads those that have ended: one thread reads them all.
+        await asyncio.to_thread(wait, [process.sentinel])
+        process.join()
         assert process.exitcode is not None
         return process.exitcode, out.read_text(), err.read_text()
 
