@@ -20,6 +20,7 @@ from relay.wire.limits import Limit
 Model = TypeVar("Model", bound=BaseModel)
 BODY_SECONDS: Final = 30.0
 """How long a request body may be under way: who announces one and does not send it holds nothing for longer."""
+UNCACHED: Final = {"Cache-Control": "no-store"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +59,8 @@ class Route:
 
 
 def json_text(text: str, status: int = 200) -> web.Response:
-    """An answer that is encoded already."""
-    return web.Response(text=text, status=status, content_type="application/json")
+    """An answer that is encoded already. Tokens and what is personal stay in no cache on the way (RFC 6749, 5.1)."""
+    return web.Response(text=text, status=status, content_type="application/json", headers=UNCACHED)
 
 
 def answer(model: BaseModel, status: int = 200) -> web.Response:

@@ -12,7 +12,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import LineTooLong
 
 from handlers.context import Context
-from handlers.http.route import Caller, Route, only
+from handlers.http.route import UNCACHED, Caller, Route, only
 from relay.session.addresses import Addresses, agent_of
 from relay.session.admission import Admission, bearer
 from relay.session.gateway import Gateway
@@ -210,6 +210,7 @@ def _failure(error: RelayError, *, status: int | None = None, headers: object = 
         text=codec.dumps({"error": body}),
         status=status or CODES[error.code].status,
         content_type="application/json",
+        headers=UNCACHED,
     )
     allow = headers.get("Allow") if hasattr(headers, "get") else None
     if allow:

@@ -95,6 +95,17 @@ async def test_who_registers_is_logged_in_and_can_renew_and_log_out(node: Node) 
     assert (await login(node, made, None))[0] == 200
 
 
+async def test_tokens_and_what_is_personal_stay_in_no_cache(node: Node) -> None:
+    ann = await register(node)
+    for path, status in (("/v1/me", 200), ("/v1/users/nobody", 404)):
+        headers = {"Authorization": f"Bearer {ann['accessToken']}"}
+        async with node.http.get(node.url + path, headers=headers) as answer:
+            assert (answer.status, answer.headers["Cache-Control"]) == (status, "no-store")
+    body = {"refreshToken": ann["refreshToken"]}
+    async with node.http.post(node.url + "/v1/auth/refresh", json=body) as answer:
+        assert (answer.status, answer.headers["Cache-Control"]) == (200, "no-store")
+
+
 async def test_a_user_name_is_given_once_however_it_is_written_and_by_how_many_at_once(node: Node) -> None:
     username = somebody()
     body = {"password": PASSWORD, "device": device()}
