@@ -19,6 +19,7 @@ from relay.store.messages import Messages
 from relay.store.mongo import PyMongoError, brief
 from relay.store.place import runs
 from relay.store.shards import Shards
+from relay.tasks import ended
 from relay.wire.ids import new_id
 
 _POLL_SECONDS: Final = 0.1
@@ -71,8 +72,7 @@ class BookKeeper:
             else:
                 await self._open_alone(accounts)
         finally:
-            keeping.cancel()
-            await asyncio.gather(keeping, return_exceptions=True)
+            await ended([keeping])
             kept = await self._balances.end_turn(self.id)
         if not kept:
             # It took so long that another may have opened as the first one too.

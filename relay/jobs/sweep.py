@@ -17,6 +17,7 @@ from relay.store.accounts import Accounts
 from relay.store.lanes import EndingLanes
 from relay.store.messages import Messages
 from relay.store.mongo import Mongo, PyMongoError, brief
+from relay.tasks import ended
 from relay.wire.ids import any_device_key
 
 _PAGE: Final = 1000
@@ -76,8 +77,7 @@ class Sweep:
     async def close(self) -> None:
         """Ends what is still to be looked for."""
         if self._soon is not None:
-            self._soon.cancel()
-            await asyncio.gather(self._soon, return_exceptions=True)
+            await ended([self._soon])
 
     async def _find_soon(self) -> None:
         grace = _GRACE_MS / 1000

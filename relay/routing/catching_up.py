@@ -12,6 +12,7 @@ from relay.routing.announcer import Announcer
 from relay.routing.hub import Connected
 from relay.store.mongo import PyMongoError, brief
 from relay.store.reading import ReadCursor
+from relay.tasks import ended
 from relay.wire import replies
 from relay.wire.clock import wall_ms
 
@@ -61,10 +62,7 @@ class CatchingUp:
         """Ends; who was not told yet asks for changes."""
         self._closed = True
         self._waiting.clear()
-        tasks = set(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await ended(self._tasks)
 
     async def _work(self) -> None:
         while self._waiting:

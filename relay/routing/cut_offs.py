@@ -11,6 +11,7 @@ import structlog
 from relay.routing.hub import Hub
 from relay.store.accounts import Standing
 from relay.store.mongo import PyMongoError, brief
+from relay.tasks import ended
 from relay.wire import errors
 
 _SECONDS: Final = 5.0
@@ -48,8 +49,7 @@ class CutOffs:
     async def close(self) -> None:
         """Looks at nothing more."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await ended([self._task])
 
     async def _look(self) -> None:
         try:

@@ -12,6 +12,7 @@ from typing import Final
 
 import structlog
 
+from relay.tasks import ended
 from relay.wire.envelope import Envelope
 
 _MOST_WAITING: Final = 20_000
@@ -82,8 +83,7 @@ class Fanout:
         """Ends."""
         self._room.set()
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await ended([self._task])
 
     async def _run(self) -> None:
         while True:

@@ -15,6 +15,7 @@ from relay.store.gatherer import Gatherer, GathererClosed, GathererFull
 from relay.store.lanes import SendLanes
 from relay.store.mongo import PyMongoError
 from relay.store.peers import Peers
+from relay.tasks import ended
 
 _MOST: Final = 250
 _QUEUE: Final = 50_000
@@ -132,8 +133,7 @@ class Invalidation:
         self._closed = True
         await self._changes.close()
         if self._confirming is not None:
-            self._confirming.cancel()
-            await asyncio.gather(self._confirming, return_exceptions=True)
+            await ended([self._confirming])
 
     async def _settled(self, conversations: list[str], users: list[str]) -> bool:
         """Whether no other node can believe what was before, or all have confirmed."""

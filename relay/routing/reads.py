@@ -16,6 +16,7 @@ from relay.routing.announcer import Announcer
 from relay.store.audience import Audience, Audiences
 from relay.store.mongo import PyMongoError, brief
 from relay.store.reading import Moved, Reader
+from relay.tasks import ended
 from relay.wire import replies
 from relay.wire.errors import RelayError
 from relay.wire.frames import MAX_LIVE_MEMBERS
@@ -93,9 +94,7 @@ class Reads:
         self._closed = True
         if self._task is not None:
             _, late = await asyncio.wait({self._task}, timeout=seconds)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+            await ended(late)
         _answer(self._pending, _STOPPING)
         self._pending.clear()
 

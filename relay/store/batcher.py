@@ -7,6 +7,7 @@ limits. Measured on the insert path: one at a time 2,700/s, groups of 200 67,000
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable
 from time import perf_counter
@@ -16,6 +17,8 @@ from relay.metrics import Metrics
 
 Item = TypeVar("Item")
 _EAGER_PART: Final = 8
+_BUSY_PART: Final = 2
+_LONGEST_REST: Final = 0.2
 
 
 class BatcherClosed(Exception):
@@ -28,7 +31,8 @@ class Batcher(Generic[Item]):
     ``commit`` gets one group, resolves every item of it by itself, and never raises: an exception from it is a fault of
     ours and ends this batcher (``dead`` is called once, the node stops; a supervisor restarts it). ``abandon`` is called
     with the items that will not be committed. With ``spacing`` (seconds) groups that are not worth a call of their own start
-    at least so far apart: for work that nobody waits for, where a call costs more than a moment's wait.
+    at least so far apart: for work that nobody waits for, where a call costs more than a moment's wait. A call that takes longer
+    than that says that the store is busy: then the next one comes after a rest as long (0.2 s at most), or with half a full group.
     """
 
     def __init__(
@@ -63,6 +67,10 @@ class Batcher(Generic[Item]):
         # While one group is under way, another starts only when it is worth a call of its own: many small calls cost more
         # than the wait.
         self._eager = max(1, max_items // _EAGER_PART)
+        self._busy = max(1, max_items // _BUSY_PART)
+        # So many end the rest of a committer.
+        self._enough = self._eager
+        self._rested = asyncio.Event()
         self._open = True
         self._flying = 0
         self._sizes = metrics.batch.labels(name)
@@ -85,6 +93,8 @@ class Batcher(Generic[Item]):
             self._room.clear()
         if not self._flying or self._count >= self._eager:
             self._wake.set()
+            if self._count >= self._enough:
+                self._rested.set()
 
     @property
     def full(self) -> bool:
@@ -113,6 +123,7 @@ class Batcher(Generic[Item]):
         """Takes nothing more, commits what is queued for at most ``timeout`` seconds, abandons the rest."""
         self._open = False
         self._wake.set()
+        self._rested.set()
         self._room.set()
         _, late = await asyncio.wait(self._workers, timeout=timeout)
         for task in late:
@@ -144,8 +155,8 @@ class Batcher(Generic[Item]):
                 self._sizes.observe(len(batch))
                 taken = perf_counter() - started
                 self._times.observe(taken)
-                if taken < self._spacing and self._count < self._eager:
-                    await asyncio.sleep(self._spacing - taken)
+                if self._spacing:
+                    await self._rest(taken)
         except asyncio.CancelledError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, the node must not go on without its committer
@@ -154,6 +165,16 @@ class Batcher(Generic[Item]):
             self._give_up()
             if first:
                 self._dead(error)
+
+    async def _rest(self, taken: float) -> None:
+        quick = taken < self._spacing
+        self._enough = self._eager if quick else self._busy
+        if self._count >= self._enough or not self._open:
+            return
+        self._rested.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._spacing - taken if quick else min(taken, _LONGEST_REST)):
+                await self._rested.wait()
 
     def _take(self) -> list[Item]:
         batch: list[Item] = []

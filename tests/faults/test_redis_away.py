@@ -1,9 +1,10 @@
-"""Redis stands still, or does not reach one node, under a moderate load: what that changes, and what it does not."""
+"""Redis dies, forgets everything, stands still, or does not reach one node, under a moderate load: what that changes, and what it does
+not."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,8 +30,12 @@ RATE = 8.0
 CALM_SECONDS = 8.0
 PAUSE_SECONDS = 30.0
 CUT_SECONDS = 15.0
+FORGOTTEN_SECONDS = 5.0
 # Than before and afterwards: what went through a sweep, or waited for Redis, would be far beyond.
 SLOWER = 8.0
+
+
+Act = Callable[[], Awaitable[None] | None]
 
 
 @dataclass(slots=True)
@@ -197,20 +202,24 @@ class Window:
         return figures
 
 
-async def watched(
-    fail: Callable[[], None], heal: Callable[[], None], seconds: float, affected: Sequence[Node]
-) -> Window:
+async def do(act: Act) -> None:
+    awaited = act()
+    if awaited is not None:
+        await awaited
+
+
+async def watched(fail: Act, heal: Act, seconds: float, affected: Sequence[Node]) -> Window:
     """What happens before, during and after a fault of so many seconds, of which these nodes speak."""
     calm = monotonic()
     await asyncio.sleep(CALM_SECONDS)
     begun = monotonic()
-    fail()
+    await do(fail)
     try:
         await asyncio.gather(*(names_bus(node, True, 10) for node in affected))
         await asyncio.sleep(begun + seconds - monotonic())
     finally:
         over = monotonic()
-        heal()
+        await do(heal)
     await asyncio.gather(*(names_bus(node, False, 15) for node in affected))
     await asyncio.sleep(over + LIMIT - monotonic())
     resumed = monotonic()
@@ -219,7 +228,7 @@ async def watched(
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(420)
 async def test_while_redis_is_away_all_but_delivery_between_nodes_is_as_ever_and_that_takes_a_sweep(
     mongods: Mongods, processes: Processes, tmp_path: Path
 ) -> None:
@@ -233,7 +242,10 @@ async def test_while_redis_is_away_all_but_delivery_between_nodes_is_as_ever_and
         async with talking(one, two) as talks:
             windows = [
                 await watched(valkey.pause, valkey.resume, PAUSE_SECONDS, [one, two]),
+                await watched(valkey.kill, valkey.start, CUT_SECONDS, [one, two]),
+                await watched(partial(valkey.command, "FLUSHALL"), proxy.heal, FORGOTTEN_SECONDS, []),
                 await watched(partial(proxy.cut, up=False), proxy.heal, CUT_SECONDS, [two]),
+                await watched(partial(proxy.cut, down=False), proxy.heal, CUT_SECONDS, [two]),
                 await watched(proxy.cut_subscriptions, proxy.heal, CUT_SECONDS, [two]),
             ]
             await talks.settled(LIMIT)

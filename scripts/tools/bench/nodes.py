@@ -199,7 +199,9 @@ class _Work:
         runs: tuple[list[Run], list[Run]] = ([], [])
         with self.screen.working(name) as show:
             for number in range(options.rounds):
-                for (what, where, placement), kept in zip((first, second), runs, strict=True):
+                # Whoever goes second finds what the first has left behind: so they take turns in that, too.
+                sides = list(zip((first, second), runs, strict=True))
+                for (what, where, placement), kept in sides[:: -1 if number % 2 else 1]:
                     order = where.order(
                         placement=placement,
                         pairs=options.pairs,

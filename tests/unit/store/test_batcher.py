@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable
+from functools import partial
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relay.metrics import Metrics
+from relay.store import batcher as batchers
 from relay.store.batcher import Batcher, BatcherClosed
 from tests.support.backlog import turns
 
@@ -284,6 +288,87 @@ async def test_the_death_of_several_committers_is_told_once() -> None:
     await one.close(1)
     assert sorted(commits.abandoned) == [0, 1]
     assert commits.faults == [commits.fault]
+
+
+async def timed(commits: Commits, one: Batcher[int], items: int) -> float:
+    """Seconds until the next group begins, when so many come together."""
+    began, groups = monotonic(), len(commits.started)
+    for item in range(items):
+        one.submit(item, 1)
+    await until(lambda: len(commits.started) > groups)
+    return monotonic() - began
+
+
+def taking(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Every call seems to take so long."""
+    monkeypatch.setattr(batchers, "perf_counter", partial(next, itertools.count(step=seconds)))
+
+
+async def test_with_spacing_the_first_goes_at_once_and_the_next_waits_unless_it_is_worth_a_call() -> None:
+    commits = Commits()
+    one = batcher(commits, max_items=80, spacing=3)
+    assert await timed(commits, one, 1) < 2
+    assert await timed(commits, one, 10) < 2
+    assert await timed(commits, one, 9) > 2
+    assert [len(group) for group in commits.started] == [1, 10, 9]
+
+
+async def test_what_becomes_worth_a_call_in_the_meantime_goes_then() -> None:
+    commits = Commits()
+    one = batcher(commits, max_items=80, spacing=60)
+    await timed(commits, one, 1)
+    for item in range(9):
+        one.submit(item, 1)
+    await turns(5)
+    assert len(commits.started) == 1
+    await timed(commits, one, 1)
+    assert [len(group) for group in commits.started] == [1, 10]
+
+
+async def test_after_a_call_that_took_long_the_next_waits_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batchers, "_LONGEST_REST", 60)
+    taking(monkeypatch, 0.5)
+    commits = Commits()
+    one = batcher(commits, max_items=80, spacing=0.01)
+    await timed(commits, one, 1)
+    assert await timed(commits, one, 39) > 0.4
+
+
+async def test_half_a_full_group_ends_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batchers, "_LONGEST_REST", 60)
+    taking(monkeypatch, 60)
+    commits = Commits()
+    one = batcher(commits, max_items=80, spacing=0.01)
+    await timed(commits, one, 1)
+    for item in range(39):
+        one.submit(item, 1)
+    await turns(5)
+    assert len(commits.started) == 1
+    await timed(commits, one, 1)
+    assert [len(group) for group in commits.started] == [1, 40]
+
+
+async def test_no_rest_is_longer_than_a_moment_however_long_the_call_took(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taking(monkeypatch, 60)
+    commits = Commits()
+    one = batcher(commits, max_items=80, spacing=0.01)
+    await timed(commits, one, 1)
+    await timed(commits, one, 1)
+    assert [len(group) for group in commits.started] == [1, 1]
+
+
+async def test_closing_ends_a_rest() -> None:
+    commits = Commits()
+    one = batcher(commits, max_items=80, spacing=60)
+    await timed(commits, one, 1)
+    await until(lambda: len(commits.groups) == 1)
+    one.submit(2, 1)
+    await turns(5)
+    await one.close(timeout=5)
+    assert commits.done == [0, 2]
+    assert not commits.abandoned
 
 
 async def test_the_depth_of_the_queue_is_on_the_metrics() -> None:
