@@ -120,6 +120,7 @@ def message_path(
                 workers=1,
                 dead=dead,
                 spacing=_ACK_SPACING,
+                others=lambda: sends.under_way,
             )
 
         few = queue("ack", _ACK_GROUP * settings.commit_messages)

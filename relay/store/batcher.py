@@ -31,8 +31,9 @@ class Batcher(Generic[Item]):
     ``commit`` gets one group, resolves every item of it by itself, and never raises: an exception from it is a fault of
     ours and ends this batcher (``dead`` is called once, the node stops; a supervisor restarts it). ``abandon`` is called
     with the items that will not be committed. With ``spacing`` (seconds) groups that are not worth a call of their own start
-    at least so far apart: for work that nobody waits for, where a call costs more than a moment's wait. A call that takes longer
-    than that says that the store is busy: then the next one comes after a rest as long (0.2 s at most), or with half a full group.
+    at least so far apart: for work that hardly anybody waits for, where a call costs more than a moment's wait. When a call takes
+    longer than that while the store has work of ``others``, the next one comes after a rest as long (0.2 s at most), or with half
+    a full group, or when sources are held back.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Batcher(Generic[Item]):
         workers: int,
         dead: Callable[[BaseException], None],
         spacing: float = 0,
+        others: Callable[[], bool] = lambda: False,
     ) -> None:
         self._commit = commit
         self._abandon = abandon
@@ -58,6 +60,7 @@ class Batcher(Generic[Item]):
         self._queue_bytes = queue_bytes
         self._dead = dead
         self._spacing = spacing
+        self._others = others
         self._queue: deque[tuple[Item, int, int]] = deque()
         self._count = 0
         self._bytes = 0
@@ -91,6 +94,7 @@ class Batcher(Generic[Item]):
         self._bytes += size
         if self._count >= self._queue_items or self._bytes >= self._queue_bytes:
             self._room.clear()
+            self._rested.set()
         if not self._flying or self._count >= self._eager:
             self._wake.set()
             if self._count >= self._enough:
@@ -167,13 +171,17 @@ class Batcher(Generic[Item]):
                 self._dead(error)
 
     async def _rest(self, taken: float) -> None:
-        quick = taken < self._spacing
-        self._enough = self._eager if quick else self._busy
-        if self._count >= self._enough or not self._open:
+        if taken < self._spacing:
+            seconds, self._enough = self._spacing - taken, self._eager
+        elif self._others():
+            seconds, self._enough = min(taken, _LONGEST_REST), self._busy
+        else:
+            return
+        if self._count >= self._enough or self.full or not self._open:
             return
         self._rested.clear()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._spacing - taken if quick else min(taken, _LONGEST_REST)):
+            async with asyncio.timeout(seconds):
                 await self._rested.wait()
 
     def _take(self) -> list[Item]:

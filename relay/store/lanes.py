@@ -109,6 +109,11 @@ class SendLanes(Lanes[SendLane]):
         return monotonic() - self._small_at < _MOMENT
 
     @property
+    def under_way(self) -> bool:
+        """Whether any message is being committed, or waits for it."""
+        return any(not queue.idle for queue in self.queues())
+
+    @property
     def full(self) -> bool:
         """Whether any source should be held back now."""
         return any(lane.small.full for lane in self._lanes.values())

@@ -309,43 +309,62 @@ async def test_with_spacing_the_first_goes_at_once_and_the_next_waits_unless_it_
     one = batcher(commits, max_items=80, spacing=3)
     assert await timed(commits, one, 1) < 2
     assert await timed(commits, one, 10) < 2
-    assert await timed(commits, one, 9) > 2
+    assert await timed(commits, one, 9) > 1
     assert [len(group) for group in commits.started] == [1, 10, 9]
 
 
-async def test_what_becomes_worth_a_call_in_the_meantime_goes_then() -> None:
-    commits = Commits()
-    one = batcher(commits, max_items=80, spacing=60)
+async def gathering(one: Batcher[int], commits: Commits, *, most: int) -> None:
+    """One group, and while the committer rests, one item less than ends the rest, then that."""
     await timed(commits, one, 1)
-    for item in range(9):
+    for item in range(most - 1):
         one.submit(item, 1)
     await turns(5)
     assert len(commits.started) == 1
     await timed(commits, one, 1)
-    assert [len(group) for group in commits.started] == [1, 10]
+    assert [len(group) for group in commits.started] == [1, most]
 
 
-async def test_after_a_call_that_took_long_the_next_waits_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batchers, "_LONGEST_REST", 60)
-    taking(monkeypatch, 0.5)
+async def test_what_becomes_worth_a_call_in_the_meantime_goes_then() -> None:
     commits = Commits()
-    one = batcher(commits, max_items=80, spacing=0.01)
+    await gathering(batcher(commits, max_items=80, spacing=60), commits, most=10)
+
+
+async def test_beside_others_half_a_full_group_ends_the_rest_after_a_long_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(batchers, "_LONGEST_REST", 60)
+    taking(monkeypatch, 60)
+    commits = Commits()
+    await gathering(batcher(commits, max_items=80, spacing=0.01, others=lambda: True), commits, most=40)
+
+
+async def test_a_rest_ends_when_sources_are_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batchers, "_LONGEST_REST", 60)
+    taking(monkeypatch, 60)
+    commits = Commits()
+    one = batcher(commits, max_items=80, queue_items=20, spacing=0.01, others=lambda: True)
+    await gathering(one, commits, most=20)
+
+
+async def test_beside_others_the_next_waits_as_long_as_a_long_call_took(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(batchers, "_LONGEST_REST", 60)
+    taking(monkeypatch, 2)
+    commits = Commits()
+    one = batcher(commits, max_items=80, spacing=0.01, others=lambda: True)
     await timed(commits, one, 1)
-    assert await timed(commits, one, 39) > 0.4
+    assert await timed(commits, one, 39) > 1
 
 
-async def test_half_a_full_group_ends_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_with_no_others_a_long_call_is_followed_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batchers, "_LONGEST_REST", 60)
     taking(monkeypatch, 60)
     commits = Commits()
     one = batcher(commits, max_items=80, spacing=0.01)
     await timed(commits, one, 1)
-    for item in range(39):
-        one.submit(item, 1)
-    await turns(5)
-    assert len(commits.started) == 1
     await timed(commits, one, 1)
-    assert [len(group) for group in commits.started] == [1, 40]
+    assert [len(group) for group in commits.started] == [1, 1]
 
 
 async def test_no_rest_is_longer_than_a_moment_however_long_the_call_took(
@@ -353,7 +372,7 @@ async def test_no_rest_is_longer_than_a_moment_however_long_the_call_took(
 ) -> None:
     taking(monkeypatch, 60)
     commits = Commits()
-    one = batcher(commits, max_items=80, spacing=0.01)
+    one = batcher(commits, max_items=80, spacing=0.01, others=lambda: True)
     await timed(commits, one, 1)
     await timed(commits, one, 1)
     assert [len(group) for group in commits.started] == [1, 1]
