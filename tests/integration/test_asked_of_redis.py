@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 from relay.routing import hints, publishing
 from tests.support.node import Node, NodeFactory
 from tests.support.valkey import Valkey, open_valkey
+from tests.support.valkey_cluster import master_of, valkey_cluster
 
 PAIRS = 10
 
@@ -24,11 +25,17 @@ async def server(tmp_path: Path) -> AsyncIterator[Valkey]:
         yield running
 
 
-class Asked:
-    """What was asked of Redis since the start, but for the beats of channels, and how many group commits there were."""
+@pytest.fixture
+async def masters(tmp_path: Path) -> AsyncIterator[list[Valkey]]:
+    async with valkey_cluster(tmp_path) as running:
+        yield running
 
-    def __init__(self, redis: Any, node: Node) -> None:
-        self._redis = redis
+
+class Asked:
+    """What was asked of these servers since the start, but for the beats of channels, and how many group commits there were."""
+
+    def __init__(self, servers: Sequence[Valkey], node: Node) -> None:
+        self._servers: list[Any] = [Redis.from_url(server.url) for server in servers]
         self._registry = node.relay.context.metrics.registry
         self._beats = 0
 
@@ -43,17 +50,31 @@ class Asked:
             and sample.labels["queue"].startswith("send")
             and not sample.labels["queue"].startswith("send-large")
         )
-        stats = await self._redis.info("commandstats")
+        stats = [await server.info("commandstats") for server in self._servers]
         looked, published = (
-            stats.get(f"cmdstat_{name}", {}).get("calls", 0) for name in ("mget", "spublish")
+            sum(its.get(f"cmdstat_{name}", {}).get("calls", 0) for its in stats)
+            # Of a cluster each key is asked for by itself.
+            for name in ("mget" if len(stats) == 1 else "get", "spublish")
         )
         return int(commits), looked, published - self._beats
 
     @asynccontextmanager
-    async def listening(self, channels: list[str]) -> AsyncIterator[None]:
+    async def listening(self, channels: Sequence[str]) -> AsyncIterator[None]:
         """Counts beats."""
-        pubsub = self._redis.pubsub()
-        await pubsub.ssubscribe(*channels)
+        async with AsyncExitStack() as stack:
+            for number, server in enumerate(self._servers):
+                stack.push_async_callback(server.aclose)
+                its = [name for name in channels if master_of(name, len(self._servers)) == number]
+                if its:
+                    await stack.enter_async_context(self._heard(server, its))
+            yield
+
+    @asynccontextmanager
+    async def _heard(self, server: Any, channels: Sequence[str]) -> AsyncIterator[None]:
+        pubsub = server.pubsub()
+        for channel in channels:
+            # Of a cluster together only when they share a slot.
+            await pubsub.ssubscribe(channel)
 
         async def listen() -> None:
             while True:
@@ -69,6 +90,42 @@ class Asked:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             await pubsub.aclose()
+
+
+class Talking:
+    """Ten pairs, each with one end at either node."""
+
+    def __init__(self, one: Node, other: Node) -> None:
+        self._one = one
+        self._other = other
+
+    async def begin(self) -> None:
+        self._senders = [await self._one.connect(f"ann{n}") for n in range(PAIRS)]
+        self._readers = [await self._other.connect(f"bob{n}") for n in range(PAIRS)]
+        self._convs = [await self._one.direct(f"ann{n}", f"bob{n}") for n in range(PAIRS)]
+
+    async def round(self) -> None:
+        """One message of each, all at once."""
+        sent = await asyncio.gather(
+            *(ann.sent(conv) for ann, conv in zip(self._senders, self._convs, strict=True))
+        )
+        for reader, its in zip(self._readers, sent, strict=True):
+            await reader.expect("msg", id=its["id"])
+
+    async def counted(self, asked: Asked, rounds: int, gap: float) -> tuple[int, int, int]:
+        """Group commits, look-ups and publications of so many rounds, with so many seconds between them."""
+        buses: list[Any] = [node.relay.context.bus for node in (self._one, self._other)]
+        async with asked.listening([buses[0]._all, *(bus._channel(bus._node) for bus in buses)]):
+            await self.round()
+            await asyncio.sleep(0.3)
+            before = await asked.counts()
+            for _ in range(rounds):
+                await self.round()
+                await asyncio.sleep(gap)
+            await asyncio.sleep(0.3)
+            after = await asked.counts()
+        commits, looked, published = (b - a for a, b in zip(before, after, strict=True))
+        return commits, looked, published
 
 
 @pytest.mark.parametrize("remembered", [True, False], ids=["remembered", "forgotten"])
@@ -89,32 +146,26 @@ async def test_a_committed_batch_takes_one_look_up_and_one_publication_for_anoth
         # What is asked for ahead of a commit lasts until then, and no longer.
         monkeypatch.setattr(publishing, "_KEPT_SECONDS", 0.03)
     one, other = [await nodes.start(redis_url=server.url, sweep_seconds=3600) for _ in range(2)]
-    buses: list[Any] = [node.relay.context.bus for node in (one, other)]
-    redis: Any = Redis.from_url(server.url)
-    senders = [await one.connect(f"ann{n}") for n in range(PAIRS)]
-    readers = [await other.connect(f"bob{n}") for n in range(PAIRS)]
-    convs = [await one.direct(f"ann{n}", f"bob{n}") for n in range(PAIRS)]
-    asked = Asked(redis, one)
-
-    async def one_round() -> None:
-        """Each of the pairs, at once."""
-        sent = await asyncio.gather(*(ann.sent(conv) for ann, conv in zip(senders, convs, strict=True)))
-        for reader, its in zip(readers, sent, strict=True):
-            await reader.expect("msg", id=its["id"])
-
-    async with asked.listening([buses[0]._all, *(bus._channel(bus._node) for bus in buses)]):
-        await one_round()
-        await asyncio.sleep(0.3)
-        before = await asked.counts()
-        for _ in range(rounds):
-            await one_round()
-            await asyncio.sleep(gap)
-        await asyncio.sleep(0.3)
-        after = await asked.counts()
-    await redis.aclose()
-    commits, looked, published = (b - a for a, b in zip(before, after, strict=True))
+    talking = Talking(one, other)
+    await talking.begin()
+    commits, looked, published = await talking.counted(Asked([server], one), rounds, gap)
     assert commits >= rounds
     # A beat may be counted there and not be here yet.
     assert rounds / 2 <= published <= commits + 3
     # The job that looks after quotas asks once who is online.
     assert 1 <= looked <= commits + 1
+
+
+@pytest.mark.parametrize(("gap", "rounds"), [(0.0, 40), (0.5, 6)], ids=["as fast as can be", "with breaks"])
+async def test_a_cluster_is_asked_about_each_person_once_for_a_committed_batch(
+    masters: list[Valkey], nodes: NodeFactory, gap: float, rounds: int
+) -> None:
+    url = f"redis+cluster://127.0.0.1:{masters[0].port}"
+    one, other = [await nodes.start(redis_url=url, sweep_seconds=3600) for _ in range(2)]
+    talking = Talking(one, other)
+    await talking.begin()
+    commits, looked, published = await talking.counted(Asked(masters, one), rounds, gap)
+    assert commits >= rounds
+    assert rounds / 2 <= published <= commits + 3
+    # Who sends is at home here; and the job that looks after quotas.
+    assert 1 <= looked <= PAIRS * (commits + 1)
