@@ -19,7 +19,7 @@ from relay.redis_servers import Command, Servers
 from relay.routing import hints
 from relay.routing.bus import Event
 from relay.routing.channels import Channel
-from relay.routing.directory import Directory, Entry, Line, Outcome, PartAway
+from relay.routing.directory import KEPT_SECONDS, Directory, Entry, Line, Outcome, PartAway
 from relay.routing.hints import Hint, Parcel, Told
 from relay.routing.hub import Hub
 from relay.routing.publishing import Publisher
@@ -36,6 +36,15 @@ _BEAT_SECONDS: Final = 1.0
 _FIRST_BEAT_SECONDS: Final = 0.05
 _STALE_MS: Final = 5000
 _CLOSE_POLLS: Final = 100
+# Leaves a mark that lasts as long as a line of the directory. Answers with the time, seconds and microseconds, and with what was
+# there before; a server that takes no writes still has a time.
+_BEAT_SCRIPT: Final = """
+local before = redis.pcall('SET', KEYS[1], '1', 'GET', 'EX', ARGV[1])
+if type(before) == 'table' then before = '?' end
+local time = redis.call('TIME')
+return {time[1], time[2], before}
+"""
+_UNWRITTEN: Final = b"?"
 
 log = structlog.get_logger(__name__)
 
@@ -85,6 +94,8 @@ class RedisBus:
         self._may_be_lost = False
         self._ask_at = 0.0
         self._ahead = 0.0
+        # Whether Redis has said that it keeps the mark of a beat.
+        self._marked = False
         self._publisher = Publisher(
             self._servers,
             self._directory,
@@ -344,10 +355,13 @@ class RedisBus:
             try:
                 if self._works or monotonic() >= self._ask_at:
                     async with asyncio.timeout(ANSWER_SECONDS):
-                        await self._beat()
+                        forgotten = await self._beat()
                     if not self._works:
                         self._works = True
                         log.info("Redis answers again; other nodes are told")
+                        self._came_back()
+                    elif forgotten:
+                        log.info("Redis has lost what it knew; who is connected is entered again")
                         self._came_back()
             except TROUBLE as error:
                 self._fails(error)
@@ -368,15 +382,16 @@ class RedisBus:
             self._again = asyncio.create_task(self._registrations.renew_all(), name="bus enter again")
         self.resumed()
 
-    async def _beat(self) -> None:
+    async def _beat(self) -> bool:
+        """Whether Redis has lost what it was told by the beat before."""
         beat = hints.encode(Parcel(self._node, 0, [hints.Beat()]))
         # At most once a beat, however often it flaps; a beat that fails makes it true again.
         is_back, self._may_be_lost = self._may_be_lost, False
         asked = monotonic()
         own = self._channel(self._node)
         commands: list[Command] = [
-            # The time of the server that carries this node's channel; TIME itself has no key.
-            ("EVAL", "return redis.call('TIME')", 1, own),
+            # Of the server that carries this node's channel.
+            ("EVAL", _BEAT_SCRIPT, 1, own, KEPT_SECONDS),
             ("SPUBLISH", own, beat),
         ]
         if self._channels[1].quiet_for(_BEAT_SECONDS):
@@ -388,10 +403,12 @@ class RedisBus:
         if is_back and isinstance(answers[-1], Exception):
             self._may_be_lost = True
         if isinstance(answers[0], Exception):
-            return
-        seconds, microseconds = answers[0]
+            return False
+        seconds, microseconds, before = answers[0]
         took = monotonic() - asked
         self._ahead = int(seconds) + int(microseconds) / 1_000_000 - (asked + took / 2)
+        forgotten, self._marked = self._marked and before is None, before != _UNWRITTEN
+        return forgotten
 
     def _now(self) -> int:
         return int((monotonic() + self._ahead) * 1000) if self._ahead else 0
