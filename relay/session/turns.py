@@ -11,10 +11,11 @@ from typing import Final
 
 _BURST: Final = 8
 # Others have so many times as long as those that went on took, and at most so long (s).
-_SHARE: Final = 15
-_MOST_SECONDS: Final = 0.2
-# A storm has to end: at such a pace that who waits now would have gone on within so long (s), others have less.
-_ALL_SECONDS: Final = 20.0
+_SHARE: Final = 40
+_MOST_SECONDS: Final = 0.3
+# A storm has to end: while it shrinks to this part, the others' turns take so long (s) altogether, however many wait.
+_PART: Final = 8
+_ALL_SECONDS: Final = 12.0
 
 
 class Turns:
@@ -26,6 +27,8 @@ class Turns:
         self._burst = burst
         self._others = others
         self._left = burst
+        # The most that have waited at once.
+        self._peak = 0
         self._queue: deque[Callable[[], bool]] = deque()
         self._next: asyncio.Handle | None = None
 
@@ -52,6 +55,7 @@ class Turns:
     def later(self, then: Callable[[], bool]) -> None:
         """Calls ``then`` when it is one's turn; it says whether it has done anything."""
         self._queue.append(then)
+        self._peak = max(self._peak, len(self._queue))
 
     def _turn(self) -> None:
         self._left = self._burst
@@ -70,7 +74,9 @@ class Turns:
             self._next = loop.call_soon(self._after, steps - 1, began)
         else:
             took = perf_counter() - began
-            enough = _ALL_SECONDS * self._burst / max(1, len(self._queue))
+            if len(self._queue) <= self._peak // _PART:
+                self._peak = len(self._queue)
+            enough = _ALL_SECONDS * self._burst / max(1, self._peak)
             share = _SHARE if self._others() else 1
             self._next = loop.call_later(min(share * took, _MOST_SECONDS, enough), self._turn)
 
