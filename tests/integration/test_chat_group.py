@@ -8,11 +8,13 @@ import pty
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 from tests.support.node import Node
 from tests.support.process import ROOT, environment
 from tests.support.terminal import terminal
+from tests.support.waiting import until
 
 
 class Person:
@@ -73,11 +75,17 @@ def who(node: Node, user: str, *others: str) -> list[str]:
     return ["--user", user, "--token", node.token(user, "terminal"), *named]
 
 
+async def stored(node: Node, user: str) -> bool:
+    return bool(await node.db.messages.count_documents({"sender.user": user}))
+
+
 async def test_people_who_name_each_other_meet_in_one_group(node: Node, tmp_path: Path) -> None:
     everybody = ("ann", "bob", "cleo")
     async with terminal(node, tmp_path, *who(node, "ann", "bob", "cleo")) as ann:
         await ann.type("from ann")
         assert await ann.read() == "$relay\tann made the group with bob, cleo"
+        # Her line follows; it may take longer than the others take to come.
+        await until(partial(stored, node, "ann"), 10, "ann's line is stored")
         async with (
             terminal(node, tmp_path, *who(node, "bob", "ann", "cleo")) as bob,
             terminal(node, tmp_path, *who(node, "cleo", "ann", "bob")) as cleo,
