@@ -15,7 +15,7 @@ from aiohttp import web
 
 from handlers import erasing
 from handlers.context import Context
-from handlers.http.route import Caller, Route, answer
+from handlers.http.route import UNCACHED, Caller, Route, answer
 from handlers.http.schemas.base import DoneAnswer
 from relay.store.export import Exports, Value
 from relay.store.mongo import PyMongoError, brief
@@ -65,7 +65,7 @@ async def export(ctx: Context, caller: Caller, request: web.Request) -> web.Stre
         headers={
             "Content-Type": "application/zip",
             "Content-Disposition": 'attachment; filename="relay-export.zip"',
-            "Cache-Control": "no-store",
+            **UNCACHED,
         }
     )
     await response.prepare(request)

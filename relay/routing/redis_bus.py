@@ -315,10 +315,6 @@ class RedisBus:
         if self._takes(1):
             self._publisher.gathered.for_node.append((before.node, hints.Replaced(key, before.serial)))
 
-    async def renew(self) -> None:
-        """Renews the lines of all connections in the directory, as is done every half minute."""
-        await self._registrations.renew_all()
-
     # -- channels
 
     @property

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from relay import duties
+from tests.support.device import WireDevice
 from tests.support.node import Node, NodeFactory
 from tests.support.valkey import Valkey, open_valkey
 from tests.support.valkey_cluster import valkey_cluster
@@ -324,13 +325,18 @@ async def test_while_redis_is_away_everything_goes_on_here_and_resumes_there(
         await moved.expect("msg", id=again["id"])
 
 
+async def pair(nodes: NodeFactory, url: str) -> tuple[Node, WireDevice, WireDevice, str]:
+    """Ann's node, she and bob at two of them, and their conversation."""
+    one, other = await start(nodes, url), await start(nodes, url)
+    ann, bob = await one.connect("ann"), await other.connect("bob")
+    return one, ann, bob, await one.direct("ann", "bob")
+
+
 async def test_what_is_lost_with_a_flushed_redis_comes_back_within_seconds(
     nodes: NodeFactory, tmp_path: Path
 ) -> None:
     async with open_valkey(tmp_path) as server:
-        one, other = [await start(nodes, server.url) for _ in range(2)]
-        ann, bob = await one.connect("ann"), await other.connect("bob")
-        conv = await one.direct("ann", "bob")
+        _, ann, bob, conv = await pair(nodes, server.url)
         for _ in range(2):
             await server.command("FLUSHALL")
             # Not yet entered again; what nobody tells the other node of is looked for when it is.
@@ -344,9 +350,7 @@ async def test_a_redis_that_takes_no_writes_still_carries_what_nodes_tell(
     nodes: NodeFactory, tmp_path: Path
 ) -> None:
     async with open_valkey(tmp_path) as server:
-        one, other = [await start(nodes, server.url) for _ in range(2)]
-        ann, bob = await one.connect("ann"), await other.connect("bob")
-        conv = await one.direct("ann", "bob")
+        one, ann, bob, conv = await pair(nodes, server.url)
         await server.command("CONFIG", "SET", "maxmemory", "1")
         entered: list[object] = []
         one.relay.context.bus._came_back = lambda: entered.append(1)  # type: ignore[attr-defined]

@@ -299,9 +299,10 @@ async def timed(commits: Commits, one: Batcher[int], items: int) -> float:
     return monotonic() - began
 
 
-def taking(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Every call seems to take so long."""
+def taking(monkeypatch: pytest.MonkeyPatch, seconds: float, *, longest: float = 60) -> None:
+    """Every call seems to take so long; no rest is longer than ``longest``."""
     monkeypatch.setattr(batchers, "perf_counter", partial(next, itertools.count(step=seconds)))
+    monkeypatch.setattr(batchers, "_LONGEST_REST", longest)
 
 
 async def test_with_spacing_the_first_goes_at_once_and_the_next_waits_unless_it_is_worth_a_call() -> None:
@@ -332,14 +333,12 @@ async def test_what_becomes_worth_a_call_in_the_meantime_goes_then() -> None:
 async def test_beside_others_half_a_full_group_ends_the_rest_after_a_long_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(batchers, "_LONGEST_REST", 60)
     taking(monkeypatch, 60)
     commits = Commits()
     await gathering(batcher(commits, max_items=80, spacing=0.01, others=lambda: True), commits, most=40)
 
 
 async def test_a_rest_ends_when_sources_are_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batchers, "_LONGEST_REST", 60)
     taking(monkeypatch, 60)
     commits = Commits()
     one = batcher(commits, max_items=80, queue_items=20, spacing=0.01, others=lambda: True)
@@ -349,7 +348,6 @@ async def test_a_rest_ends_when_sources_are_held_back(monkeypatch: pytest.Monkey
 async def test_beside_others_the_next_waits_as_long_as_a_long_call_took(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(batchers, "_LONGEST_REST", 60)
     taking(monkeypatch, 2)
     commits = Commits()
     one = batcher(commits, max_items=80, spacing=0.01, others=lambda: True)
@@ -358,7 +356,6 @@ async def test_beside_others_the_next_waits_as_long_as_a_long_call_took(
 
 
 async def test_with_no_others_a_long_call_is_followed_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batchers, "_LONGEST_REST", 60)
     taking(monkeypatch, 60)
     commits = Commits()
     one = batcher(commits, max_items=80, spacing=0.01)
@@ -370,7 +367,7 @@ async def test_with_no_others_a_long_call_is_followed_by_the_next(monkeypatch: p
 async def test_no_rest_is_longer_than_a_moment_however_long_the_call_took(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    taking(monkeypatch, 60)
+    taking(monkeypatch, 60, longest=batchers._LONGEST_REST)
     commits = Commits()
     one = batcher(commits, max_items=80, spacing=0.01, others=lambda: True)
     await timed(commits, one, 1)
